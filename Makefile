@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+# Ranks share the machine's cores: more threads than cores each only slow the others down.
+export OMP_NUM_THREADS ?= 1
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+demo: $(READY) ## train a small GPT with zero3+pp2 on four local processes
+	@$(BIN)/graphshard run -n 4 examples/train_gpt.py --plan zero3+pp2
+
+test: $(READY) ## run the test suite
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+lint: $(READY) ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+bench: $(READY) ## compare speed with FSDP2, DDP and torch.distributed.pipelining
+	@$(BIN)/python examples/bench/run.py $(ARGS)
+
+clean: ## remove the virtual environment and what runs wrote
+	@rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "graphshard needs Python 3.11 or later; set PYTHON=")'
+	@echo "setting up $(VENV) (once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install "$(TORCH)"
+	@$(PIP) install --constraint constraints.txt --editable ".[dev]"
+	@touch $@

@@ -1,0 +1,115 @@
+"""Strip-mining: chains of pointwise operators over long flat vectors run block by block, so that what lies between them stays
+in cache. An optimizer's update then reads and writes each state once, and in place where the old value is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphshard.dataflow import is_pointwise
+from graphshard.program import Role, Section, Slot, val
+
+BLOCK = 65536
+"""Elements per block: a dozen live temporaries of float32 fit a core's second-level cache."""
+
+
+@dataclass(eq=False)
+class Loop:
+    """Pointwise nodes over vectors of ``numel`` elements, in order."""
+
+    numel: int
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    def inputs(self) -> list[fx.Node]:
+        """The vectors that come from outside."""
+        inside = set(self.nodes)
+        found = dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside and _is_vector(s, self.numel))
+        return list(found)
+
+    def outputs(self, returned: set[fx.Node]) -> list[fx.Node]:
+        """The nodes that anything outside reads."""
+        inside = set(self.nodes)
+        return [n for n in self.nodes if n in returned or any(user not in inside for user in n.users)]
+
+
+def find_loops(nodes: list[fx.Node]) -> list[fx.Node | Loop]:
+    """``nodes``, in order, with each run of long pointwise ones as a Loop. Scalars between them are computed ahead."""
+    result: list[fx.Node | Loop] = []
+    current: Loop | None = None
+    for node in nodes:
+        numel = _vector_length(node)
+        if numel and is_pointwise(node):
+            if current is None or current.numel != numel:
+                current = Loop(numel)
+                result.append(current)
+            current.nodes.append(node)
+        elif current is not None and _independent(node, current):
+            result.insert(result.index(current), node)
+        else:
+            current = None
+            result.append(node)
+    return [item.nodes[0] if isinstance(item, Loop) and len(item.nodes) == 1 else item for item in result]
+
+
+def _vector_length(node: fx.Node) -> int:
+    value = val(node)
+    if isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() > BLOCK and value.is_contiguous():
+        return value.numel()
+    return 0
+
+
+def _is_vector(node: fx.Node, numel: int) -> bool:
+    value = val(node)
+    return isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() == numel
+
+
+def _independent(node: fx.Node, loop: Loop) -> bool:
+    """A scalar computation that reads nothing of the loop may go before it."""
+    value = val(node)
+    scalar = isinstance(value, torch.Tensor) and value.numel() == 1 and is_pointwise(node)
+    return scalar and not set(node.all_input_nodes) & set(loop.nodes)
+
+
+def overwritten(loop: Loop, section: Section, returned: set[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Outputs of the loop to the input whose storage they may take: the old value of the same slot, read nowhere else."""
+    inside = set(loop.nodes)
+    slots: dict[Slot, fx.Node] = {
+        section.inputs[n]: n
+        for n in loop.inputs()
+        if n in section.inputs
+        and section.inputs[n].role in (Role.FLAT, Role.SHARD, Role.STATE)
+        and all(user in inside for user in n.users)
+    }
+    written = {node: slot for slot, node in section.outputs.items()}
+    pairs = ((node, slots.get(written[node])) for node in loop.outputs(returned) if node in written)
+    return {
+        node: old for node, old in pairs if old is not None and val(node).dtype == val(old).dtype
+    }
+
+
+def write_loop(
+    loop: Loop,
+    section: Section,
+    returned: set[fx.Node],
+    expression: Callable[[Any], str],
+    call: Callable[[fx.Node], str],
+) -> list[str]:
+    """Lines of code that run ``loop`` block by block and leave its outputs under their names."""
+    in_place = overwritten(loop, section, returned)
+    outputs = loop.outputs(returned)
+    lines = [
+        f"{node.name} = torch.empty({loop.numel}, dtype={val(node).dtype}, device=device)"
+        for node in outputs
+        if node not in in_place
+    ]
+    lines += [f"{node.name} = {expression(old)}" for node, old in in_place.items()]
+    lines.append(f"for at in range(0, {loop.numel}, {BLOCK}):")
+    lines += [f"    {expression(n)}_b = {expression(n)}[at : at + {BLOCK}]" for n in loop.inputs()]
+    lines += [f"    {node.name}_b = {call(node)}" for node in loop.nodes]
+    lines += [f"    {node.name}[at : at + {BLOCK}] = {node.name}_b" for node in outputs]
+    return lines

@@ -1,0 +1,382 @@
+"""From a sharded Program and a schedule to an ExecutionPlan.
+
+Every stage's share of the body is split by phase into the streams of its schedule actions (F, B, W), each stream is cut
+into segments at its communication nodes, and the schedule's actions instantiate the streams once per micro-batch.
+Liveness is computed last, over the finished list, so that a value is handed over or freed exactly at its last use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from graphshard.codegen.order import order
+from graphshard.codegen.schedule import Schedule
+from graphshard.codegen.segments import emit
+from graphshard.dataflow import is_getitem, is_view, upstream
+from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, Segment, StagePlan, Storage, TensorType, slot_ref
+from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
+
+c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
+
+_COLLECTIVES = {
+    c10d.all_gather_into_tensor.default: (Op.GATHER, "all_gather"),
+    c10d.reduce_scatter_tensor.default: (Op.REDUCE, "reduce_scatter"),
+    c10d.all_reduce.default: (Op.REDUCE, "all_reduce"),
+}
+_STAGE_COLLECTIVES = (gs.stage_sum.default, gs.stage_broadcast.default)
+_PER_MICROBATCH = (Role.BATCH, Role.RNG, Role.OUTPUT)
+
+
+def lower(program: Program, schedule: Schedule) -> ExecutionPlan:
+    """The plan of ``program`` run by ``schedule``; shapes, sizes and peers are all fixed here."""
+    assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
+    lowered = [_StageLowering(program, stage, schedule) for stage in range(program.stages)]
+    return ExecutionPlan(
+        mesh=program.mesh,
+        stages=tuple(item.run() for item in lowered),
+        microbatches=program.microbatches,
+        schedule=str(schedule),
+        reads=tuple(item.reads for item in lowered),
+        results=tuple(item.results for item in lowered),
+        params=program.params,
+        buckets=program.buckets,
+        constants=program.constants,
+    )
+
+
+def tensor_type(node: fx.Node) -> TensorType:
+    """The static type of a node's value."""
+    value = val(node)
+    return TensorType(tuple(value.shape), value.dtype, tuple(value.stride()))
+
+
+@dataclass
+class _Piece:
+    """One item of a stream: a segment to run, or one communication node."""
+
+    kind: str  # "run", "issue", "wait", "send", "recv"
+    node: fx.Node | None = None
+    segment: str = ""
+    first_segment: str = ""  # the variant for the first micro-batch, which overwrites accumulators
+    inputs: list[fx.Node] = field(default_factory=list)
+    first_inputs: list[fx.Node] = field(default_factory=list)
+    outputs: list[fx.Node] = field(default_factory=list)
+
+
+class _StageLowering:
+    def __init__(self, program: Program, stage: int, schedule: Schedule) -> None:
+        self.program, self.stage, self.schedule = program, stage, schedule
+        self.segments: dict[str, Segment] = {}
+        self.storages: dict[str, Storage] = {}
+        self.reads: dict[Slot, TensorType] = {}
+        self.results: dict[Slot, TensorType] = {}
+        self.initialised: set[Slot] = set()  # carries the first micro-batch overwrites: the prologue need not
+
+    def run(self) -> StagePlan:
+        body = self._body()
+        prologue = self._once(self.program.prologue, "prologue", "p.", skip=self.initialised)
+        epilogue = self._once(self.program.epilogue, "epilogue", "e.")
+        first = None
+        if self.program.first_epilogue is not None:
+            first = self._once(self.program.first_epilogue, "epilogue", "e1.")
+        prologue, body, epilogue, first = order(prologue, body, epilogue, first)
+        return StagePlan(
+            prologue=tuple(prologue),
+            body=tuple(body),
+            epilogue=tuple(epilogue),
+            first_epilogue=None if first is None else tuple(first),
+            segments=self.segments,
+            storages=self.storages,
+        )
+
+    # Streams
+
+    def _mine(self, section: Section) -> list[fx.Node]:
+        """This stage's nodes in order, getitems right behind what they pick from; dead ones left out."""
+        chosen: list[fx.Node] = []
+        for node in section.nodes():
+            if node.target is gs.transfer.default:
+                if self.stage in node.args[1:]:
+                    chosen.append(node)
+            elif info(node).stage in (self.stage, None) and not is_getitem(node):
+                chosen.append(node)
+                chosen += [user for user in node.users if is_getitem(user)]
+        roots = [n for s, n in section.outputs.items() if info(n).stage in (self.stage, None)]
+        roots += [n for n in chosen if n.target is gs.transfer.default]
+        needed = upstream(roots, stop=lambda n: info(n).stage not in (self.stage, None))
+        return [n for n in chosen if n in needed]
+
+    def _pieces(self, nodes: list[fx.Node], section: Section, prefix: str) -> list[_Piece]:
+        """Cut one stream at its communication nodes."""
+        pieces: list[_Piece] = []
+        run: list[fx.Node] = []
+
+        def flush() -> None:
+            if run:
+                pieces.append(_Piece("run", segment=f"{prefix}_{len(pieces)}", outputs=list(run)))
+                run.clear()
+
+        for node in nodes:
+            if node.target in _COLLECTIVES or node.target in _STAGE_COLLECTIVES:
+                flush()
+                pieces.append(_Piece("issue", node))
+                if node.target in _STAGE_COLLECTIVES:
+                    pieces.append(_Piece("wait", node))
+            elif node.target is c10d.wait_tensor.default:
+                flush()
+                pieces.append(_Piece("wait", node.args[0]))  # type: ignore[arg-type]
+            elif node.target is gs.transfer.default:
+                flush()
+                if node.args[1] == self.stage:
+                    pieces.append(_Piece("send", node))
+                else:
+                    pieces.append(_Piece("wait", node))
+            else:
+                run.append(node)
+        flush()
+        return pieces
+
+    def _finish(self, streams: Iterable[list[_Piece]], section: Section, accumulate: bool) -> None:
+        """Find what each segment reads and leaves, and emit its code."""
+        all_pieces = [piece for stream in streams for piece in stream]
+        read_outside: dict[fx.Node, set[int]] = {}
+        for index, piece in enumerate(all_pieces):
+            for source in self._sources(piece):
+                read_outside.setdefault(source, set()).add(index)
+        returned = set(section.outputs.values())
+        for index, piece in enumerate(all_pieces):
+            if piece.kind != "run":
+                continue
+            nodes = piece.outputs
+            inside = set(nodes)
+            outputs = [
+                n for n in nodes if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
+            ]
+            code = emit(piece.segment, nodes, outputs, section, accumulate=accumulate, first=False)
+            self.segments[piece.segment] = code.segment
+            piece.inputs = code.inputs
+            if code.accumulators:
+                piece.first_segment = f"{piece.segment}_first"
+                first = emit(piece.first_segment, nodes, outputs, section, accumulate=accumulate, first=True)
+                self.segments[piece.first_segment] = first.segment
+                piece.first_inputs = first.inputs
+                self.initialised |= code.accumulators
+            assert inside.isdisjoint(piece.inputs)
+            piece.outputs = outputs
+
+    def _sources(self, piece: _Piece) -> Iterator[fx.Node]:
+        if piece.kind == "run":
+            for node in piece.outputs:
+                for source in node.all_input_nodes:
+                    yield self._resolve(source)
+        elif piece.kind in ("issue", "send"):
+            assert piece.node is not None
+            source = self._contribution(piece.node)
+            if source is not None:
+                yield self._resolve(source)
+
+    def _resolve(self, node: fx.Node) -> fx.Node:
+        """A wait gives the collective's own buffer."""
+        return node.args[0] if node.target is c10d.wait_tensor.default else node  # type: ignore[return-value]
+
+    def _contribution(self, node: fx.Node) -> fx.Node | None:
+        """What this stage puts into a communication node; None: nothing, which counts as zero."""
+        if node.target is gs.stage_sum.default:
+            return next((n for n in node.args[0] if info(n).stage == self.stage), None)  # type: ignore[union-attr,arg-type]
+        if node.target is gs.stage_broadcast.default:
+            return node.args[0] if node.args[1] == self.stage else None  # type: ignore[return-value]
+        return node.args[0]  # type: ignore[return-value]
+
+    # Instructions
+
+    def _instantiate(self, pieces: list[_Piece], name: Callable[[fx.Node], Ref], action: str, first: bool) -> list[Instruction]:
+        result: list[Instruction] = []
+        for piece in pieces:
+            node = piece.node
+            if piece.kind == "run":
+                use_first = first and piece.first_segment
+                result.append(
+                    Instruction(
+                        Op.RUN,
+                        piece.first_segment if use_first else piece.segment,
+                        tuple(name(n) for n in (piece.first_inputs if use_first else piece.inputs)),
+                        tuple(name(n) for n in piece.outputs),
+                        action=action,
+                    )
+                )
+                continue
+            assert node is not None
+            record = info(node)
+            common = {"action": action, "made_by": record.made_by}
+            if piece.kind == "wait":
+                result.append(Instruction(Op.WAIT, inputs=(name(node),), **common))  # type: ignore[arg-type]
+            elif piece.kind == "recv":
+                peer: int = node.args[1]  # type: ignore[assignment]
+                common["made_by"] = record.made_by or "pipeline-cut"
+                result.append(
+                    Instruction(Op.RECV, outputs=(name(node),), peer=peer, type=tensor_type(node), **common)  # type: ignore[arg-type]
+                )
+            elif piece.kind == "send":
+                source = name(node.args[0])  # type: ignore[arg-type]
+                peer = node.args[2]  # type: ignore[assignment]
+                result.append(Instruction(Op.SEND, inputs=(source,), peer=peer, type=tensor_type(node), **common))  # type: ignore[arg-type]
+            else:
+                result += self._collective(node, name, common)
+        return result
+
+    def _collective(self, node: fx.Node, name: Callable[[fx.Node], Ref], common: dict[str, str]) -> list[Instruction]:
+        op, kind = _COLLECTIVES.get(node.target, (Op.REDUCE, "all_reduce"))  # type: ignore[arg-type]
+        source = self._contribution(node)
+        before: list[Instruction] = []
+        if source is None:
+            segment = f"zero_{node.name}"
+            kind_of = tensor_type(node)
+            self.segments[segment] = Segment(
+                segment,
+                f"def {segment}(args, coordinates, device):\n"
+                f"    return (torch.zeros({list(kind_of.shape)}, dtype={kind_of.dtype}, device=device),)\n",
+                (),
+                (segment,),
+            )
+            ref = Ref(f"{name(node).name}.zero", name(node).microbatch)
+            before.append(Instruction(Op.RUN, segment, outputs=(ref,), action=common["action"]))
+            typed = kind_of
+        else:
+            ref, typed = name(source), tensor_type(source)
+        axis = "pp" if node.target in _STAGE_COLLECTIVES else str(node.args[-1])
+        issue = Instruction(
+            op, kind, (ref,), (name(node),), axis=axis, type=typed, bucket=info(node).module, **common  # type: ignore[arg-type]
+        )
+        return [*before, issue]
+
+    def _namer(self, section: Section, microbatch: int | None, prefix: str = "") -> Callable[[fx.Node], Ref]:
+        """Where each node's value lives. A carry that nobody else reads is written straight to its slot."""
+        direct = {
+            node: slot
+            for slot, node in section.outputs.items()
+            if slot.role is Role.CARRY and len(node.users) == 1 and node.op != "placeholder"
+            and section.output_slots.count(slot) == 1 and list(section.outputs.values()).count(node) == 1
+        }
+
+        def name(node: fx.Node) -> Ref:
+            node = self._resolve(node)
+            slot = section.inputs.get(node) or direct.get(node)
+            if slot is not None:
+                return slot_ref(slot, microbatch if slot.role in _PER_MICROBATCH else None)
+            return Ref(prefix + node.name, microbatch)
+
+        return name
+
+    def _bindings(self, section: Section, nodes: set[fx.Node], name: Callable[[fx.Node], Ref], mb: int | None, action: str,
+                  skip: set[Slot]) -> list[Instruction]:
+        """What becomes of the section's outputs: results and carries that do not live in their slot yet."""
+        inputs, outputs = [], []
+        for slot, node in section.outputs.items():
+            if info(node).stage not in (self.stage, None) or slot in skip or (node not in nodes and node.op != "placeholder"):
+                continue
+            target = slot_ref(slot, mb if slot.role in _PER_MICROBATCH else None)
+            if name(node) != target:
+                inputs.append(name(node))
+                outputs.append(target)
+        if not inputs:
+            return []
+        return [Instruction(Op.BIND, inputs=tuple(inputs), outputs=tuple(outputs), action=action)]
+
+    def _body(self) -> list[Instruction]:
+        body = self.program.body
+        has_weight = any(action.kind == "W" for action in self.schedule.stages[self.stage])
+        streams: dict[str, list[fx.Node]] = {"F": [], "B": [], "W": []}
+        receives: dict[str, list[fx.Node]] = {"F": [], "B": [], "W": []}
+        for node in self._mine(body):
+            streams[self._kind(node, has_weight)].append(node)
+            if node.target is gs.transfer.default and node.args[2] == self.stage:
+                receives[self._kind(node, has_weight)].append(node)
+        pieces = {kind: self._pieces(nodes, body, f"s{self.stage}_{kind}") for kind, nodes in streams.items()}
+        self._finish(pieces.values(), body, accumulate=True)
+        self._collect(body, [n for nodes in streams.values() for n in nodes], self._namer(body, 0))
+        produced = {kind: set(nodes) for kind, nodes in streams.items()}
+        placeholders = {n for n in body.inputs}
+        result: list[Instruction] = []
+        begun: set[str] = set()
+        for action in self.schedule.stages[self.stage]:
+            kind, mb, label = action.kind, action.microbatch, str(action)
+            name = self._namer(body, mb)
+            arriving = [_Piece("recv", node) for node in receives[kind]]
+            result += self._instantiate(arriving + pieces[kind], name, label, first=kind not in begun)
+            nodes = produced[kind] | (placeholders if kind == "F" else set())
+            result += self._bindings(body, nodes, name, mb, label, skip=set())
+            begun.add(kind)
+        return result
+
+    def _kind(self, node: fx.Node, has_weight: bool) -> str:
+        """The action a node belongs to. A transfer is received in the action that matches the sender's, so that both
+        ends see one order on the channel."""
+        phase = info(node.args[0]).phase if node.target is gs.transfer.default else info(node).phase  # type: ignore[arg-type]
+        if phase is Phase.FORWARD:
+            return "F"
+        return "W" if phase is Phase.WEIGHT and has_weight else "B"
+
+    def _once(self, section: Section, label: str, prefix: str, skip: set[Slot] | None = None) -> list[Instruction]:
+        """Prologue or epilogue: one stream, run once."""
+        skip = skip or set()
+        nodes = self._mine(section)
+        unwanted = {n for s, n in section.outputs.items() if s in skip and len(n.users) == 1}
+        nodes = [n for n in nodes if n not in unwanted]
+        pieces = self._pieces(nodes, section, f"s{self.stage}_{prefix.strip('.')}")
+        self._finish([pieces], section, accumulate=False)
+        name = self._namer(section, None, prefix)
+        self._collect(section, nodes, name)
+        arriving = [
+            _Piece("recv", n) for n in nodes if n.target is gs.transfer.default and n.args[2] == self.stage
+        ]
+        result = self._instantiate(arriving + pieces, name, label, first=False)
+        return result + self._bindings(section, set(nodes), name, None, label, skip)
+
+    def _collect(self, section: Section, nodes: list[fx.Node], name: Callable[[fx.Node], Ref]) -> None:
+        """Note which slots this stage reads from outside the step, which results it gives, and where values live."""
+        mine = set(nodes)
+        for node in (*section.inputs, *nodes):
+            if isinstance(val(node), torch.Tensor):
+                root = _root(node)
+                nbytes = val(root).numel() * val(root).dtype.itemsize
+                self.storages[name(node).name] = Storage(name(root), nbytes, _category(root, section))
+        for node, slot in section.inputs.items():
+            local = info(node).stage in (self.stage, None)
+            used = any(user in mine for user in node.users) or (node in section.outputs.values() and local)
+            if used and slot.role not in (Role.CARRY,):
+                self.reads[slot] = tensor_type(node)
+        for slot, node in section.outputs.items():
+            if slot.role is not Role.CARRY and info(node).stage in (self.stage, None):
+                self.results[slot] = tensor_type(node)
+
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The node whose storage ``node`` shares, through views and waits."""
+    while is_view(node) or node.target is c10d.wait_tensor.default:
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _category(root: fx.Node, section: Section) -> str:
+    slot = section.inputs.get(root)
+    if slot is None and root in section.outputs.values():
+        slot = next(s for s, n in section.outputs.items() if n is root)
+    if slot is not None:
+        if slot.role is Role.CARRY:
+            kinds = {"grad": "gradients", "whole": "gathered parameters"}
+            return kinds.get(slot.name.partition(":")[0], "parameters")
+        kinds = {Role.STATE: "optimizer state", Role.BATCH: "batch"}
+        return kinds.get(slot.role, "parameters")
+    if root.target is c10d.all_gather_into_tensor.default:
+        return "gathered parameters"
+    if root.target in (gs.pack.default, c10d.reduce_scatter_tensor.default, c10d.all_reduce.default):
+        return "gradients"
+    if root.target is gs.transfer.default:
+        return "transfers"
+    return "activations" if info(root).phase is not Phase.UPDATE else "workspace"

@@ -1,0 +1,236 @@
+"""Pipeline schedules as data: for every stage, the order of its forward, backward and weight actions.
+
+A schedule prints one line per stage and parses back::
+
+    F0.0 F0.1 B0.0 B0.1
+    F1.0 B1.0 F1.1 B1.1
+
+``F0.3`` is the forward of micro-batch 3 on stage 0, ``B0.3`` its backward, ``W1.3`` (on stage 1) the part of it that no
+earlier stage waits for: gradients of weights. A stage without W actions computes those in its B. Stage 0 never has any:
+nobody waits for what its B makes, so there is nothing to put off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from graphshard.errors import InvalidSchedule
+
+_ACTION = re.compile(r"([FBW])([0-9]+)\.([0-9]+)")
+KINDS = "FBW"
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """One run of a stage's forward (F), backward (B) or weight (W) graph on one micro-batch."""
+
+    kind: str
+    stage: int
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.stage}.{self.microbatch}"
+
+    @classmethod
+    def parse(cls, text: str) -> Action:
+        """Inverse of ``str``.
+
+        Raises:
+            InvalidSchedule: ``text`` is no action.
+        """
+        match = _ACTION.fullmatch(text)
+        if match is None:
+            raise InvalidSchedule(f"{text!r} is not an action such as F0.3: F, B or W, stage, dot, micro-batch")
+        return cls(match[1], int(match[2]), int(match[3]))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every stage does, in order."""
+
+    stages: tuple[tuple[Action, ...], ...]
+
+    @property
+    def microbatches(self) -> int:
+        """Number of micro-batches."""
+        return sum(action.kind == "F" for action in self.stages[0])
+
+    def splits_backward(self, stage: int) -> bool:
+        """Whether ``stage`` runs its weight gradients as actions of their own."""
+        return any(action.kind == "W" for action in self.stages[stage])
+
+    def __str__(self) -> str:
+        return "\n".join(" ".join(map(str, actions)) for actions in self.stages)
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Inverse of ``str``; does not :func:`validate`.
+
+        Raises:
+            InvalidSchedule: a word is no action, or stands on the line of another stage.
+        """
+        stages = tuple(tuple(map(Action.parse, line.split())) for line in text.strip().splitlines())
+        for stage, actions in enumerate(stages):
+            for action in actions:
+                if action.stage != stage:
+                    raise InvalidSchedule(f"{action} stands on line {stage + 1}, which is stage {stage}'s")
+        return cls(stages)
+
+
+def gpipe(stages: int, microbatches: int) -> Schedule:
+    """All forwards, then all backwards: Huang et al. 2019, "GPipe", section 2.3."""
+    return _schedule(stages, microbatches, warmup=lambda stage: microbatches)
+
+
+def one_f_one_b(stages: int, microbatches: int) -> Schedule:
+    """One forward, one backward, after as many forwards as there are later stages: Narayanan et al. 2019, "PipeDream",
+    section 3.2. Stage s holds at most ``stages - s`` micro-batches."""
+    return _schedule(stages, microbatches, warmup=lambda stage: stages - stage - 1)
+
+
+def zb_h1(stages: int, microbatches: int) -> Schedule:
+    """ZB-H1: Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2.3, arXiv 2401.10241.
+
+    1F1B with the backward split: stage s puts off its weight gradients by s micro-batches and fills the bubbles at the
+    end with them. It then holds at most ``stages - s`` micro-batches for B and s more for W, so that none holds more
+    than 1F1B's first.
+    """
+    return _schedule(stages, microbatches, warmup=lambda stage: stages - stage - 1, split=True)
+
+
+def forward_only(stages: int, microbatches: int) -> Schedule:
+    """For evaluation: every stage runs its forwards in order."""
+    return Schedule(tuple(tuple(Action("F", s, m) for m in range(microbatches)) for s in range(stages)))
+
+
+BY_NAME: Mapping[str, Callable[[int, int], Schedule]] = {
+    "1f1b": one_f_one_b,
+    "gpipe": gpipe,
+    "zb-h1": zb_h1,
+}
+"""The table of training schedules, by the name that a plan's ``schedule=`` gives."""
+
+
+def make(name: str, stages: int, microbatches: int) -> Schedule:
+    """The schedule ``name`` of :data:`BY_NAME` for any positive number of stages and micro-batches."""
+    return BY_NAME[name](stages, microbatches)
+
+
+def _schedule(stages: int, microbatches: int, warmup: Callable[[int], int], split: bool = False) -> Schedule:
+    """``warmup(stage)`` forwards, then forward and backward in turn, then the remaining backwards. With ``split``,
+    W follows ``stage`` micro-batches after its B."""
+    lines = []
+    for stage in range(stages):
+        ahead = min(warmup(stage), microbatches)
+        order = [("F", m) for m in range(ahead)]
+        for m in range(microbatches):
+            order += [("F", ahead + m)] if ahead + m < microbatches else []
+            order += [("B", m)]
+            order += [("W", m - stage)] if split and stage and m >= stage else []
+        if split and stage:
+            order += [("W", m) for m in range(max(microbatches - stage, 0), microbatches)]
+        lines.append(tuple(Action(kind, stage, m) for kind, m in order))
+    return Schedule(tuple(lines))
+
+
+def validate(schedule: Schedule) -> None:
+    """Check that a schedule is complete and can finish: every stage has each of its actions once, B after F, W after B,
+    and no stages wait for one another in a circle.
+
+    Raises:
+        InvalidSchedule: with the action that is missing, repeated, too early, or waits for ever.
+    """
+    if not schedule.stages or not schedule.microbatches:
+        raise InvalidSchedule("it needs at least one stage and one micro-batch")
+    backward = any(action.kind == "B" for action in schedule.stages[0])
+    for stage, actions in enumerate(schedule.stages):
+        kinds = "F" + ("B" if backward else "") + ("W" if schedule.splits_backward(stage) else "")
+        if kinds.endswith("W") and (stage == 0 or not backward):
+            raise InvalidSchedule(f"stage {stage} has W actions; they need a B, and stage 0 never has any")
+        at = {action: i for i, action in enumerate(actions)}
+        for action in actions:
+            if actions.count(action) > 1:
+                raise InvalidSchedule(f"{action} is there {actions.count(action)} times")
+        for m in range(schedule.microbatches):
+            wanted = [Action(kind, stage, m) for kind in kinds]
+            for action in wanted:
+                if action not in at:
+                    raise InvalidSchedule(f"{action} is missing")
+            for first, second in pairwise(wanted):
+                if at[first] > at[second]:
+                    raise InvalidSchedule(f"{second} comes before {first}")
+        extra = sorted(set(at) - {Action(k, stage, m) for k in kinds for m in range(schedule.microbatches)})
+        if extra:
+            raise InvalidSchedule(f"{extra[0]} is not among the actions of stage {stage}")
+    simulate(schedule)
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """How long a schedule takes, in the unit of the costs, communication free."""
+
+    makespan: float
+    bubble_fraction: float  # of all stages' time, the part in which they wait
+    peak_in_flight: tuple[int, ...]  # per stage: most micro-batches whose F has run and whose last action has not
+
+
+Cost = float | Sequence[float]
+"""What one action takes: one number for all stages, or one for each."""
+
+
+def simulate(schedule: Schedule, cost_f: Cost = 1.0, cost_b: Cost = 1.0, cost_w: Cost = 1.0) -> Simulation:
+    """Run ``schedule`` with given costs per action; a stage without W actions pays ``cost_b + cost_w`` for a B.
+
+    Raises:
+        InvalidSchedule: stages wait for one another in a circle.
+    """
+    count = len(schedule.stages)
+    f, b, w = (_per_stage(cost, count) for cost in (cost_f, cost_b, cost_w))
+    costs = [{"F": f[s], "B": b[s] if schedule.splits_backward(s) else b[s] + w[s], "W": w[s]} for s in range(count)]
+    finished: dict[Action, float] = {}
+    position, clock, progress = [0] * count, [0.0] * count, True
+    while progress:
+        progress = False
+        for stage, actions in enumerate(schedule.stages):
+            while position[stage] < len(actions):
+                action = actions[position[stage]]
+                needed = _needed(action, count)
+                if needed is not None and needed not in finished:
+                    break
+                ready = finished[needed] if needed is not None else 0.0
+                clock[stage] = finished[action] = max(clock[stage], ready) + costs[stage][action.kind]
+                position[stage] += 1
+                progress = True
+    waiting = [a[i] for a, i in zip(schedule.stages, position, strict=True) if i < len(a)]
+    if waiting:
+        raise InvalidSchedule(", ".join(f"{a} waits for {_needed(a, count)}" for a in waiting) + ": it cannot finish")
+    makespan = max(clock)
+    busy = sum(costs[action.stage][action.kind] for actions in schedule.stages for action in actions)
+    bubble = 1 - busy / (count * makespan) if makespan else 0.0
+    return Simulation(makespan, max(bubble, 0.0), tuple(_peak(actions) for actions in schedule.stages))
+
+
+def _needed(action: Action, stages: int) -> Action | None:
+    """The action of a neighbouring stage that must be finished before ``action`` can start."""
+    if action.kind == "F" and action.stage > 0:
+        return Action("F", action.stage - 1, action.microbatch)
+    if action.kind == "B" and action.stage < stages - 1:
+        return Action("B", action.stage + 1, action.microbatch)
+    return None
+
+
+def _peak(actions: Sequence[Action]) -> int:
+    last = "W" if any(a.kind == "W" for a in actions) else "B" if any(a.kind == "B" for a in actions) else "F"
+    held = peak = 0
+    for action in actions:
+        held += action.kind == "F"
+        peak = max(peak, held)
+        held -= action.kind == last
+    return peak
+
+
+def _per_stage(cost: Cost, stages: int) -> Sequence[float]:
+    return [float(cost)] * stages if isinstance(cost, int | float) else cost

@@ -1,0 +1,266 @@
+"""Segments as readable Python: each value is deleted after its last use, gradients are written where they belong.
+
+A gradient has a destination: its view of the bucket's flat buffer. The first micro-batch overwrites it (``mm(out=view)``), later
+ones accumulate into it (``view.addmm_``), so packing and accumulating cost no pass over memory of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphshard.codegen.loops import Loop, find_loops, write_loop
+from graphshard.dataflow import is_getitem, is_view
+from graphshard.execution import Segment
+from graphshard.program import Role, Section, Slot, val
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
+
+
+@dataclass
+class Code:
+    """A segment, the nodes its arguments are, and the carries that it accumulates into (which ``first`` overwrites)."""
+
+    segment: Segment
+    inputs: list[fx.Node]
+    accumulators: set[Slot]
+
+
+def emit(
+    name: str, nodes: list[fx.Node], outputs: list[fx.Node], section: Section, *, accumulate: bool, first: bool
+) -> Code:
+    """Code for ``nodes``, in order, that returns ``outputs``.
+
+    ``accumulate``: an ``add(carry, value)`` whose carry nobody else reads is done in place; ``first``: it overwrites.
+    """
+    return _Emitter(name, nodes, outputs, section, accumulate, first).run()
+
+
+@dataclass
+class _Destination:
+    """A flat buffer that a pack fills."""
+
+    pack: fx.Node
+    buffer: str
+    overwrite: bool
+    started: bool = False
+
+
+@dataclass
+class _Emitter:
+    name: str
+    nodes: list[fx.Node]
+    outputs: list[fx.Node]
+    section: Section
+    accumulate: bool
+    first: bool
+    lines: list[str] = field(default_factory=list)
+    block: set[fx.Node] = field(default_factory=set)  # inside a loop: the vectors it has a block of
+
+    def run(self) -> Code:
+        self.inside = set(self.nodes)
+        self.accumulated = self._accumulations()
+        self.packs = self._destinations()
+        self.placed = self._placements()
+        inputs: dict[fx.Node, None] = {}
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                source = resolve(source)
+                if source not in self.inside and not self._skips(node, source):
+                    inputs[source] = None
+        self.items: list[fx.Node | Loop] = list(self.nodes) if self.accumulate else find_loops(self.nodes)
+        self.last_use = self._last_uses()
+        header = [f"def {self.name}(args, coordinates, device):"]
+        if inputs:
+            self._line(", ".join(n.name for n in inputs) + (",)" if len(inputs) == 1 else ")") + " = args")
+            self.lines[-1] = "    (" + self.lines[-1].strip()
+            self._line("args.clear()")
+        for item in self.items:
+            if isinstance(item, Loop):
+                self._loop(item)
+            else:
+                self._node(item)
+            dead = [n.name for n in self.last_use.get(item, []) if n in self.defined or n in inputs]
+            if dead:
+                self._line(f"del {', '.join(dead)}")
+        returned = ", ".join(self._expression(n) for n in self.outputs)
+        self._line(f"return ({returned}{',' if len(self.outputs) == 1 else ''})")
+        source = "\n".join(header + self.lines) + "\n"
+        segment = Segment(self.name, source, tuple(n.name for n in inputs), tuple(n.name for n in self.outputs))
+        return Code(segment, list(inputs), set(self.accumulated.values()))
+
+    # Analysis
+
+    def _accumulations(self) -> dict[fx.Node, Slot]:
+        """``add(carry, value)`` nodes that update their carry in place."""
+        if not self.accumulate:
+            return {}
+        found: dict[fx.Node, Slot] = {}
+        written = self.section.outputs
+        for node in self.nodes:
+            if node.target is not aten.add.Tensor or not isinstance(node.args[0], fx.Node):
+                continue
+            slot = self.section.inputs.get(node.args[0])
+            if slot is not None and slot.role is Role.CARRY and written.get(slot) is node and len(node.args[0].users) == 1:
+                found[node] = slot
+        return found
+
+    def _destinations(self) -> dict[fx.Node, _Destination]:
+        """The buffer each pack writes to: the accumulator itself if the pack's only reader accumulates it."""
+        result: dict[fx.Node, _Destination] = {}
+        for node in self.nodes:
+            if node.target is not gs.pack.default:
+                continue
+            reader = next(iter(node.users)) if len(node.users) == 1 else None
+            if reader in self.accumulated and not self.first:
+                result[node] = _Destination(node, reader.args[0].name, overwrite=False, started=True)  # type: ignore[union-attr]
+            else:
+                result[node] = _Destination(node, node.name, overwrite=True)
+        return result
+
+    def _placements(self) -> dict[fx.Node, tuple[_Destination, int]]:
+        """Matrix products that are written straight into a pack's buffer, which is all they are for."""
+        placed: dict[fx.Node, tuple[_Destination, int]] = {}
+        for pack, destination in self.packs.items():
+            parts: Any = pack.args[0]
+            offsets: Any = pack.args[1]
+            for part, offset in zip(parts, offsets, strict=True):
+                if part in self.inside and part.target is aten.mm.default and len(part.users) == 1:
+                    placed[part] = (destination, offset)
+        return placed
+
+    def _skips(self, node: fx.Node, source: fx.Node) -> bool:
+        """The first micro-batch does not read the accumulator."""
+        return self.first and node in self.accumulated and source is node.args[0]
+
+    def _last_uses(self) -> dict[fx.Node | Loop, list[fx.Node]]:
+        """Which values are dead after each item."""
+        last: dict[fx.Node, fx.Node | Loop] = {}
+        self.defined: set[fx.Node] = set()
+        for item in self.items:
+            for node in item.nodes if isinstance(item, Loop) else [item]:
+                for source in node.all_input_nodes:
+                    last[resolve(source)] = item
+                last.setdefault(node, item)
+        aliases = {n: n.args[0] for n in self.accumulated if not self.first}
+        kept = set(self.outputs) | {aliases[n] for n in self.outputs if n in aliases}
+        result: dict[fx.Node | Loop, list[fx.Node]] = {}
+        for node, item in last.items():
+            if node not in kept and node not in self.placed:
+                result.setdefault(item, []).append(node)
+        return result
+
+    # Code
+
+    def _line(self, text: str) -> None:
+        self.lines.append(f"    {text}")
+
+    def _define(self, node: fx.Node, expression: str) -> None:
+        self.defined.add(node)
+        self._line(f"{node.name} = {expression}")
+
+    def _node(self, node: fx.Node) -> None:
+        if node in self.placed:
+            self._place(node, *self.placed[node])
+        elif node in self.packs:
+            self._pack(self.packs[node])
+        elif node in self.accumulated:
+            self._accumulate(node)
+        elif node.target is gs.local_shard.default:
+            flat, parts, axis = node.args
+            size = val(node).numel()
+            self._define(node, f"{self._expression(flat)}.narrow(0, coordinates[{axis!r}] * {size}, {size})")
+        else:
+            self._define(node, self._call(node))
+
+    def _loop(self, loop: Loop) -> None:
+        returned = set(self.outputs)
+        self.block = set(loop.nodes) | set(loop.inputs())
+        self.lines += [f"    {line}" for line in write_loop(loop, self.section, returned, self._name, self._call)]
+        self.block = set()
+        self.defined |= set(loop.outputs(returned))
+
+    def _name(self, node: fx.Node) -> str:
+        return resolve(node).name
+
+    def _call(self, node: fx.Node) -> str:
+        if is_getitem(node):
+            return f"{self._expression(node.args[0])}[{node.args[1]}]"
+        arguments = [self._expression(a) for a in node.args]
+        arguments += [f"{k}={self._expression(v)}" for k, v in node.kwargs.items() if k != "pin_memory"]
+        assert isinstance(node.target, torch._ops.OpOverload)
+        return f"torch.ops.{node.target}({', '.join(arguments)})"
+
+    def _start(self, destination: _Destination) -> None:
+        """Allocate a pack's buffer before the first write; what no part covers is zero."""
+        if destination.started:
+            return
+        destination.started = True
+        pack = destination.pack
+        value = val(pack)
+        self._define(pack, f"torch.empty({value.numel()}, dtype={value.dtype}, device=device)")
+        end = 0
+        for part, offset in sorted(zip(pack.args[0], pack.args[1], strict=True), key=lambda item: item[1]):  # type: ignore[arg-type,index]
+            if offset > end:
+                self._line(f"{pack.name}[{end}:{offset}].zero_()")
+            end = offset + val(part).numel()
+        if end < value.numel():
+            self._line(f"{pack.name}[{end}:].zero_()")
+
+    def _view(self, destination: _Destination, part: fx.Node, offset: int) -> str:
+        shape = tuple(val(part).shape)
+        flat = f"{destination.buffer}[{offset}:{offset + math.prod(shape)}]"
+        return flat if len(shape) == 1 else f"{flat}.view({list(shape)})"
+
+    def _place(self, node: fx.Node, destination: _Destination, offset: int) -> None:
+        self._start(destination)
+        view = self._view(destination, node, offset)
+        left, right = (self._expression(a) for a in node.args)
+        if destination.overwrite:
+            self._line(f"torch.mm({left}, {right}, out={view})")
+        else:
+            self._line(f"{view}.addmm_({left}, {right})")
+
+    def _pack(self, destination: _Destination) -> None:
+        self._start(destination)
+        pack = destination.pack
+        for part, offset in zip(pack.args[0], pack.args[1], strict=True):  # type: ignore[arg-type]
+            if part not in self.placed:
+                method = "copy_" if destination.overwrite else "add_"
+                self._line(f"{self._view(destination, part, offset)}.{method}({self._expression(part)})")
+
+    def _accumulate(self, node: fx.Node) -> None:
+        carry, value = node.args
+        assert isinstance(carry, fx.Node) and isinstance(value, fx.Node)
+        if self.first:
+            # The value becomes the accumulator, which later micro-batches write to: nobody else may hold it.
+            shared = len(value.users) > 1 or is_view(value) or is_getitem(value) or value.op == "placeholder"
+            self._define(node, f"{self._expression(value)}.clone()" if shared else self._expression(value))
+            return
+        destination = self.packs.get(value)
+        if destination is None or destination.overwrite:
+            self._line(f"{carry.name}.add_({self._expression(value)})")
+        self._define(node, carry.name)
+
+    def _expression(self, value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return resolve(value).name + ("_b" if value in self.block else "")
+        if isinstance(value, (list, tuple)):
+            inner = ", ".join(self._expression(v) for v in value)
+            return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+        if isinstance(value, torch.device):
+            return "device"
+        if isinstance(value, float) and not math.isfinite(value):
+            return f'float("{value}")'
+        return repr(value)
+
+
+def resolve(node: fx.Node) -> fx.Node:
+    """A wait gives the collective's own buffer."""
+    return node.args[0] if node.target is c10d.wait_tensor.default else node  # type: ignore[return-value]

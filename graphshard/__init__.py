@@ -1,0 +1,26 @@
+"""graphshard: a compiler for distributed training.
+
+``graphshard.compile(model, plan="zero3+pp4")`` turns an ordinary PyTorch model into a distributed training program.
+"""
+
+from graphshard.compile import Compiled, compile
+from graphshard.errors import GraphshardError
+from graphshard.execution import ExecutionPlan
+from graphshard.mesh import Mesh
+from graphshard.pipeline import Context, Pass, run_passes
+from graphshard.plan import Plan
+from graphshard.program import Program
+
+__all__ = [
+    "Compiled",
+    "Context",
+    "ExecutionPlan",
+    "GraphshardError",
+    "Mesh",
+    "Pass",
+    "Plan",
+    "Program",
+    "compile",
+    "run_passes",
+]
+__version__ = "0.1.0"

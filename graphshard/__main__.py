@@ -1,0 +1,7 @@
+"""``python -m graphshard``."""
+
+import sys
+
+from graphshard.cli import main
+
+sys.exit(main())

@@ -1,0 +1,109 @@
+"""Estimates and facts that passes decide by: what an operation costs, how large a value is, which values are views of weights."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_flatten
+
+from graphshard.dataflow import is_getitem, is_view
+from graphshard.program import Phase, Program, Role, Section, info, val
+
+aten = torch.ops.aten
+
+FLOPS_PER_BYTE = 10.0
+"""What one byte moved to or from memory costs, in FLOPs. A core of about 90 GFLOP/s reads 10 GB/s, a GPU of 67 TFLOP/s
+in float32 about 5 TB/s: both are near 10, and pointwise work is all memory traffic."""
+
+_CASTS = (aten._to_copy.default, aten.clone.default)
+_LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default)
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of a tensor's elements, summed over the tensors of a nested value."""
+    return sum(t.numel() * t.element_size() for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
+
+
+def flops(node: fx.Node) -> int:
+    """Floating-point operations of a node, a multiply-add counted as two; operators without products count one per element."""
+    if not isinstance(node.target, torch._ops.OpOverload) or is_view(node):
+        return 0
+    shapes = [tuple(val(a).shape) if _is_tensor(a) else () for a in node.args]
+    match node.target._schema.name.rpartition("::")[2]:
+        case "mm" | "bmm":
+            return 2 * prod(shapes[0]) * shapes[1][-1]
+        case "addmm" | "baddbmm":
+            return 2 * prod(shapes[1]) * shapes[2][-1]
+        case "mv" | "dot":
+            return 2 * prod(shapes[0])
+        case "convolution":
+            # Every output element reads its kernel once; a transposed convolution scatters every input element instead.
+            elements = prod(shapes[0]) if node.args[6] else val(node).numel()
+            return 2 * elements * prod(shapes[1][1:])
+        case "convolution_backward":
+            elements = prod(shapes[1]) if node.args[7] else prod(shapes[0])
+            wanted: Any = node.args[10]
+            return 2 * elements * prod(shapes[2][1:]) * sum(wanted[:2]) + prod(shapes[0]) * wanted[2]
+        case name if "attention" in name and name.endswith("backward"):
+            return 10 * prod(shapes[1]) * shapes[2][-2]  # five matrix products: the scores again and four gradients
+        case name if "attention" in name:
+            return 4 * prod(shapes[0]) * shapes[1][-2]
+        case _:
+            return sum(t.numel() for t in tree_flatten(val(node))[0] if isinstance(t, torch.Tensor))
+
+
+def cost(node: fx.Node) -> float:
+    """Estimated time of a node in FLOPs: its own, and the bytes it moves at :data:`FLOPS_PER_BYTE`; 0 for views."""
+    if node.op != "call_function" or is_getitem(node) or is_view(node):
+        return 0.0
+    moved = nbytes(val(node))
+    # A lookup reads of its table as much as it returns.
+    moved += moved if node.target in _LOOKUPS else sum(nbytes(val(source)) for source in node.all_input_nodes)
+    return flops(node) + FLOPS_PER_BYTE * moved
+
+
+def has_products(node: fx.Node) -> bool:
+    """Whether the node multiplies matrices: its FLOPs exceed its elements."""
+    return flops(node) > sum(t.numel() for t in tree_flatten(val(node))[0] if isinstance(t, torch.Tensor))
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the node draws random numbers; attention without dropout does not, whatever its tag says."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or "attention" in target._schema.name:
+        return False
+    return torch.Tag.nondeterministic_seeded in target.tags
+
+
+def weight_views(section: Section) -> set[fx.Node]:
+    """Operations that alias, view, copy or cast one parameter and read nothing else."""
+    found: set[fx.Node] = set()
+    for node in section.nodes():
+        sources = node.all_input_nodes
+        if not sources or not (is_getitem(node) or is_view(node) or node.target in _CASTS):
+            continue
+        if all(s in found or (s in section.inputs and section.inputs[s].role is Role.PARAM) for s in sources):
+            found.add(node)
+    return found
+
+
+def weight_views_cross(program: Program) -> list[fx.Node]:
+    """Forward views and casts of parameters that the backward reads, in order.
+
+    Empty after ``normalize``: a parameter that is gathered for the forward would otherwise stay whole until the backward.
+    """
+    views = weight_views(program.body)
+    return [
+        node
+        for node in program.body.nodes()
+        if node in views
+        and info(node).phase is Phase.FORWARD
+        and any(user.op != "output" and info(user).phase is not Phase.FORWARD for user in node.users)
+    ]
+
+
+def _is_tensor(argument: Any) -> bool:
+    return isinstance(argument, fx.Node) and isinstance(val(argument), torch.Tensor)

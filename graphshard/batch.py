@@ -1,0 +1,61 @@
+"""How a batch becomes micro-batches: which tensors are split, along which dim, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from graphshard.errors import BatchDoesNotSplit
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch's arguments, flattened: tensors and whatever else the user passed, in ``spec``'s order."""
+
+    leaves: tuple[Any, ...]
+    spec: TreeSpec
+
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the model takes them: (args, kwargs)."""
+        args, kwargs = tree_unflatten(list(self.leaves), self.spec)
+        return args, kwargs
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """BATCH slot name to tensor."""
+        return {str(i): leaf for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)}
+
+
+def split_batch(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], ranks: int, microbatches: int, batch_dims: Mapping[int, int | None]
+) -> list[list[MicroBatch]]:
+    """Micro-batches by data-parallel rank (outermost), then in order.
+
+    Tensors whose dim 0 has the size of the first tensor's dim 0 are split along it; others are repeated. ``batch_dims`` maps the
+    index of a flattened argument to the dim to split instead, or to None to repeat it.
+
+    Raises:
+        BatchDoesNotSplit: a split dim is not a multiple of ``ranks * microbatches``.
+    """
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+    parts = ranks * microbatches
+    size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0), None)
+    pieces: list[list[Any]] = []
+    for index, leaf in enumerate(leaves):
+        dim: int | None = None
+        if isinstance(leaf, torch.Tensor):
+            if index in batch_dims:
+                dim = batch_dims[index]
+            elif leaf.dim() > 0 and leaf.shape[0] == size:
+                dim = 0
+        if dim is None:
+            pieces.append([leaf] * parts)
+            continue
+        if leaf.shape[dim] % parts:
+            raise BatchDoesNotSplit(index, tuple(leaf.shape), dim, ranks, microbatches)
+        pieces.append(list(leaf.split(leaf.shape[dim] // parts, dim)))
+    flat = [MicroBatch(tuple(piece[i] for piece in pieces), spec) for i in range(parts)]
+    return [flat[r * microbatches : (r + 1) * microbatches] for r in range(ranks)]

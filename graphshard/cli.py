@@ -1,0 +1,196 @@
+"""The command line. Exit status: 0 success, 1 a failed check, 2 bad input, which is one line on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from graphshard.errors import GraphshardError, MeshMisfit, MissingFile, UnknownDump
+from graphshard.mesh import Mesh
+from graphshard.plan import Plan
+from graphshard.program import Level, Program
+
+BAD_INPUT = 2
+
+_MODEL_HELP = (
+    "file.py:factory or package.module:factory, a function without required arguments that returns "
+    "(model, example_inputs), (model, example_inputs, loss_fn) or a dict of compile's arguments"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        return int(options.command(options))
+    except (GraphshardError, OSError) as error:
+        if options.traceback:
+            traceback.print_exc()
+        else:
+            print(f"graphshard: {_message(error)}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def _message(error: GraphshardError | OSError) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Start N local ranks of a training script."""
+    from graphshard.runtime.launch import launch
+
+    if not Path(options.script).is_file():
+        raise MissingFile(options.script, "the training script")
+    # With more threads than cores per rank, ranks of one machine slow each other down.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    status, line = launch(options.n, options.script, options.arguments)
+    if line:
+        print(f"graphshard run: {line}", file=sys.stderr)
+    return status
+
+
+def _dump(options: argparse.Namespace) -> int:
+    """Write every pass's graph, the plan and the code."""
+    output = Path(options.output)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(20, "is no directory to write the dump to", str(output))
+    _compile(options).dump(output)
+    print(f"wrote {len(list(output.iterdir()))} files and folders to {output}")
+    return 0
+
+
+def _explain(options: argparse.Namespace) -> int:
+    """The one-page account of a plan."""
+    compiled = _compile(options)
+    print(json.dumps(compiled.report(), indent=2) if options.json else compiled.explain())
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    """What a pass changed."""
+    first, second = Path(options.first), Path(options.second)
+    if first.is_dir():
+        first, second = _around(first, options.second)
+    for path in (first, second):
+        if not path.is_file():
+            raise MissingFile(str(path), "a graph, or a directory that `graphshard dump` wrote and a pass")
+    from graphshard import text
+    from graphshard.diff import diff
+
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(diff(text.read(first), text.read(second)).render(color=color))
+    return 0
+
+
+def _around(directory: Path, name: str) -> tuple[Path, Path]:
+    """The graphs before and after the pass ``name`` (``zero``, or ``03-zero`` where it ran twice) of a dump."""
+    graphs = sorted(path for path in directory.iterdir() if re.fullmatch(r"\d+-.+\.graph", path.name))
+    after = [i for i, path in enumerate(graphs) if i and name in (path.stem, path.stem.partition("-")[2], path.name)]
+    if len(after) != 1:
+        raise UnknownDump(str(directory), name, [path.stem.partition("-")[2] for path in graphs[1:]])
+    return graphs[after[0] - 1], graphs[after[0]]
+
+
+def _opt(options: argparse.Namespace) -> int:
+    """Run passes over graph text and print graph text."""
+    from graphshard.pipeline import Context, parse_passes, run_passes
+
+    passes = parse_passes(options.passes)
+    if not Path(options.file).is_file():
+        raise MissingFile(options.file, "a graph")
+    from graphshard import text
+
+    program = text.read(Path(options.file))
+    if options.world_size is not None:
+        program.mesh = _resize(program, options.world_size)
+    print(text.to_text(run_passes(program, passes, Context(program.mesh))), end="")
+    return 0
+
+
+def _resize(program: Program, world_size: int) -> Mesh:
+    """The program's mesh with as many replicas as ``world_size`` ranks allow; fixed once parameters are sharded."""
+    mesh = program.mesh
+    if program.level is Level.SHARDED and world_size != mesh.world_size:
+        raise MeshMisfit(world_size, str(mesh), f"it is sharded already, for {mesh.world_size}")
+    kept = mesh.world_size // mesh.size("dp")
+    if world_size % kept:
+        raise MeshMisfit(world_size, str(mesh), f"multiples of {kept} fit")
+    sizes = {"pp": mesh.size("pp"), "dp": world_size // kept, "shard": mesh.size("shard"), "tp": mesh.size("tp")}
+    return Mesh(tuple((axis, size) for axis, size in sizes.items() if size > 1))
+
+
+def _compile(options: argparse.Namespace) -> Any:
+    """Compile MODEL without an executor; what the command line says goes before what the factory's dict says."""
+    plan = Plan.parse(options.plan) if options.plan is not None else None  # before the slow imports
+    from graphshard import factory
+    from graphshard.compile import compile as compile_model
+
+    known = inspect.signature(compile_model).parameters
+    arguments = factory.load(options.model, known, options.device)
+    arguments |= {"executor": "none"}
+    if plan is not None:
+        arguments["plan"] = plan
+    if options.world_size is not None:
+        arguments["world_size"] = options.world_size
+    if options.device not in (None, "meta"):
+        arguments["device"] = options.device
+    return compile_model(**arguments)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="graphshard", description="Compile a PyTorch model into a distributed training program.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, function: Any) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=function.__doc__, description=function.__doc__, allow_abbrev=False)
+        added.add_argument("--traceback", action="store_true", help="show where an error was raised")
+        added.set_defaults(command=function)
+        return added
+
+    run = command("run", _run)
+    run.add_argument("-n", type=_count, required=True, metavar="N", help="number of ranks")
+    run.add_argument("script", help="a Python file")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
+
+    dump = command("dump", _dump)
+    dump.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to write to")
+    diff = command("diff", _diff)
+    diff.add_argument("first", metavar="DIR|A.graph", help="a dump, or a graph")
+    diff.add_argument("second", metavar="PASS|B.graph", help="a pass of the dump, or a graph")
+
+    opt = command("opt", _opt)
+    opt.add_argument("file", metavar="FILE.graph")
+    opt.add_argument("--passes", required=True, help='such as "zero:stage=3;bucket"')
+    opt.add_argument("--world-size", type=_count, metavar="N", help="number of ranks; default: as the file says")
+
+    explain = command("explain", _explain)
+    explain.add_argument("--json", action="store_true", help="the report as JSON")
+    for added in (dump, explain):
+        added.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+        added.add_argument("--plan", metavar="P", help="such as zero3+pp4; default: dp")
+        added.add_argument(
+            "--world-size", type=_count, metavar="N", help="number of ranks; default: the plan's sizes, else 2"
+        )
+        added.add_argument("--device", metavar="D", help="build the model there; meta: without storage")
+    return parser

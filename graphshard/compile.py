@@ -1,0 +1,467 @@
+"""``graphshard.compile``: from a model and a plan to an object that trains."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_unflatten
+
+from graphshard import dump, report, trace
+from graphshard.batch import MicroBatch, split_batch
+from graphshard.codegen import schedule as schedules
+from graphshard.codegen.lower import lower
+from graphshard.errors import ExecutorNone, NeedsExampleInputs, UnknownExecutor
+from graphshard.execution import ExecutionPlan
+from graphshard.mesh import Mesh
+from graphshard.optim import CompiledOptimizer
+from graphshard.passes import default_passes, with_passes
+from graphshard.pipeline import Context, Observer, Pass, Placement, run_passes
+from graphshard.plan import Plan
+from graphshard.program import Program, Role
+from graphshard.runtime.executor import Executor
+from graphshard.runtime.storage import Storage
+from graphshard.update import add_update, make_optimizer
+
+logger = logging.getLogger("graphshard")
+
+Mode = Literal["train", "evaluate", "call"]
+OptimizerLike = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+def compile(
+    model: nn.Module,
+    plan: str | Plan = "dp",
+    *,
+    loss_fn: Callable[..., Tensor] | None = None,
+    optimizer: OptimizerLike | None = None,
+    example_inputs: Any = None,
+    world_size: int | None = None,
+    device: torch.device | str | None = None,
+    executor: str = "auto",
+    max_grad_norm: float | None = None,
+    timeout_s: float = 600.0,
+    passes: Sequence[Pass] | None = None,
+    dump_dir: str | Path | None = None,
+    init: Callable[[nn.Module], object] | None = None,
+    seed: int = 0,
+) -> Compiled:
+    """Compile ``model`` for training by ``plan``.
+
+    Args:
+        model: on CPU, GPU or the meta device. The compiled object copies its parameters, and in a distributed run takes
+            them over: the module is left on the meta device.
+        plan: a plan string such as ``"zero3+pp4"``, or a Plan.
+        loss_fn: ``loss = loss_fn(model(x), *targets)`` for ``step(x, *targets)``; a tuple x is ``model(*x)``, a dict
+            ``model(**x)``. None: ``step(*args, **kwargs)`` is ``model(*args, **kwargs)``, which returns the loss or an
+            object or dict that holds it as ``loss``.
+        optimizer: over ``model.parameters()``, or a factory such as ``functools.partial(torch.optim.AdamW, lr=3e-4)``.
+        example_inputs: what ``step`` will be given, a tuple of its arguments or a pair (tuple, dict): trace now.
+        world_size: number of ranks; None: the process group's, else what the plan says, 2 for an axis without a size.
+        device: where to run; None: the model's, for a meta model the executor's.
+        executor: "distributed", "local", "none" (compile only), or "auto": distributed under torchrun, else local.
+        max_grad_norm: clip the global gradient norm to this.
+        timeout_s: distributed: how long a rank may wait in one instruction.
+        passes: replacements (by name) for passes of the plan, or extra ones, which run after ``normalize``.
+        dump_dir: write every pass's graph here.
+        init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
+        seed: of dropout and other random operators.
+
+    Raises:
+        GraphshardError: a subclass that names the mistake.
+    """
+    parsed = plan if isinstance(plan, Plan) else Plan.parse(plan)
+    kind = _executor_kind(executor)
+    if world_size is None and kind == "distributed":
+        world_size = _distributed_world_size()
+    compiled = Compiled(
+        model=model,
+        plan=parsed,
+        mesh=parsed.mesh(world_size),
+        loss_fn=loss_fn,
+        optimizer=None if optimizer is None else make_optimizer(model, optimizer),
+        executor=kind,
+        device=device,
+        max_grad_norm=max_grad_norm,
+        timeout_s=timeout_s,
+        passes=with_passes(default_passes(parsed), passes or ()),
+        dump_dir=None if dump_dir is None else Path(dump_dir),
+        init=init,
+        seed=seed,
+    )
+    if example_inputs is not None:
+        args, kwargs = _example(example_inputs)
+        compiled.trace(*args, **kwargs)
+    return compiled
+
+
+def _executor_kind(executor: str) -> str:
+    if executor not in ("auto", "distributed", "local", "none"):
+        raise UnknownExecutor(executor)
+    if executor != "auto":
+        return executor
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return "distributed" if (dist.is_available() and dist.is_initialized()) or launched else "local"
+
+
+def _distributed_world_size() -> int:
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
+        return inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+@dataclass
+class _Build:
+    """One compiled program: of a mode, for inputs of one signature."""
+
+    program: Program
+    plan: ExecutionPlan
+    captured: trace.Captured
+    mode: Mode
+    example: MicroBatch
+    placement: Placement | None  # what the passes were given
+
+
+@dataclass
+class Compiled:
+    """What :func:`compile` returns; made by it alone."""
+
+    model: nn.Module
+    plan: Plan
+    mesh: Mesh
+    loss_fn: Callable[..., Tensor] | None
+    executor: str
+    device: torch.device | str | None
+    max_grad_norm: float | None
+    timeout_s: float
+    passes: list[Pass]
+    dump_dir: Path | None
+    seed: int
+    init: Callable[[nn.Module], object] | None = None
+    optimizer: Any = None
+    _builds: dict[tuple[Any, ...], _Build] = field(default_factory=dict)
+    _main: _Build | None = None
+    _placement: Placement | None = None
+    _runtime: Executor | None = None
+    _storage: Storage | None = None
+    _steps: int = 0
+
+    def __post_init__(self) -> None:
+        self._params = trace.describe_params(self.model)
+        self._names = trace.parameter_names(self.model)
+        self._user_optimizer: Optimizer | None = self.optimizer
+        if self._user_optimizer is not None:
+            self.optimizer = CompiledOptimizer(
+                self._user_optimizer, self._names, read_state=self._read_state, write_state=self._write_state
+            )
+
+    # Facts
+
+    @property
+    def microbatches(self) -> int:
+        """Micro-batches a step runs on each data-parallel rank."""
+        return self.plan.microbatch_count(self.mesh)
+
+    @property
+    def rank(self) -> int:
+        """This process's rank; 0 for the local executor."""
+        return dist.get_rank() if self.executor == "distributed" and dist.is_initialized() else 0
+
+    @property
+    def dp_size(self) -> int:
+        """Number of data-parallel ranks."""
+        return self.mesh.dp_size
+
+    @property
+    def dp_rank(self) -> int:
+        """This process's index among the data-parallel ranks."""
+        return self.mesh.dp_rank(self.rank)
+
+    @property
+    def program(self) -> Program:
+        """The training program after the last pass."""
+        return self._built().program
+
+    @property
+    def execution_plan(self) -> ExecutionPlan:
+        """Every rank's instructions for a training step."""
+        return self._built().plan
+
+    # Running
+
+    def step(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """Forward, backward and update.
+
+        Args:
+            batch: distributed: this data-parallel rank's part of the batch; local: the global batch.
+
+        Returns:
+            The loss, averaged over data-parallel ranks and micro-batches: a 0-d tensor.
+
+        Raises:
+            BatchDoesNotSplit: the batch does not split into the plan's micro-batches.
+        """
+        parts = self._split(batch, kwargs, self.microbatches)
+        build = self._build("train", parts[0][0], self.microbatches)
+        lrs = [] if self.optimizer is None else self.optimizer.lrs()
+        loss = self._run(build, parts, lrs).loss
+        self._steps += 1
+        if self.optimizer is not None:
+            self.optimizer.note_step()
+        assert loss is not None
+        return loss.clone()
+
+    def evaluate(self, *batch: Any, **kwargs: Any) -> Tensor:
+        """The loss of a batch in evaluation mode, without an update; arguments and result as for :meth:`step`."""
+        parts = self._split(batch, kwargs, self.microbatches)
+        if self._main is None:
+            self._build("train", parts[0][0], self.microbatches)
+        loss = self._run(self._build("evaluate", parts[0][0], self.microbatches), parts, []).loss
+        assert loss is not None
+        return loss.clone()
+
+    def __call__(self, *batch: Any, **kwargs: Any) -> Any:
+        """The model's output in evaluation mode, without the loss.
+
+        Returns:
+            What the model returns; data-parallel parts are joined along dim 0. Distributed: None on ranks that are not
+            of the last stage.
+
+        Raises:
+            NeedsExampleInputs: nothing was traced before that says where parameters live.
+        """
+        if self._main is None and self._user_optimizer is not None:
+            raise NeedsExampleInputs()
+        parts = self._split(batch, kwargs, 1)
+        build = self._build("call", parts[0][0], 1)
+        outputs = self._run(build, parts, []).outputs
+        return _assemble(build.captured, parts, outputs)
+
+    def trace(self, *batch: Any, **kwargs: Any) -> None:
+        """Compile the training step for arguments like these without running it."""
+        parts = self._split(batch, kwargs, self.microbatches)
+        self._build("train", parts[0][0], self.microbatches)
+
+    def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> list[list[MicroBatch]]:
+        ranks = 1 if self.executor == "distributed" else self.dp_size
+        return split_batch(args, kwargs, ranks, microbatches, dict(self.plan.batch_dims))
+
+    def _run(self, build: _Build, parts: list[list[MicroBatch]], lrs: list[float]) -> Any:
+        runtime, _ = self._start()
+        first = self.dp_rank if self.executor == "distributed" else 0
+        batches = {first + i: [part.leaves for part in row] for i, row in enumerate(parts)}
+        return runtime.step(build.plan, batches, seed=self.seed, step=self._steps, lrs=lrs)
+
+    # Building
+
+    def _built(self) -> _Build:
+        if self._main is None:
+            raise NeedsExampleInputs()
+        return self._main
+
+    def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> _Build:
+        args, kwargs = example.arguments()
+        hyper = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
+        key = (mode, trace.input_signature(args, kwargs), hyper, self.model.training)
+        if key in self._builds:
+            return self._builds[key]
+        if any(known[0] == mode for known in self._builds):
+            logger.warning("graphshard: new input shapes %s: tracing %s again", _shapes(example), mode)
+        captured = self._capture(mode, args, kwargs, microbatches)
+        first, placement = self._main is None, self._placement
+        observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
+        program = run_passes(captured.program, self.passes, Context(self.mesh, placement), observer)
+        plan = lower(program, self._schedule(mode, microbatches))
+        build = self._builds[key] = _Build(program, plan, captured, mode, example, placement)
+        if first:
+            self._main, self._placement = build, _placement(program)
+            if self.dump_dir is not None and self.rank == 0:
+                dump.write_plan(self.dump_dir, plan)
+        if self._storage is not None:
+            self._storage.learn(plan)
+        return build
+
+    def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> trace.Captured:
+        """The program before the first pass."""
+        captured = trace.capture(
+            self.model, self.loss_fn, args, kwargs, mode=mode, microbatches=microbatches, group_of=self._groups()
+        )
+        captured.program.mesh = self.mesh
+        if mode == "train" and self._user_optimizer is not None:
+            add_update(captured.program, self._user_optimizer, self._names, self.max_grad_norm)
+        return captured
+
+    def _groups(self) -> dict[str, int]:
+        if self._user_optimizer is None:
+            return {}
+        groups = enumerate(self._user_optimizer.param_groups)
+        return {self._names[id(p)]: i for i, group in groups for p in group["params"] if id(p) in self._names}
+
+    def _schedule(self, mode: Mode, microbatches: int) -> schedules.Schedule:
+        stages = self.mesh.size("pp")
+        if mode == "train":
+            return schedules.make(self.plan.schedule, stages, microbatches)
+        return schedules.forward_only(stages, microbatches)
+
+    # State
+
+    def _start(self) -> tuple[Executor, Storage]:
+        """The executor and what it stores: at first the model's parameters and buffers, if they have values."""
+        if self._runtime is not None and self._storage is not None:
+            return self._runtime, self._storage
+        if self.executor == "none":
+            raise ExecutorNone()
+        build = self._built()
+        self._runtime = self._make_executor()
+        self._storage = Storage(self._runtime, *(b.plan for b in self._builds.values()))
+        self._state_names = list(self.model.state_dict(keep_vars=True))
+        if self.init is not None:
+            self.model.to_empty(device="cpu")
+            self.init(self.model)
+        params = {self._names[id(p)]: p.detach() for p in self.model.parameters()}
+        if not any(p.is_meta for p in params.values()):
+            self._storage.write_params(params)
+            self._storage.write_buffers(dict(self.model.named_buffers(remove_duplicate=False)))
+        user = self._user_optimizer
+        state = user.state_dict() if user is not None and user.state else None
+        if self.executor == "distributed" and build.plan.mesh.world_size > 1:
+            replaced = _release(self.model, [o for o in (user, self.optimizer) if o is not None])
+            self._names = {replaced[old]: name for old, name in self._names.items()}
+        if state is not None:
+            self.optimizer.load_state_dict(state)
+        return self._runtime, self._storage
+
+    def _make_executor(self) -> Executor:
+        device = torch.device(self.device) if self.device is not None else _device_of(self.model)
+        if self.executor == "distributed":
+            from graphshard.runtime.distributed import DistributedExecutor
+
+            default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return DistributedExecutor(self.mesh, device or default, timeout_s=self.timeout_s)
+        from graphshard.runtime.local import LocalExecutor
+
+        return LocalExecutor(self.mesh, device or "cpu", measure_memory=True)
+
+    def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
+        """Full parameters and buffers under the model's own names, tied names included. Collective: all ranks call it.
+
+        Args:
+            rank0_only: only rank 0 gets the tensors, the others an empty dict.
+        """
+        _, storage = self._start()
+        values = storage.read_params(rank0_only) | storage.read_buffers(rank0_only)
+        if rank0_only and self.rank != 0:
+            return {}
+        canonical = {alias: p.name for p in self._params.values() for alias in (p.name, *p.aliases)}
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        result = {}
+        for name in self._state_names:
+            value = values.get(canonical.get(name, name))
+            result[name] = value if value is not None else buffers[name].detach().clone()
+        return result
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them.
+
+        Raises:
+            StateMismatch: a tensor is missing or has another shape.
+        """
+        _, storage = self._start()
+        params = {name: state.get(name, next((state[a] for a in p.aliases if a in state), None)) for name, p in self._params.items()}
+        storage.write_params({name: value for name, value in params.items() if value is not None})
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        storage.write_buffers({name: state.get(name, buffer) for name, buffer in buffers.items()})
+
+    def _read_state(self) -> dict[str, dict[str, Tensor]]:
+        return self._start()[1].read_state()
+
+    def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._start()[1].write_state(state)
+
+    # Accounts
+
+    def dump(self, path: str | Path) -> None:
+        """Write every pass's graph, the plan, and the code of each stage into the folder ``path``."""
+        build = self._built()
+        captured = self._capture(build.mode, *build.example.arguments(), build.program.microbatches)
+        context = Context(self.mesh, build.placement)
+        program = run_passes(captured.program, self.passes, context, dump.writer(Path(path)))
+        dump.write_plan(Path(path), lower(program, self._schedule(build.mode, program.microbatches)))
+
+    def explain(self) -> str:
+        """What each pass did, bytes per rank, collectives, bubble: one page of text."""
+        return report.explain(self.report())
+
+    def report(self) -> dict[str, Any]:
+        """The same as data that json can write."""
+        build = self._built()
+        return report.report(build.program, build.plan, self.plan, self._runtime)
+
+
+def _placement(program: Program) -> Placement:
+    stages = {name: param.stages for name, param in program.params.items()}
+    holders: dict[str, set[int]] = {}
+    for section in program.sections().values():
+        for slot in section.inputs.values():
+            if slot.role is Role.BUFFER:
+                holders.setdefault(slot.name, set()).add(slot.stage)
+    stages |= {name: tuple(sorted(held)) for name, held in holders.items()}
+    return Placement(stages, dict(program.buckets))
+
+
+def _assemble(captured: trace.Captured, parts: list[list[MicroBatch]], outputs: dict[int, dict[str, list[Tensor]]]) -> Any:
+    """The model's output from those of the data-parallel ranks: batch dims are joined, the rest is the first rank's."""
+    ranks = [outputs[rank] for rank in sorted(outputs) if outputs[rank]]
+    if not ranks:
+        return None
+    size = next((t.shape[0] for t in parts[0][0].leaves if isinstance(t, Tensor) and t.dim() > 0), None)
+    leaves: list[Any] = list(captured.output_leaves)
+    for name in ranks[0]:
+        values = [rank[name][0] for rank in ranks]
+        joined = values[0].dim() > 0 and values[0].shape[0] == size and len(values) > 1
+        leaves[int(name)] = torch.cat(values) if joined else values[0]
+    assert captured.out_spec is not None
+    return tree_unflatten(leaves, captured.out_spec)
+
+
+def _shapes(example: MicroBatch) -> str:
+    return ", ".join(str(list(t.shape)) for t in example.leaves if isinstance(t, Tensor))
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """The model's device; None for a meta model."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t.device for t in tensors if t.device.type != "meta"), None)
+
+
+def _release(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, int]:
+    """Leave ``model`` on the meta device: the ranks hold its parameters now, and their memory is free.
+
+    Returns the id of each new Parameter by that of the one it replaces, in the model and the optimizers' groups.
+    """
+    new: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                if old not in new:
+                    new[old] = nn.Parameter(old.detach().to("meta"), requires_grad=old.requires_grad)
+                module._parameters[name] = new[old]
+    for optimizer in optimizers:
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            group["params"] = [new.get(p, p) for p in group["params"]]
+    return {id(old): id(replacement) for old, replacement in new.items()}

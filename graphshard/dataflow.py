@@ -1,0 +1,74 @@
+"""Questions about a graph's structure: what depends on what, and which operators are views or pointwise."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+_POINTWISE_UNTAGGED = {
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh_copy.default,
+}
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each element of the result depends on the same element of the inputs alone (scalars broadcast)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return torch.Tag.pointwise in target.tags or target in _POINTWISE_UNTAGGED
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the result shares storage with an input."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(
+        argument.alias_info is not None and not argument.alias_info.is_write for argument in target._schema.arguments
+    )
+
+
+def is_getitem(node: fx.Node) -> bool:
+    """Whether the node picks one result of an operator with several."""
+    return node.target is operator.getitem
+
+
+def downstream(
+    nodes: Iterable[fx.Node], stop: Callable[[fx.Node], bool] | None = None, include_stop: bool = False
+) -> list[fx.Node]:
+    """Operations that depend on any of ``nodes``, in graph order; the search does not go through a ``stop`` node."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        for user in pending.pop().users:
+            if user.op != "call_function" or user in found:
+                continue
+            if stop is not None and stop(user):
+                if include_stop:
+                    found.add(user)
+                continue
+            found.add(user)
+            pending.append(user)
+    return sorted(found)
+
+
+def upstream(nodes: Iterable[fx.Node], stop: Callable[[fx.Node], bool] | None = None) -> set[fx.Node]:
+    """``nodes`` and everything they depend on, placeholders included; the search does not go through a ``stop`` node."""
+    found = set(nodes)
+    pending = list(found)
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source not in found and not (stop is not None and stop(source)):
+                found.add(source)
+                pending.append(source)
+    return found

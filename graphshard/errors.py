@@ -1,0 +1,360 @@
+"""Every mistake a user can make, one class each. The command line prints the message alone and exits with status 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GraphshardError(Exception):
+    """Base of all errors caused by input. Our own bugs are assertions, never this."""
+
+
+class IllegalProgram(GraphshardError):
+    """A Program breaks a rule of its level: what is wrong and the node where it was found."""
+
+    def __init__(self, rule: str, where: str) -> None:
+        super().__init__(f"illegal program: {rule} (at {where})")
+        self.rule = rule
+        self.where = where
+
+
+class UnknownPass(GraphshardError):
+    """A pass name that is neither in the table nor an importable ``module:Class``."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}, or module:Class"
+        super().__init__(f"unknown pass {name!r}; {hint}")
+
+
+class PassOptionError(GraphshardError):
+    """An option a pass does not have, or a value of the wrong type."""
+
+    def __init__(self, name: str, item: str, expected: str) -> None:
+        super().__init__(f"pass {name!r} does not take {item!r}; expected {expected}")
+
+
+class PlanSyntaxError(GraphshardError):
+    """A plan string that does not parse; ``column`` counts from 1."""
+
+    def __init__(self, text: str, column: int, problem: str) -> None:
+        super().__init__(f"plan {text!r}, column {column}: {problem}")
+        self.text = text
+        self.column = column
+
+
+class PlanNotSupported(GraphshardError):
+    """A token or option that the grammar knows and this version cannot do."""
+
+    def __init__(self, text: str, column: int, what: str) -> None:
+        super().__init__(f"plan {text!r}, column {column}: {what!r} is not supported in this version")
+        self.text = text
+        self.column = column
+
+
+class PlanFieldError(GraphshardError):
+    """A Plan built in Python with a field that no plan string could say."""
+
+    def __init__(self, name: str, value: object, expected: str) -> None:
+        super().__init__(f"Plan({name}={value!r}): expected {expected}")
+
+
+class PlanSizeError(GraphshardError):
+    """A plan whose sizes do not fit the number of ranks."""
+
+    def __init__(self, plan: str, world_size: int, right: str) -> None:
+        super().__init__(f"plan {plan!r} does not fit {world_size} ranks; {right}")
+
+
+class InvalidSchedule(GraphshardError):
+    """A pipeline schedule that cannot run, or whose text does not parse."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"invalid schedule: {problem}")
+
+
+class BadModelReference(GraphshardError):
+    """MODEL on the command line names nothing that can be imported."""
+
+    def __init__(self, reference: str, problem: str) -> None:
+        super().__init__(f"MODEL {reference!r}: {problem}; expected file.py:factory or package.module:factory")
+
+
+class MissingFactory(GraphshardError):
+    """The module has no function of the name that MODEL says."""
+
+    def __init__(self, reference: str, name: str, defined: Iterable[str]) -> None:
+        names = sorted(defined)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(names) or 'no functions'}"
+        super().__init__(f"MODEL {reference!r}: there is no function {name!r}; {hint}")
+
+
+class ModelCodeFailed(GraphshardError):
+    """The user's module or factory raised; ``where`` is the line of theirs."""
+
+    def __init__(self, reference: str, doing: str, error: BaseException, where: str) -> None:
+        text = " ".join(str(error).split())
+        super().__init__(f"MODEL {reference!r}: {doing} raised {type(error).__name__}: {text} ({where})")
+
+
+class BadFactoryResult(GraphshardError):
+    """A factory that cannot be called without arguments, or returned something else than a model and its inputs."""
+
+    def __init__(self, reference: str, problem: str) -> None:
+        super().__init__(
+            f"MODEL {reference!r}: {problem}; expected a function without required arguments that returns "
+            "(model, example_inputs), (model, example_inputs, loss_fn) or a dict of compile's arguments"
+        )
+
+
+class UnknownDump(GraphshardError):
+    """``diff DIR PASS`` where DIR has no graph of that pass, or none before it, or several."""
+
+    def __init__(self, directory: str, name: str, dumped: Iterable[str]) -> None:
+        names = list(dumped)
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        listing = ", ".join(names) or "no graphs; expected a directory that `graphshard dump` wrote"
+        super().__init__(f"{directory}: cannot tell which pass {name!r} is; {hint}it holds {listing}")
+
+
+class MeshMisfit(GraphshardError):
+    """Ranks that a program's mesh cannot have."""
+
+    def __init__(self, world_size: int, mesh: str, right: str) -> None:
+        super().__init__(f"the program's mesh ({mesh or 'one rank'}) does not fit {world_size} ranks; {right}")
+
+
+class BatchDoesNotSplit(GraphshardError):
+    """A batch whose size is not a multiple of the number of parts it must be split into."""
+
+    def __init__(self, index: int, shape: tuple[int, ...], dim: int, ranks: int, microbatches: int) -> None:
+        parts = ranks * microbatches
+        below = max(shape[dim] // parts, 1) * parts
+        nearest = sorted({below, (shape[dim] // parts + 1) * parts})
+        super().__init__(
+            f"batch tensor {index} of shape {list(shape)} does not split into {ranks} data-parallel ranks x "
+            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts}, such as {' or '.join(map(str, nearest))}"
+        )
+
+
+class PlanError(GraphshardError):
+    """An execution plan that must not run: the rule it breaks and the instructions around the spot, per stage."""
+
+    def __init__(self, rule: str, excerpt: str) -> None:
+        super().__init__(f"the plan cannot run: {rule}\n{excerpt}")
+        self.rule = rule
+        self.excerpt = excerpt
+
+
+class StuckPlan(GraphshardError):
+    """No rank of the local executor can go on: who waits for whom, one line per rank."""
+
+    def __init__(self, waits: Iterable[str]) -> None:
+        super().__init__("no rank can go on; a plan must not wait in a circle:\n" + "\n".join(f"  {w}" for w in waits))
+
+
+class WaitTimeout(GraphshardError):
+    """A rank waited too long in one instruction."""
+
+    def __init__(self, rank: int, instruction: str, peers: str, timeout_s: float) -> None:
+        super().__init__(
+            f"rank {rank} waited more than {timeout_s:g} s for {peers} in: {instruction}; "
+            "that rank failed, hangs or is slower than timeout_s allows"
+        )
+
+
+class PeerFailed(GraphshardError):
+    """The other side of a communication is gone."""
+
+    def __init__(self, rank: int, instruction: str, peers: str, cause: str) -> None:
+        super().__init__(f"rank {rank} lost {peers} in: {instruction}; look for that rank's own error ({cause})")
+
+
+class PlanMismatch(GraphshardError):
+    """Ranks that should run one plan have different ones."""
+
+    def __init__(self, what: str, by_plan: dict[str, list[int]]) -> None:
+        groups = "; ".join(f"ranks {', '.join(map(str, ranks))} have {plan}" for plan, ranks in by_plan.items())
+        super().__init__(
+            f"ranks disagree on the {what}: {groups}; every rank must be given the same model, plan, options and input shapes"
+        )
+
+
+class WorldSizeMismatch(GraphshardError):
+    """The running process group has not as many ranks as the plan's mesh."""
+
+    def __init__(self, mesh: str, needed: int, given: int) -> None:
+        super().__init__(f"a mesh of {mesh or 'one rank'} needs {needed} processes; the process group has {given}")
+
+
+class NoProcessGroup(GraphshardError):
+    """The distributed executor was asked for in a process that no launcher started."""
+
+    def __init__(self, missing: Iterable[str]) -> None:
+        super().__init__(
+            f"executor='distributed' needs a process group, but {', '.join(missing)} is not set; "
+            "start the script with torchrun or 'graphshard run -n N', or use executor='local'"
+        )
+
+
+class NoValue(GraphshardError):
+    """A step needs a parameter, buffer or constant that was never given a value."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} has no value yet; call load_state_dict, or give compile an init function")
+
+
+class StateMismatch(GraphshardError):
+    """A tensor handed in for a parameter, buffer or optimizer state is missing, left over, or of the wrong shape."""
+
+    def __init__(self, name: str, given: str, expected: str) -> None:
+        super().__init__(f"{name}: given {given}; expected {expected}")
+
+
+class OptimizerNotElementwise(GraphshardError):
+    """An update that looks at more than one element at a time cannot run on a shard of the parameters."""
+
+    def __init__(self, operator: str, parameter: str, optimizer: str = "the optimizer") -> None:
+        super().__init__(
+            f"{optimizer} is not elementwise: its update of {parameter!r} uses {operator}, so it cannot run on shards; "
+            "use a plan that shards nothing (dp, pp), or an elementwise optimizer such as AdamW"
+        )
+
+
+class OptimizerNotTraceable(GraphshardError):
+    """The optimizer's step does something that cannot become a graph."""
+
+    def __init__(self, optimizer: str, reason: str, where: str = "") -> None:
+        place = f" ({where})" if where else ""
+        super().__init__(
+            f"{optimizer}.step cannot be traced{place}: {reason}; write the update as tensor operations on each "
+            "parameter, its gradient and its state, with torch.where instead of a branch on their values"
+        )
+
+
+class OptimizerNeedsClosure(GraphshardError):
+    """The optimizer evaluates the loss itself."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(
+            f"{optimizer}.step needs a closure that evaluates the loss, which a compiled step does not offer; "
+            "use an optimizer whose step() takes no arguments, such as AdamW or SGD"
+        )
+
+
+class NotAnOptimizer(GraphshardError):
+    """What was given as optimizer is neither one nor makes one."""
+
+    def __init__(self, given: object) -> None:
+        super().__init__(
+            f"optimizer is {given!r}; expected a torch.optim.Optimizer over model.parameters(), or a function of them "
+            "that makes one, such as functools.partial(torch.optim.AdamW, lr=3e-4)"
+        )
+
+
+class OptimizerForeignParameter(GraphshardError):
+    """The optimizer updates a tensor that is not a parameter of the model."""
+
+    def __init__(self, group: int, index: int, shape: Iterable[int]) -> None:
+        super().__init__(
+            f"parameter {index} of the optimizer's group {group}, of shape {list(shape)}, is not a parameter of the "
+            "model; build the optimizer over model.parameters() after the model is in its final form"
+        )
+
+
+class OptimizerStateMismatch(GraphshardError):
+    """A state dict that does not belong to this optimizer."""
+
+    def __init__(self, what: str, given: object, expected: object) -> None:
+        super().__init__(f"optimizer state dict: {what}: given {given}; expected {expected}")
+
+
+class UpdateIsPartOfStep(GraphshardError):
+    """A call on the compiled optimizer that has no meaning there, because compiled.step updates the parameters."""
+
+    def __init__(self, call: str, instead: str) -> None:
+        super().__init__(f"{call} on a compiled model's optimizer: compiled.step runs the optimizer itself; {instead}")
+
+
+class MissingFile(GraphshardError):
+    """A path on the command line that is no file."""
+
+    def __init__(self, path: str, expected: str) -> None:
+        super().__init__(f"there is no file {path!r}; expected {expected}")
+
+
+class TooManyStages(GraphshardError):
+    """More pipeline stages than the graph has places to cut."""
+
+    def __init__(self, stages: int, most: int) -> None:
+        super().__init__(f"the model cannot be cut into {stages} pipeline stages; its graph allows at most {most}")
+
+
+class StageTooSmall(GraphshardError):
+    """A limit on the parameter bytes of a stage that no cut keeps."""
+
+    def __init__(self, limit_gb: float, stages: int, needed_gb: float) -> None:
+        super().__init__(
+            f"no cut into {stages} stages keeps every stage's parameters within {limit_gb:g} GB; "
+            f"the best one needs {needed_gb:.3g} GB"
+        )
+
+
+class UnknownStageModule(GraphshardError):
+    """``stages=`` names a module in which nothing is computed."""
+
+    def __init__(self, path: str, known: Iterable[str]) -> None:
+        names = list(dict.fromkeys(known))
+        near = difflib.get_close_matches(path, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+        super().__init__(f"stages: no module {path!r} in the model's graph; {hint}")
+
+
+class StageCountMismatch(GraphshardError):
+    """``stages=`` does not say where each stage begins."""
+
+    def __init__(self, given: int, stages: int) -> None:
+        super().__init__(f"stages: {given} modules for {stages} pipeline stages; give {stages - 1}, where stages 1 and later begin")
+
+
+class StagesOutOfOrder(GraphshardError):
+    """``stages=`` names a module that does not begin after the one before it."""
+
+    def __init__(self, path: str, previous: str) -> None:
+        super().__init__(f"stages: module {path!r} does not begin after {previous!r}; list them in the order they run")
+
+
+class CutSplitsBuffer(GraphshardError):
+    """``stages=`` cuts between where a buffer is read and where it is updated."""
+
+    def __init__(self, path: str, buffer: str) -> None:
+        super().__init__(
+            f"stages: a stage that begins at {path!r} reads buffer {buffer!r} on one stage and updates it on another; "
+            "begin the stage before the first use of the buffer"
+        )
+
+
+class UnknownExecutor(GraphshardError):
+    """An executor that does not exist."""
+
+    def __init__(self, executor: object) -> None:
+        super().__init__(f"unknown executor {executor!r}; it is 'auto', 'distributed', 'local' or 'none'")
+
+
+class ExecutorNone(GraphshardError):
+    """Running what was compiled with ``executor="none"``."""
+
+    def __init__(self) -> None:
+        super().__init__("compiled with executor='none', which runs nothing; compile with executor='local' or 'auto' to run it")
+
+
+class NeedsExampleInputs(GraphshardError):
+    """Something that needs the training graph was asked for before anything was traced."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "nothing was traced yet, so it is not known where parameters live; pass example_inputs to compile, or call step first"
+        )

@@ -1,0 +1,250 @@
+"""The execution plan: what every rank does in a step, as data. codegen makes it, runtime runs it, prove.py proves it.
+
+All data-parallel ranks of a stage run the same instructions, so a plan holds one list per stage. Values live in a rank's
+environment under a :class:`Ref`; storage that outlives a step (parameters, state, buffers) is a Ref too, named by its
+slot, with no micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+
+from graphshard.mesh import Mesh
+from graphshard.program import Bucket, Param, Role, Slot
+
+
+class Op(StrEnum):
+    RUN = "RUN"  # run a segment
+    GATHER = "GATHER"  # start an all-gather
+    REDUCE = "REDUCE"  # start a reduce-scatter, an all-reduce or a broadcast
+    SEND = "SEND"  # start sending to another stage
+    RECV = "RECV"  # start receiving from another stage
+    WAIT = "WAIT"  # block until the communication that makes this value (for a send: that reads it) is complete
+    FREE = "FREE"  # forget values
+    BIND = "BIND"  # give a value a second name: what a carry or a slot becomes; costs nothing
+
+
+class Ref(tuple[str, int | None]):
+    """A value in a rank's environment: its name, and its micro-batch, None for values that are not per micro-batch."""
+
+    __slots__ = ()
+
+    def __new__(cls, name: str, microbatch: int | None = None) -> Ref:
+        return super().__new__(cls, (name, microbatch))
+
+    @property
+    def name(self) -> str:
+        return self[0]
+
+    @property
+    def microbatch(self) -> int | None:
+        return self[1]
+
+    def __str__(self) -> str:
+        return f"%{self[0]}" if self[1] is None else f"%{self[0]}.{self[1]}"
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Shape, dtype and strides (in elements) of a value; static."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        result = 1
+        for size in self.shape:
+            result *= size
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}".replace(" ", "")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One step of one rank.
+
+    RUN: ``name`` is the segment; it reads ``inputs`` and defines ``outputs``; those in ``last`` are read for the last
+    time and are handed over. GATHER and REDUCE: ``name`` is the collective ("all_gather", "reduce_scatter",
+    "all_reduce", "broadcast"), over ``axis``; one input, one output; ``peer`` is a broadcast's source coordinate. SEND has one
+    input and RECV one output; ``peer`` is the other stage. WAIT: ``inputs`` holds the one value waited for (of a SEND, what
+    is sent). A collective's or RECV's output may be read only after its WAIT; a SEND's input may be freed only after its
+    WAIT. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that of ``outputs[i]``, all at once.
+    """
+
+    op: Op
+    name: str = ""
+    inputs: tuple[Ref, ...] = ()
+    outputs: tuple[Ref, ...] = ()
+    last: frozenset[Ref] = frozenset()
+    axis: str = ""
+    peer: int | None = None
+    type: TensorType | None = None  # of what is sent or received; of a collective's input
+    action: str = ""  # the schedule's action this belongs to: "F0.3", "B1.2", "epilogue"
+    bucket: str = ""  # the parameter bucket a GATHER or REDUCE is for, for messages
+    made_by: str = ""  # the pass or schedule that put it there
+
+    def __str__(self) -> str:
+        words = [str(self.op)]
+        words += [self.name] if self.name else []
+        words += [",".join(map(str, self.inputs))] if self.inputs else []
+        words += ["->", ",".join(map(str, self.outputs))] if self.outputs else []
+        words += [f"over {self.axis}"] if self.axis else []
+        words += [f"stage {self.peer}"] if self.peer is not None else []
+        words += [str(self.type)] if self.type is not None else []
+        return f"{self.action:10} " + " ".join(words)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Straight-line compute code: Python source of one function ``def <name>(args, coordinates, device)``.
+
+    ``args`` is a list of the inputs in order, which the function empties; it returns a tuple of the outputs;
+    ``coordinates`` maps mesh axis to this rank's coordinate.
+    """
+
+    name: str
+    source: str
+    inputs: tuple[str, ...]  # value names, as in the graph
+    outputs: tuple[str, ...]
+    flops: int = 0
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The memory a value lives in: values of one ``root`` share it."""
+
+    root: Ref  # with micro-batch 0 where there is one per micro-batch
+    nbytes: int
+    category: str  # "parameters", "gathered parameters", "gradients", "optimizer state", "activations", "transfers", "batch"
+
+    def of(self, microbatch: int | None) -> Ref:
+        """The root for one micro-batch."""
+        return self.root if self.root.microbatch is None else Ref(self.root.name, microbatch)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What the ranks of one pipeline stage do. A step is ``prologue``, ``body``, then ``epilogue``, or ``first_epilogue``
+    (None: the same) while the optimizer has no state."""
+
+    prologue: tuple[Instruction, ...]
+    body: tuple[Instruction, ...]
+    epilogue: tuple[Instruction, ...]
+    first_epilogue: tuple[Instruction, ...] | None = None
+    segments: dict[str, Segment] = field(default_factory=dict)
+    storages: dict[str, Storage] = field(default_factory=dict)  # by the name of a value's Ref
+
+    def step(self, first: bool = False) -> tuple[Instruction, ...]:
+        """All instructions of a step in order."""
+        end = self.first_epilogue if first and self.first_epilogue is not None else self.epilogue
+        return self.prologue + self.body + end
+
+
+@dataclass(frozen=True)
+class ExecutionPlan:
+    """Every rank's instructions and what they read and leave behind.
+
+    ``reads``: the slots a stage reads that outlive the step or come from outside (parameters, buffers, state, batch, lr,
+    rng, constants), with their types. The Ref of a slot is :func:`slot_ref`. ``results``: slots the step defines: LOSS and
+    OUTPUT ones are handed to the caller, the others replace what was stored.
+    """
+
+    mesh: Mesh
+    stages: tuple[StagePlan, ...]
+    microbatches: int
+    schedule: str  # the schedule's text form
+    reads: tuple[dict[Slot, TensorType], ...]  # per stage
+    results: tuple[dict[Slot, TensorType], ...]  # per stage
+    params: dict[str, Param]
+    buckets: dict[str, Bucket]
+    constants: dict[str, torch.Tensor]
+
+    def of_rank(self, rank: int) -> StagePlan:
+        """The plan of one rank."""
+        return self.stages[self.mesh.coordinates(rank)["pp"]]
+
+    def communication_fingerprint(self) -> str:
+        """Hash of every stage's communication: equal on all ranks that may run together."""
+        return _digest(
+            f"{i} {ins}" for i, stage in enumerate(self.stages) for ins in stage.step() if ins.op not in _LOCAL_OPS
+        )
+
+    def __str__(self) -> str:
+        lines = [f"mesh {self.mesh}", f"microbatches {self.microbatches}"]
+        for i, stage in enumerate(self.stages):
+            for part in ("prologue", "body", "epilogue", "first_epilogue"):
+                instructions = getattr(stage, part)
+                if instructions:
+                    lines += [f"stage {i} {part}:", *(f"  {ins}" for ins in instructions)]
+        return "\n".join(lines) + "\n"
+
+
+_LOCAL_OPS = (Op.RUN, Op.FREE, Op.BIND, Op.WAIT)
+
+
+def _digest(lines: object) -> str:
+    state = hashlib.sha256()
+    for line in lines:  # type: ignore[attr-defined]
+        state.update(line.encode() + b"\n")
+    return state.hexdigest()[:16]
+
+
+def slot_ref(slot: Slot, microbatch: int | None = None) -> Ref:
+    """Where the value of ``slot`` lives in a rank's environment. ``microbatch`` is given for BATCH and RNG slots, and
+    for OUTPUT ones."""
+    return Ref(f"{slot.role}:{slot.name}" + (f":{slot.key}" if slot.key else ""), microbatch)
+
+
+def match_waits(instructions: Sequence[Instruction]) -> dict[int, int]:
+    """Position of each WAIT to that of the communication it completes: the oldest one outstanding that makes the value,
+    or sends it (to the WAIT's ``peer``, if it names one). A WAIT for nothing is left out."""
+    outstanding: dict[Ref, list[int]] = {}
+    result: dict[int, int] = {}
+    for position, ins in enumerate(instructions):
+        if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV):
+            outstanding.setdefault(ins.outputs[0], []).append(position)
+        elif ins.op is Op.SEND:
+            outstanding.setdefault(ins.inputs[0], []).append(position)
+        elif ins.op is Op.WAIT:
+            candidates = outstanding.get(ins.inputs[0], [])
+            chosen = next((at for at in candidates if ins.peer is None or instructions[at].peer == ins.peer), None)
+            if chosen is not None:
+                candidates.remove(chosen)
+                result[position] = chosen
+    return result
+
+
+def read_refs(plan: ExecutionPlan, stage: int, first: bool) -> dict[Ref, tuple[Slot, TensorType]]:
+    """What a stage finds in its environment when a step begins; without optimizer state in the first one."""
+    result = {}
+    for slot, kind in plan.reads[stage].items():
+        if slot.role is Role.STATE and first:
+            continue
+        for microbatch in range(plan.microbatches) if slot.role in (Role.BATCH, Role.RNG) else (None,):
+            result[slot_ref(slot, microbatch)] = (slot, kind)
+    return result
+
+
+def result_refs(plan: ExecutionPlan, stage: int) -> dict[Ref, Slot]:
+    """What a stage must have defined when a step ends. An OUTPUT is one value per micro-batch if the body makes it, one
+    value (a gradient that the epilogue hands out) otherwise."""
+    made = {ref for ins in plan.stages[stage].body for ref in ins.outputs}
+    result = {}
+    for slot in plan.results[stage]:
+        per_microbatch = slot.role is Role.OUTPUT and slot_ref(slot, 0) in made
+        for microbatch in range(plan.microbatches) if per_microbatch else (None,):
+            result[slot_ref(slot, microbatch)] = slot
+    return result

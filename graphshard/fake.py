@@ -1,0 +1,71 @@
+"""Fake tensors: the types of the IR. One mode per Program; nothing is ever allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+
+def new_mode() -> FakeTensorMode:
+    """A mode in which real constants may meet fake tensors."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
+    """The mode of the first fake tensor among ``values``, nested ones included."""
+    for value in tree_flatten(list(values))[0]:
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+def graph_mode(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode the values of ``graph`` live in; None for a graph without tensors."""
+    for node in graph.nodes:
+        if (mode := mode_of([node.meta.get("val")])) is not None:
+            return mode
+    return None
+
+
+def tensor(
+    mode: FakeTensorMode,
+    shape: Iterable[int],
+    dtype: torch.dtype,
+    stride: Iterable[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """A fake tensor of that type; contiguous unless ``stride`` (in elements) is given."""
+    with mode:
+        if stride is None:
+            return torch.empty(tuple(shape), dtype=dtype, device=device)
+        return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
+
+
+def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The value ``target`` gives for arguments in which nodes stand for their values. Raises what the operator raises."""
+    args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
+    with mode, torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def symbolic_mode() -> FakeTensorMode:
+    """A mode in which reading a number out of a tensor gives a symbol; deciding something by it raises."""
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """``torch.compiler.is_compiling()`` is true meanwhile: libraries then avoid branches on values of tensors."""
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before

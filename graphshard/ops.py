@@ -1,0 +1,64 @@
+"""The ``graphshard::`` operators: what ATen and the functional collectives cannot say.
+
+Each has a reference meaning for a single process, used for types, for checking and by the code generator.
+Operators over a mesh axis (``local_shard``, ``stage_sum``, ``stage_broadcast``, ``transfer``) have types only: what
+they do depends on the rank, and executors carry them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_lib = torch.library.Library("graphshard", "DEF")
+
+
+def _define(schema: str) -> None:
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+_define("transfer(Tensor x, int src, int dst) -> Tensor")
+_define("pack(Tensor[] parts, int[] offsets, int numel) -> Tensor")
+_define("local_shard(Tensor flat, int parts, str axis) -> Tensor")
+_define("sq_norm(Tensor[] parts) -> Tensor")
+_define("stage_sum(Tensor[] parts, str axis) -> Tensor")
+_define("stage_broadcast(Tensor x, int src, str axis) -> Tensor")
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x)  # preserve_format: a transfer keeps the strides of a dense tensor
+
+
+def _pack_meta(parts: Sequence[Tensor], offsets: Sequence[int], numel: int) -> Tensor:
+    return parts[0].new_empty([numel])
+
+
+def _pack(parts: Sequence[Tensor], offsets: Sequence[int], numel: int) -> Tensor:
+    flat = parts[0].new_zeros([numel])
+    for part, offset in zip(parts, offsets, strict=True):
+        flat[offset : offset + part.numel()].view(part.shape).copy_(part)
+    return flat
+
+
+def _sq_norm(parts: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros((), dtype=torch.promote_types(parts[0].dtype, torch.float32), device=parts[0].device)
+    for part in parts:
+        flat = part.reshape(-1).to(total.dtype)
+        total = total + torch.dot(flat, flat)
+    return total
+
+
+def _sq_norm_meta(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0].new_empty([], dtype=torch.promote_types(parts[0].dtype, torch.float32))
+
+
+_lib.impl("transfer", lambda x, src, dst: _like(x), "Meta")
+_lib.impl("pack", _pack_meta, "Meta")
+_lib.impl("pack", _pack, "CompositeExplicitAutograd")
+_lib.impl("local_shard", lambda flat, parts, axis: flat.new_empty([flat.numel() // parts]), "Meta")
+_lib.impl("sq_norm", _sq_norm_meta, "Meta")
+_lib.impl("sq_norm", _sq_norm, "CompositeExplicitAutograd")
+_lib.impl("stage_sum", lambda parts, axis: _like(parts[0]), "Meta")
+_lib.impl("stage_broadcast", lambda x, src, axis: _like(x), "Meta")

@@ -1,0 +1,175 @@
+"""``compiled.optimizer``: the torch-like face of an update that runs inside the compiled step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from graphshard.errors import OptimizerForeignParameter, OptimizerStateMismatch, UpdateIsPartOfStep
+
+NamedState = dict[str, dict[str, Tensor]]
+"""Parameter name to state key to full tensor."""
+
+
+class CompiledOptimizer(Optimizer):
+    """What schedulers and checkpoints see of the compiled update.
+
+    Its ``param_groups`` are the very dicts of the optimizer it was made from, so a scheduler over either drives the
+    step. The learning rate is read before every step; any other option is a constant of the graph, whose change
+    :meth:`hyperparameters_key` shows. State lives with the compiled model: ``read_state`` gathers it and
+    ``write_state`` distributes it, in whatever dtype the step keeps it; ``state`` of this object stays empty.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        param_names: Mapping[int, str],
+        read_state: Callable[[], NamedState],
+        write_state: Callable[[NamedState], None],
+    ) -> None:
+        """``param_names`` maps the id of each Parameter to its canonical name.
+
+        Raises:
+            OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
+        """
+        self._complete = False
+        self.source = optimizer
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._complete = True
+        self._read_state, self._write_state = read_state, write_state
+        self._constants = [set(group) - {"params", "param_names", "lr", "initial_lr"} for group in self.param_groups]
+        self._names: list[list[str]] = []
+        for index, group in enumerate(self.param_groups):
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) not in param_names:
+                    raise OptimizerForeignParameter(index, position, parameter.shape)
+            self._names.append([param_names[id(p)] for p in group["params"]])
+
+    def lrs(self) -> list[float]:
+        """The learning rate of each parameter group, now."""
+        return [float(group["lr"]) for group in self.param_groups]
+
+    def hyperparameters_key(self) -> Hashable:
+        """Equal as long as the traced update is right: everything in the groups but the learning rate and what
+        schedulers keep there."""
+        return tuple(
+            tuple((key, _frozen(group[key])) for key in sorted(keys & group.keys()))
+            for group, keys in zip(self.param_groups, self._constants, strict=True)
+        )
+
+    def note_step(self) -> None:
+        """Tell schedulers that an update has happened; compiled.step calls this after each."""
+        self._opt_called = self.source._opt_called = True  # type: ignore[attr-defined]
+
+    def step(self, closure: object = None) -> NoReturn:
+        """Not for the caller.
+
+        Raises:
+            UpdateIsPartOfStep: always: a loop written for eager training would update twice.
+        """
+        raise UpdateIsPartOfStep("step()", "remove optimizer.step() from the training loop")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: gradients do not outlive a compiled step."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only for the constructor.
+
+        Raises:
+            UpdateIsPartOfStep: the update of the given parameters has been compiled already.
+        """
+        if self._complete:
+            raise UpdateIsPartOfStep("add_param_group()", "give all groups to the optimizer before graphshard.compile")
+        self.param_groups.append(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"state": {name: {key: tensor}}, "param_groups": [{"lr": …, "params": [name, …]}]}`` with full tensors."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"params": list(names)}
+            for group, names in zip(self.param_groups, self._names, strict=True)
+        ]
+        return {"state": self._read_state(), "param_groups": groups}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over options and state of :meth:`state_dict`, or of an eager optimizer's over the same parameters in the
+        same order.
+
+        Raises:
+            OptimizerStateMismatch: other groups, other parameters, or state that is no tensor or number. Nothing is
+                changed then.
+        """
+        groups = _part(state_dict, "param_groups", list)
+        if len(groups) != len(self._names):
+            raise OptimizerStateMismatch("number of parameter groups", len(groups), len(self._names))
+        names: dict[object, str] = {}
+        for index, (group, own) in enumerate(zip(groups, self._names, strict=True)):
+            given = group["params"]
+            if len(given) != len(own):
+                raise OptimizerStateMismatch(f"number of parameters in group {index}", len(given), len(own))
+            by_name = all(isinstance(item, str) for item in given)
+            if by_name and set(given) != set(own):
+                missing = sorted(set(given) ^ set(own))
+                raise OptimizerStateMismatch(
+                    f"parameters of group {index}", f"others ({missing[0]!r}, …)", "the model's"
+                )
+            names |= {item: item if by_name else name for item, name in zip(given, own, strict=True)}
+        state: NamedState = {}
+        for key, values in _part(state_dict, "state", dict).items():
+            if key not in names:
+                raise OptimizerStateMismatch("state of a parameter", repr(key), "one that is listed in param_groups")
+            state[names[key]] = {
+                k: _tensor(f"state {k!r} of {names[key]!r}", v) for k, v in values.items() if _is_value(v)
+            }
+        self._write_state(state)
+        for group, own_group in zip(groups, self.param_groups, strict=True):
+            own_group.update({key: value for key, value in group.items() if key != "params"})
+
+
+def given_state(optimizer: Optimizer, param_names: Mapping[int, str]) -> NamedState:
+    """The state an optimizer brings along, because it has been stepped before or makes some in its constructor
+    (Adagrad): what compile writes before the first step, which then is no first step. Empty for a model on the meta
+    device.
+
+    Raises:
+        OptimizerStateMismatch: state that is neither tensor nor number.
+    """
+    state: NamedState = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            values = optimizer.state.get(parameter)
+            if values and not parameter.is_meta:
+                name = param_names[id(parameter)]
+                state[name] = {k: _tensor(f"state {k!r} of {name!r}", v) for k, v in values.items() if _is_value(v)}
+    return state
+
+
+def _is_value(value: object) -> bool:
+    return value is not None and not isinstance(value, (bool, str))
+
+
+def _part(state_dict: Mapping[str, Any], key: str, kind: type) -> Any:
+    part = state_dict.get(key)
+    if not isinstance(part, kind):
+        raise OptimizerStateMismatch(f"{key!r}", type(part).__name__, f"a {kind.__name__}")
+    return part
+
+
+def _tensor(what: str, value: object) -> Tensor:
+    """Old optimizers keep their step count as a number."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value), dtype=torch.float64)
+    raise OptimizerStateMismatch(what, type(value).__name__, "a tensor or a number")
+
+
+def _frozen(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return tuple(value.reshape(-1).tolist())
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value if isinstance(value, Hashable) else repr(value)

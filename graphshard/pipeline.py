@@ -1,0 +1,144 @@
+"""The driver: runs passes in order, and it alone times, verifies, dumps and records them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from graphshard.errors import PassOptionError, UnknownPass
+from graphshard.mesh import Mesh
+from graphshard.program import Bucket, PassRecord, Program
+from graphshard.verify import verify
+
+PASSES: Mapping[str, str] = {
+    "normalize": "graphshard.passes.normalize:Normalize",
+    "pipeline-cut": "graphshard.passes.pipeline_cut:PipelineCut",
+    "zero": "graphshard.passes.zero:Zero",
+    "bucket": "graphshard.passes.bucket:BucketCollectives",
+    "hoist": "graphshard.passes.hoist:Hoist",
+    "overlap": "graphshard.passes.overlap:Overlap",
+}
+"""The table of passes, name to import path; default_passes gives their order."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where parameters live, as a first program of a model decided it. Later programs of the same model (evaluation, other
+    shapes) obey it, because they share its storage."""
+
+    stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # parameter or buffer to the stages that hold it
+    buckets: Mapping[str, Bucket] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know beside the program: sizes of mesh axes, never a rank, a process group or a device."""
+
+    mesh: Mesh = field(default_factory=Mesh)
+    placement: Placement | None = None
+
+
+class Pass(Protocol):
+    """A program rewrite: a frozen dataclass whose fields are its options."""
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]  # True: may not change numerics
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        """The rewritten program; the argument may be changed in place."""
+        ...
+
+
+Observer = Callable[[int, str, Program], None]
+"""Called with (index, pass name, program) before the first pass (0, "capture") and after each pass."""
+
+
+def run_passes(
+    program: Program, passes: Sequence[Pass], ctx: Context | None = None, observe: Observer | None = None
+) -> Program:
+    """Run ``passes`` in order; the program is verified before the first and after every one.
+
+    Raises:
+        IllegalProgram: the input, or what a pass made of it, breaks a rule of its level.
+    """
+    ctx = ctx or Context(program.mesh)
+    verify(program)
+    if observe is not None:
+        observe(0, "capture", program)
+    for index, item in enumerate(passes, 1):
+        start = time.perf_counter()
+        program = item.run(program, ctx)
+        seconds = time.perf_counter() - start
+        verify(program, after=item.name)
+        nodes = sum(1 for section in program.sections().values() for _ in section.nodes())
+        program.history += (PassRecord(item.name, _options(item), seconds, nodes),)
+        if observe is not None:
+            observe(index, item.name, program)
+    return program
+
+
+def load_pass(name: str) -> type[Any]:
+    """The class of the pass called ``name``, or of ``module:Class`` for one outside the table.
+
+    Raises:
+        UnknownPass: no such name, or nothing to import there.
+    """
+    path = PASSES.get(name, name)
+    module_name, colon, attribute = path.partition(":")
+    if not colon:
+        raise UnknownPass(name, PASSES)
+    try:
+        loaded: type[Any] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UnknownPass(name, PASSES) from error
+    return loaded
+
+
+def parse_passes(text: str) -> list[Pass]:
+    """Passes from ``"zero:stage=3;bucket"``: names joined by ``;``, options ``key=value`` joined by ``,``, list values by ``/``.
+
+    Raises:
+        UnknownPass: a name that is not in the table.
+        PassOptionError: an option the pass does not have, or a value of the wrong type.
+    """
+    result: list[Pass] = []
+    for token in filter(None, (part.strip() for part in text.split(";"))):
+        name, _, rest = token.partition(":") if token.count(":") < 2 and "." not in token else (token, "", "")
+        cls = load_pass(name)
+        types_of = typing.get_type_hints(cls)
+        fields = {f.name: types_of[f.name] for f in dataclasses.fields(cls)}
+        options = {}
+        for item in filter(None, rest.split(",")):
+            key, _, value = item.partition("=")
+            if key not in fields:
+                raise PassOptionError(name, item, "options: " + (", ".join(fields) or "none"))
+            options[key] = _convert(name, item, value, fields[key])
+        result.append(cls(**options))
+    return result
+
+
+def _convert(name: str, item: str, value: str, kind: Any) -> Any:
+    arguments = typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        return None if value == "None" else _convert(name, item, value, next(a for a in arguments if a is not type(None)))
+    if typing.get_origin(kind) is tuple:
+        return tuple(_convert(name, item, part, arguments[0]) for part in value.split("/"))
+    if kind is bool and value in ("True", "False"):
+        return value == "True"
+    try:
+        return {int: int, float: float, str: str}[kind](value)
+    except (KeyError, ValueError):
+        raise PassOptionError(name, item, f"a value of type {getattr(kind, '__name__', kind)}") from None
+
+
+def _options(item: Pass) -> str:
+    if not dataclasses.is_dataclass(item):
+        return ""
+    changed = (f for f in dataclasses.fields(item) if getattr(item, f.name) != f.default)
+    return ",".join(f"{f.name}={getattr(item, f.name)}" for f in changed)

@@ -1,0 +1,119 @@
+"""The account of a compiled program: what each pass did, bytes per rank, collectives, the schedule's bubble."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graphshard import analysis
+from graphshard.codegen.schedule import Schedule, simulate
+from graphshard.execution import ExecutionPlan, Op
+from graphshard.plan import Plan
+from graphshard.program import Phase, Program, Role, info
+from graphshard.runtime.executor import Executor
+from graphshard.runtime.traffic import sent_bytes
+from graphshard.simulate import simulate_memory
+
+
+def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executor | None = None) -> dict[str, Any]:
+    """Data that json can write: what ``compiled.report()`` promises, plus measured peaks where an executor ran."""
+    flops = stage_flops(program)
+    stages = []
+    for stage in range(program.stages):
+        memory = simulate_memory(plan, stage)
+        rank = plan.mesh.rank({"pp": stage})
+        stages.append(
+            {
+                "peak_bytes": memory.peak_bytes,
+                "memory": memory.at_peak,
+                "sent_bytes": sent_bytes(plan, rank, first=False),
+                "flops": sum(flops[stage].values()) * plan.microbatches,
+                "gathers_per_microbatch": _gathers(plan, stage),
+            }
+        )
+    ranks: list[dict[str, Any]] = []
+    for rank in range(plan.mesh.world_size):
+        stage = plan.mesh.coordinates(rank)["pp"]
+        entry = {"rank": rank, "stage": stage, **stages[stage]}
+        if executor is not None and rank in executor.meters:
+            entry["measured_peak_bytes"] = executor.meters[rank].peak_bytes
+        ranks.append(entry)
+    costs = {phase: [float(f[phase]) for f in flops] for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT)}
+    schedule = Schedule.parse(plan.schedule)
+    simulated = simulate(schedule, costs[Phase.FORWARD], costs[Phase.BACKWARD], costs[Phase.WEIGHT])
+    return {
+        "plan": str(asked),
+        "mesh": dict(plan.mesh.axes),
+        "microbatches": plan.microbatches,
+        "parameters": sum(p.numel for p in plan.params.values()),
+        "ranks": ranks,
+        "bubble_fraction": simulated.bubble_fraction,
+        "passes": [{"name": r.name, "options": r.options, "seconds": r.seconds, "nodes": r.nodes} for r in program.history],
+        "buckets": [
+            {"name": b.name, "stage": b.stage, "bytes": b.numel * b.dtype.itemsize, "parts": b.parts, "parameters": len(b.members)}
+            for b in plan.buckets.values()
+        ],
+        "stored": sorted({str(b.store) for b in plan.buckets.values()}),
+    }
+
+
+def stage_flops(program: Program) -> list[dict[Phase, int]]:
+    """Floating-point operations of one micro-batch, by stage and phase."""
+    result: list[dict[Phase, int]] = [dict.fromkeys(Phase, 0) for _ in range(program.stages)]
+    for node in program.body.nodes():
+        stage = info(node).stage
+        if stage is not None:
+            result[stage][info(node).phase] += analysis.flops(node)
+    return result
+
+
+def _gathers(plan: ExecutionPlan, stage: int) -> float:
+    """How often a sharded parameter is gathered per micro-batch, averaged over buckets by bytes."""
+    whole = sum(b.numel * b.dtype.itemsize for b in plan.buckets.values() if b.stage == stage and b.store is Role.SHARD)
+    if not whole:
+        return 0.0
+    gathered = sum(
+        ins.type.nbytes * plan.mesh.size(ins.axis)
+        for ins in plan.stages[stage].step()
+        if ins.op is Op.GATHER and ins.type is not None
+    )
+    return gathered / whole / plan.microbatches
+
+
+def human(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def explain(data: dict[str, Any]) -> str:
+    """One page of text from :func:`report`'s data."""
+    mesh = " ".join(f"{k}={v}" for k, v in data["mesh"].items()) or "one rank"
+    lines = [
+        f"plan {data['plan']}: {mesh}, {data['microbatches']} micro-batches per step and data-parallel rank, "
+        f"{data['parameters']:,} parameters",
+        "",
+        "passes",
+    ]
+    width = max((len(p["name"]) for p in data["passes"]), default=0)
+    for item in data["passes"]:
+        lines.append(f"  {item['name']:{width}}  {item['nodes']:6} nodes  {item['seconds'] * 1e3:8.1f} ms  {item['options']}".rstrip())
+    lines += ["", "ranks (one per pipeline stage; its data-parallel peers are alike)"]
+    seen: set[int] = set()
+    for rank in data["ranks"]:
+        if rank["stage"] in seen:
+            continue
+        seen.add(rank["stage"])
+        sent = ", ".join(f"{axis} {human(n)}" for axis, n in rank["sent_bytes"].items()) or "nothing"
+        memory = ", ".join(f"{name} {human(n)}" for name, n in rank["memory"].items() if n)
+        lines.append(
+            f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}, peak {human(rank['peak_bytes'])} ({memory})"
+        )
+        if rank["gathers_per_microbatch"]:
+            lines.append(f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch")
+    lines += ["", f"bubble: {data['bubble_fraction']:.1%} of the schedule, by FLOPs", "", "buckets"]
+    for bucket in data["buckets"]:
+        lines.append(f"  stage {bucket['stage']}  {human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters  {bucket['name']}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,129 @@
+"""Graph mutation. Passes go through these functions, so that values and metadata are never lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_flatten
+
+from graphshard import fake
+from graphshard.program import NodeInfo, Section, Slot, info
+
+
+def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], record: NodeInfo, **kwargs: Any) -> fx.Node:
+    """Insert an operation at the graph's insertion point; its value is derived from its arguments'."""
+    node = graph.call_function(target, args, kwargs)
+    mode = fake.mode_of([n.meta["val"] for n in node.all_input_nodes]) or fake.graph_mode(graph) or fake.new_mode()
+    node.meta["val"] = fake.infer(mode, target, args, kwargs)
+    node.meta["info"] = record
+    return node
+
+
+def after(node: fx.Node) -> AbstractContextManager[Any]:
+    """Insert right after ``node``; after the last placeholder if ``node`` is one."""
+    if node.op == "placeholder":
+        return node.graph.inserting_before(first_operation(node.graph))
+    return node.graph.inserting_before(node.next)
+
+
+def first_operation(graph: fx.Graph) -> fx.Node:
+    """The first node that is not a placeholder; the output node of an empty graph."""
+    return next(n for n in graph.nodes if n.op != "placeholder")
+
+
+def add_input(section: Section, slot: Slot, value: torch.Tensor, record: NodeInfo, name: str | None = None) -> fx.Node:
+    """A new placeholder, last of the placeholders, that reads ``slot``; ``value`` is its fake tensor."""
+    assert slot not in section.input_slots, f"{slot} is an input already"
+    graph = section.graph
+    with graph.inserting_before(first_operation(graph)):
+        node = graph.placeholder(name or slot.name)
+    node.meta["val"], node.meta["info"] = value, record
+    section.inputs[node] = slot
+    return node
+
+
+def remove_input(section: Section, node: fx.Node) -> None:
+    """Erase a placeholder without users."""
+    del section.inputs[node]
+    section.graph.erase_node(node)
+
+
+def replace_input(section: Section, old: fx.Node, slot: Slot, value: torch.Tensor, name: str) -> fx.Node:
+    """A placeholder for ``slot`` of type ``value`` instead of ``old``; every reader of ``old`` reads it."""
+    del section.inputs[old]
+    new = add_input(section, slot, value, info(old), name)
+    old.replace_all_uses_with(new)
+    section.graph.erase_node(old)
+    return new
+
+
+def set_outputs(section: Section, outputs: dict[Slot, fx.Node]) -> None:
+    """Make the section return exactly ``outputs``, in that order."""
+    section.output_slots = list(outputs)
+    section.output_node.args = (tuple(outputs.values()),)
+
+
+def replace_node(old: fx.Node, new: fx.Node) -> None:
+    """Every user of ``old`` reads ``new`` instead; ``old`` is erased, its origin kept if ``new`` has none."""
+    old.replace_all_uses_with(new)
+    if not info(new).origin:
+        new.meta["info"] = replace(info(new), origin=info(old).origin)
+    old.graph.erase_node(old)
+
+
+def clone(node: fx.Node, remap: Callable[[fx.Node], fx.Node], **changes: Any) -> fx.Node:
+    """Copy ``node`` to the insertion point with its inputs mapped; ``changes`` go into its NodeInfo."""
+    copy = node.graph.node_copy(node, remap)
+    copy.meta = dict(node.meta)
+    copy.meta["info"] = replace(info(node), **changes)
+    return copy
+
+
+def retype(nodes: Iterable[fx.Node]) -> None:
+    """Derive again the values of ``nodes``, which must be in order, from their inputs' values."""
+    for node in nodes:
+        mode = fake.mode_of([n.meta["val"] for n in node.all_input_nodes])
+        if mode is None:
+            continue  # a constant
+        node.meta["val"] = fake.infer(mode, node.target, node.args, dict(node.kwargs))
+
+
+def retype_from(changed: Iterable[fx.Node]) -> None:
+    """Derive again the values of everything whose type follows from the type of one of ``changed``, but not of those."""
+    pending = set(changed)
+    for node in next(iter(pending)).graph.nodes if pending else ():
+        if node.op == "call_function" and any(source in pending for source in node.all_input_nodes):
+            before = _strides(node)
+            retype([node])
+            if _strides(node) != before:
+                pending.add(node)
+
+
+def _strides(node: fx.Node) -> list[tuple[Any, ...]]:
+    """Shapes, strides and dtypes of a node's values."""
+    leaves = tree_flatten(node.meta["val"])[0]
+    return [(tuple(t.shape), t.stride(), t.dtype) for t in leaves if isinstance(t, torch.Tensor)]
+
+
+def drop_dead(section: Section) -> int:
+    """Erase operations nobody reads; returns how many. Placeholders stay: they are the signature."""
+    dropped = 0
+    for node in reversed(list(section.graph.nodes)):
+        if node.op == "call_function" and not node.users:
+            section.graph.erase_node(node)
+            dropped += 1
+    return dropped
+
+
+def copy_section(section: Section) -> Section:
+    """A section with its own graph: same nodes, values, records and signature."""
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in section.graph.nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].meta = dict(node.meta)
+    return Section(graph, {made[n]: slot for n, slot in section.inputs.items()}, list(section.output_slots))

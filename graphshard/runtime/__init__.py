@@ -1,0 +1,1 @@
+"""Executors: what runs an execution plan. ``local``: every rank in one process; ``distributed``: one rank of many."""

@@ -1,0 +1,240 @@
+"""One rank of a plan over torch.distributed: gloo between CPUs, NCCL between GPUs."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from graphshard.errors import NoValue, PeerFailed, PlanMismatch, WaitTimeout
+from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
+from graphshard.mesh import Mesh
+from graphshard.program import Role
+from graphshard.runtime.collectives import TorchCommunicator, Works
+from graphshard.runtime.executor import Executor, Loaded
+from graphshard.runtime.groups import join_world, make_groups, ranks_by
+from graphshard.runtime.machine import Handle, Machine
+from graphshard.runtime.segments import SegmentFunction
+
+_NO_STATE, _HAS_STATE, _STATELESS = range(3)
+_FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
+
+
+class DistributedExecutor(Executor):
+    """This process is one rank of ``mesh``.
+
+    Args:
+        device: "cpu" for gloo, "cuda" for NCCL on the GPU that LOCAL_RANK names.
+        timeout_s: a rank that waits longer in one instruction raises WaitTimeout. On GPUs the host learns of it at the
+            beginning of the next step but one.
+
+    Raises:
+        NoProcessGroup: no process group is running and no launcher's environment is set.
+        WorldSizeMismatch: the mesh has another size than the process group.
+        PlanMismatch: another rank has another mesh.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device | str = "cpu",
+        *,
+        timeout_s: float = 600.0,
+        measure_memory: bool = False,
+    ) -> None:
+        device = torch.device(device)
+        if device.type == "cuda":
+            if device.index is None:
+                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
+        if join_world(device, timeout_s):
+            atexit.register(self.close)
+        self.timeout_s = timeout_s
+        self._groups = make_groups(mesh, device, timeout_s)
+        self.rank = dist.get_rank()
+        super().__init__(mesh, (self.rank,), device, measure_memory)
+        self._link = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
+        self._fingerprints: dict[int, tuple[int, int]] = {}
+        self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def load(self, plan: ExecutionPlan) -> Loaded:
+        loaded = super().load(plan)
+        if id(plan) not in self._fingerprints:
+            self._fingerprints[id(plan)] = fingerprints(plan)
+        return loaded
+
+    def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
+        size = self.mesh.size(axis) if axis else 1
+        shape = (kind.shape[0] * size, *kind.shape[1:]) if size > 1 else kind.shape
+        full = torch.empty(shape, dtype=kind.dtype, device=self.device)
+        if self.mesh.coordinates(self.rank)["pp"] == stage:
+            if ref not in self.stores[self.rank]:
+                raise NoValue(ref.name)
+            mine = self.stores[self.rank][ref].contiguous()
+            if size > 1:
+                self._complete(self._link.all_gather(axis, full, mine), f"gather of {ref}")
+            else:
+                full.copy_(mine)
+        if not everywhere and self.mesh.dp_rank(self.rank) != 0:
+            return None
+        self._complete(self._link.broadcast("pp", full, stage), f"broadcast of {ref}")
+        if everywhere and not axis:
+            for data_axis in ("shard", "dp"):
+                self._complete(self._link.broadcast(data_axis, full, 0), f"broadcast of {ref}")
+        return full if everywhere or self.rank == 0 else None
+
+    def any_rank(self, flag: bool) -> bool:
+        flags = [False] * self.mesh.world_size
+        dist.all_gather_object(flags, flag, group=self._groups.control)
+        return any(flags)
+
+    def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine:
+        return Machine(plan, rank, self._link, functions, self.device, self.meters.get(rank))
+
+    def _run(
+        self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: Mapping[int, bool]
+    ) -> dict[int, dict[Ref, Tensor]]:
+        agreement = _Agreement(self, loaded, first[self.rank])
+        if not loaded.steps:
+            self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
+            agreement.check()
+        self._drain()
+        machine = loaded.machines[self.rank]
+        steps = machine.step(values[self.rank], first[self.rank])
+        while True:
+            try:
+                handle = next(steps)
+            except StopIteration as end:
+                self._complete(agreement, "comparing plans")
+                agreement.check()
+                return {self.rank: end.value}
+            except RuntimeError as error:
+                if machine.instruction.op not in (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV):
+                    error.add_note(f"on rank {self.rank} in instruction {loaded.instruction_of(self.rank)}")
+                    raise
+                agreement.explain()
+                raise PeerFailed(self.rank, loaded.instruction_of(self.rank), "its peer", _line(error)) from error
+            assert isinstance(handle, Works)
+            self._complete(handle, lambda: loaded.instruction_of(self.rank), agreement)
+            if self.device.type == "cuda":
+                self._running.append((handle, loaded.instruction_of(self.rank)))
+
+    def _complete(self, handle: Handle, what: str | Callable[[], str], agreement: _Agreement | None = None) -> None:
+        """Wait for ``handle``; what goes wrong is put into words."""
+        began = time.monotonic()
+        try:
+            handle.wait()
+        except RuntimeError as error:
+            late = time.monotonic() - began >= 0.95 * self.timeout_s
+            if agreement is not None:
+                agreement.explain()
+            at = what if isinstance(what, str) else what()
+            peers = _name(self, getattr(handle, "peers", range(self.mesh.world_size)))
+            if late:
+                raise WaitTimeout(self.rank, at, peers, self.timeout_s) from error
+            raise PeerFailed(self.rank, at, peers, _line(error)) from error
+
+    def _drain(self) -> None:
+        """On a GPU waiting happens there: see that the step before has finished, so that a hang is noticed."""
+        running, self._running = self._running, []
+        deadline = time.monotonic() + self.timeout_s
+        for works, what in running:
+            while not works.completed():
+                if time.monotonic() > deadline:
+                    raise WaitTimeout(self.rank, what, _name(self, works.peers), self.timeout_s)
+                time.sleep(1e-4)
+
+
+class _Agreement:
+    """All ranks tell each other in the background what they are about to run."""
+
+    peers: tuple[int, ...] = ()
+
+    def __init__(self, executor: DistributedExecutor, loaded: Loaded, first: bool) -> None:
+        self._mesh = executor.mesh
+        self._timeout = timedelta(seconds=executor.timeout_s)
+        machine = loaded.machines[executor.rank]
+        stateless = not any(slot.role is Role.STATE for slot, _ in machine.reads[False].values())
+        state = _STATELESS if stateless else (_NO_STATE if first else _HAS_STATE)
+        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], state])
+        self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
+        self._work = dist.all_gather(self._all, mine, group=executor._groups.control, async_op=True)
+        self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
+
+    def done(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        self._work.wait(self._timeout)
+
+    def check(self) -> None:
+        """Compare: collectives on all ranks, transfers on the ranks of one pipeline, whether there is optimizer state.
+
+        Raises:
+            PlanMismatch: they differ.
+        """
+        collectives, transfers, states = zip(*(given.tolist() for given in self._all), strict=True)
+        if len(set(collectives)) > 1:
+            raise PlanMismatch("plan (its collectives)", ranks_by([_short(value) for value in collectives]))
+        for dp_rank in range(self._mesh.dp_size):
+            pipeline = [rank for rank in range(self._mesh.world_size) if self._mesh.dp_rank(rank) == dp_rank]
+            if len({transfers[rank] for rank in pipeline}) > 1:
+                by_plan = ranks_by([_short(value) for value in transfers])
+                kept = {plan: [rank for rank in ranks if rank in pipeline] for plan, ranks in by_plan.items()}
+                raise PlanMismatch("plan (its transfers)", {plan: ranks for plan, ranks in kept.items() if ranks})
+        if len(set(states) - {_STATELESS}) > 1:
+            names = {_NO_STATE: "none", _HAS_STATE: "some", _STATELESS: "no need of any"}
+            raise PlanMismatch("optimizer state", ranks_by([names[state] for state in states]))
+
+    def explain(self) -> None:
+        """After a failure: raise PlanMismatch if that is why."""
+        try:
+            self._work.wait(timedelta(seconds=_FAILING_S))
+        except RuntimeError:
+            return  # a rank is gone before it could tell: the caller reports that
+        self.check()
+
+
+def fingerprints(plan: ExecutionPlan) -> tuple[int, int]:
+    """Hashes of what ranks must agree on: all of them on the collectives, those of one pipeline on everything they
+    exchange, shapes of transfers included."""
+    listed = [
+        (f"{stage} {ins}", ins.op)
+        for stage, stage_plan in enumerate(plan.stages)
+        for first in (False, True)
+        for ins in stage_plan.step(first)
+    ]
+    collectives = (line for line, op in listed if op in (Op.GATHER, Op.REDUCE))
+    transfers = (line for line, op in listed if op in (Op.SEND, Op.RECV))
+    return _hash([str(plan.mesh), *collectives]), _hash(transfers)
+
+
+def _hash(lines: Iterable[str]) -> int:
+    digest = hashlib.sha256("\n".join(lines).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def _short(value: int) -> str:
+    return f"{value & 0xFFFFFFFF:08x}"
+
+
+def _name(executor: DistributedExecutor, ranks: Iterable[int]) -> str:
+    others = [rank for rank in ranks if rank != executor.rank]
+    stages = {rank: executor.mesh.coordinates(rank)["pp"] for rank in others}
+    return ", ".join(f"rank {rank} (stage {stages[rank]})" for rank in others)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,233 @@
+"""What compile.py uses of an executor, whichever it is: load plans, run steps, read and write what outlives a step.
+
+Several plans (training, evaluation, other input shapes) share one executor and with it one store per rank, as long as
+they put parameters, buffers and optimizer state into the same slots.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graphshard.errors import NoValue
+from graphshard.execution import ExecutionPlan, Ref, TensorType
+from graphshard.mesh import Mesh
+from graphshard.program import Role, Slot
+from graphshard.prove import prove
+from graphshard.runtime.machine import Machine
+from graphshard.runtime.memory import StorageMeter
+from graphshard.runtime.segments import SegmentFunction, compile_segments
+from graphshard.runtime.traffic import sent_bytes
+
+Batches = Mapping[int, Sequence[Sequence[Tensor]]]
+"""Per data-parallel rank, per micro-batch: the tensors of the batch in flattening order."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step hands to the caller.
+
+    ``loss`` is the 0-d loss of the lowest rank here that has one. ``outputs[dp_rank][name]`` has a tensor per
+    micro-batch, or one if the epilogue made it; distributed, only ranks of the stages that make an output have it.
+    """
+
+    loss: Tensor | None = None
+    outputs: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
+
+
+class Executor(ABC):
+    """Runs plans over one mesh. ``ranks`` are those that live in this process."""
+
+    def __init__(self, mesh: Mesh, ranks: Sequence[int], device: torch.device, measure_memory: bool = False) -> None:
+        self.mesh = mesh
+        self.ranks = tuple(ranks)
+        self.device = device
+        self.stores: dict[int, dict[Ref, Tensor]] = {rank: {} for rank in self.ranks}
+        self.sent_bytes: dict[int, dict[str, int]] = {rank: {} for rank in self.ranks}  # by axis, all steps so far
+        self.meters = {rank: StorageMeter() for rank in self.ranks} if measure_memory else {}
+        self._loaded: dict[int, Loaded] = {}
+
+    def load(self, plan: ExecutionPlan) -> Loaded:
+        """Prove and prepare ``plan``; a plan loaded before is not prepared again.
+
+        Raises:
+            PlanError: the plan cannot run.
+        """
+        loaded = self._loaded.get(id(plan))
+        if loaded is None:
+            assert plan.mesh == self.mesh, f"the plan is for mesh {plan.mesh}, the executor for {self.mesh}"
+            prove(plan)
+            functions: dict[int, dict[str, SegmentFunction]] = {}
+            machines = {}
+            for rank in self.ranks:
+                stage = self.mesh.coordinates(rank)["pp"]
+                if stage not in functions:
+                    functions[stage] = compile_segments(plan.stages[stage].segments)
+                machines[rank] = self._machine(plan, rank, functions[stage])
+            constants = {name: value.to(self.device) for name, value in plan.constants.items()}
+            loaded = self._loaded[id(plan)] = Loaded(plan, machines, constants)
+        return loaded
+
+    def step(
+        self, plan: ExecutionPlan, batches: Batches, *, seed: int = 0, step: int = 0, lrs: Sequence[float] = ()
+    ) -> StepResult:
+        """Run one step on the data-parallel ranks of this process.
+
+        Args:
+            batches: for every data-parallel rank here its micro-batches.
+            seed, step: with the data-parallel rank and the micro-batch they are the random key.
+            lrs: learning rate of each parameter group.
+
+        Raises:
+            PlanError: the plan cannot run (first use).
+            NoValue: a parameter or buffer has no value.
+        """
+        loaded = self.load(plan)
+        first = {rank: self._is_first(machine) for rank, machine in loaded.machines.items()}
+        fed = {
+            rank: self._values(loaded, rank, first[rank], batches, (seed, step), lrs) for rank in self.ranks
+        }  # before anything is taken from a store, so that a missing value leaves all as it was
+        values = {rank: fed[rank] | self._take(loaded.machines[rank], first[rank]) for rank in self.ranks}
+        del fed
+        try:
+            with torch.no_grad():
+                results = self._run(loaded, values, first)
+        except BaseException:
+            for rank, machine in loaded.machines.items():
+                reads = machine.reads[first[rank]]
+                left = machine.abandon() | values[rank]
+                self.stores[rank].update((ref, value) for ref, value in left.items() if reads[ref][0].role in _STORED)
+            raise
+        for rank in self.ranks:
+            totals = self.sent_bytes[rank]
+            for axis, count in loaded.traffic(rank, first[rank]).items():
+                totals[axis] = totals.get(axis, 0) + count
+        return self._keep(loaded, results)
+
+    @abstractmethod
+    def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
+        """The full value that the ranks of ``stage`` store under ``ref``; all ranks of the mesh call it together.
+
+        Args:
+            kind: the type of one rank's part.
+            axis: the axis whose ranks hold one part each, joined along dim 0; "": data-parallel rank 0's is the value.
+            everywhere: False: only rank 0 needs it, the others get None.
+        """
+
+    def write(self, ref: Ref, stage: int, value: Tensor, axis: str = "") -> None:
+        """Store a full value on the ranks of ``stage``: all of it, or over ``axis`` each its part of dim 0."""
+        for rank in self.ranks:
+            at = self.mesh.coordinates(rank)
+            if at["pp"] != stage:
+                continue
+            part = value.chunk(self.mesh.size(axis))[at[axis]] if axis else value
+            self.stores[rank][ref] = part.detach().to(self.device, copy=True)
+
+    @abstractmethod
+    def any_rank(self, flag: bool) -> bool:
+        """Whether ``flag`` is set on any rank of the mesh; all call it together."""
+
+    def close(self) -> None:  # noqa: B027  (nothing to do is the usual case)
+        """Give back what the executor holds outside of memory."""
+
+    @abstractmethod
+    def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine: ...
+
+    @abstractmethod
+    def _run(
+        self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: Mapping[int, bool]
+    ) -> dict[int, dict[Ref, Tensor]]:
+        """Run all ranks here to the end; ``values`` are emptied."""
+
+    def _is_first(self, machine: Machine) -> bool:
+        store = self.stores[machine.rank]
+        return machine.has_first and not all(
+            ref in store for ref, (slot, _) in machine.reads[False].items() if slot.role is Role.STATE
+        )
+
+    def _values(
+        self,
+        loaded: Loaded,
+        rank: int,
+        first: bool,
+        batches: Batches,
+        key: tuple[int, int],
+        lrs: Sequence[float],
+    ) -> dict[Ref, Tensor]:
+        """What comes from outside the store; checks that the store has the rest."""
+        dp_rank = self.mesh.dp_rank(rank)
+        values: dict[Ref, Tensor] = {}
+        for ref, (slot, kind) in loaded.machines[rank].reads[first].items():
+            match slot.role:
+                case Role.BATCH:
+                    assert ref.microbatch is not None
+                    values[ref] = self._typed(batches[dp_rank][ref.microbatch][int(slot.name)], kind, slot)
+                case Role.RNG:
+                    values[ref] = torch.tensor([*key, dp_rank, ref.microbatch])
+                case Role.LR:
+                    values[ref] = torch.tensor(lrs[int(slot.name)], dtype=torch.float64, device=self.device)
+                case Role.CONSTANT:
+                    values[ref] = loaded.constants[slot.name]
+                case _:
+                    if ref not in self.stores[rank]:
+                        raise NoValue(str(slot))
+        return values
+
+    def _typed(self, value: Tensor, kind: TensorType, slot: Slot) -> Tensor:
+        assert tuple(value.shape) == kind.shape and value.dtype == kind.dtype, f"{slot} is {kind}, given {value.shape}"
+        value = value.detach().to(self.device, non_blocking=True)
+        if value.stride() != kind.stride:
+            value = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self.device).copy_(value)
+        return value
+
+    def _take(self, machine: Machine, first: bool) -> dict[Ref, Tensor]:
+        """What the store holds. A value that the step replaces leaves the store, so that its last use frees it."""
+        store = self.stores[machine.rank]
+        stored = [ref for ref, (slot, _) in machine.reads[first].items() if slot.role in _STORED]
+        return {ref: store.pop(ref) if ref in machine.results else store[ref] for ref in stored}
+
+    def _keep(self, loaded: Loaded, results: Mapping[int, Mapping[Ref, Tensor]]) -> StepResult:
+        loss: Tensor | None = None
+        outputs: dict[int, dict[str, list[Tensor]]] = {}
+        for rank in self.ranks:
+            mine: dict[str, list[Tensor]] = {}
+            for ref, slot in loaded.machines[rank].results.items():
+                if slot.role is Role.LOSS:
+                    loss = results[rank][ref] if loss is None else loss
+                elif slot.role is Role.OUTPUT:
+                    mine.setdefault(slot.name, []).append(results[rank][ref])  # micro-batches are listed in order
+                else:
+                    self.stores[rank][ref] = results[rank][ref]
+            at = outputs.setdefault(self.mesh.dp_rank(rank), {})
+            outputs[self.mesh.dp_rank(rank)] = mine | at  # several stages may have it: the first one's counts
+        loaded.steps += 1
+        return StepResult(loss, outputs)
+
+
+_STORED = frozenset(Role) - {Role.BATCH, Role.RNG, Role.LR, Role.CONSTANT}
+
+
+@dataclass
+class Loaded:
+    """A plan made ready: a machine for each rank of this process."""
+
+    plan: ExecutionPlan
+    machines: dict[int, Machine]
+    constants: dict[str, Tensor]
+    steps: int = 0  # how often it ran
+    _traffic: dict[tuple[int, bool], dict[str, int]] = field(default_factory=dict)
+
+    def traffic(self, rank: int, first: bool) -> dict[str, int]:
+        """Bytes ``rank`` sends in a step, by axis."""
+        if (rank, first) not in self._traffic:
+            self._traffic[rank, first] = sent_bytes(self.plan, rank, first)
+        return self._traffic[rank, first]
+
+    def instruction_of(self, rank: int) -> str:
+        """The instruction ``rank`` is at, with its position."""
+        machine = self.machines[rank]
+        return f"{machine.position} {' '.join(str(machine.instruction).split())}"

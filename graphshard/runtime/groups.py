@@ -1,0 +1,84 @@
+"""Process groups of one rank: one per mesh axis, one for control messages, and the channels between stages."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from graphshard.errors import NoProcessGroup, PlanMismatch, WorldSizeMismatch
+from graphshard.mesh import Mesh
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """``axes`` has a group for every axis longer than 1. ``pairs`` has one for every directed pair of stages that this
+    rank is an end of; it is empty with gloo, where a tag on the group over the stages is a channel of its own."""
+
+    control: dist.ProcessGroup  # gloo, all ranks
+    axes: dict[str, dist.ProcessGroup]
+    pairs: dict[tuple[int, int], dist.ProcessGroup]
+
+
+def join_world(device: torch.device, timeout_s: float) -> bool:
+    """Make sure that this process is in a process group; True if it was set up here, from the launcher's environment.
+
+    Raises:
+        NoProcessGroup: no launcher set the environment.
+    """
+    if dist.is_initialized():
+        return False
+    if missing := [name for name in _ENVIRONMENT if name not in os.environ]:
+        raise NoProcessGroup(missing)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return True
+
+
+def make_groups(mesh: Mesh, device: torch.device, timeout_s: float) -> Groups:
+    """Create this rank's groups; every rank must call it at the same point with the same mesh.
+
+    Raises:
+        WorldSizeMismatch: the running process group has another size than the mesh.
+        PlanMismatch: another rank was given another mesh.
+    """
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    if world_size != mesh.world_size:
+        raise WorldSizeMismatch(str(mesh), mesh.world_size, world_size)
+    timeout = timedelta(seconds=timeout_s)
+    control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
+    given: list[str] = [""] * world_size
+    dist.all_gather_object(given, str(mesh), group=control)
+    if len(set(given)) > 1:
+        raise PlanMismatch("mesh", ranks_by(given))
+    long = [(name, size) for name, size in mesh.axes if size > 1]
+    axes: dict[str, dist.ProcessGroup] = {}
+    if long:
+        names, sizes = zip(*long, strict=True)
+        device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
+        axes = {name: device_mesh.get_group(name) for name in names}
+    pairs = {}
+    if device.type == "cuda":
+        # Everybody creates every group in one order: their names are counted. Communicators come at their first use.
+        stages = mesh.size("pp")
+        for column in (mesh.group(first, "pp") for first in range(world_size // stages)):
+            for source in range(stages):
+                for target in (s for s in range(stages) if s != source):
+                    group = dist.new_group([column[source], column[target]], timeout=timeout)
+                    if rank in (column[source], column[target]):
+                        pairs[source, target] = group
+    return Groups(control, axes, pairs)
+
+
+def ranks_by(given: list[str]) -> dict[str, list[int]]:
+    """Each value of ``given`` (one per rank) to the ranks that have it."""
+    result: dict[str, list[int]] = {}
+    for rank, value in enumerate(given):
+        result.setdefault(value, []).append(rank)
+    return result

@@ -1,0 +1,252 @@
+"""Every rank of a plan inside this process: the reference semantics of execution plans.
+
+Ranks take turns; where one must wait, the next goes on. Communication follows the channel model that prove.py assumes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graphshard.errors import StuckPlan
+from graphshard.execution import ExecutionPlan, Ref, TensorType
+from graphshard.mesh import Mesh
+from graphshard.runtime.executor import Executor, Loaded
+from graphshard.runtime.machine import Handle, Machine
+from graphshard.runtime.segments import SegmentFunction
+
+
+class LocalExecutor(Executor):
+    """All ranks of ``mesh`` in one process.
+
+    Args:
+        interleaving: None: ranks run round-robin, each until it must wait. A seed: after every instruction a random
+            rank goes on, and a communication whose ends are all there completes at a random later moment.
+        measure_memory: follow the live bytes of every rank in ``meters``.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        device: torch.device | str = "cpu",
+        *,
+        interleaving: int | None = None,
+        measure_memory: bool = False,
+    ) -> None:
+        super().__init__(mesh, range(mesh.world_size), torch.device(device), measure_memory)
+        self._random = None if interleaving is None else random.Random(interleaving)
+        self._network = _Network(delayed=interleaving is not None)
+
+    def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
+        rank = self.mesh.rank({"pp": stage})
+        if not axis:
+            return self.stores[rank][ref].clone()
+        return torch.cat([self.stores[peer][ref] for peer in self.mesh.group(rank, axis)])
+
+    def any_rank(self, flag: bool) -> bool:
+        return flag
+
+    def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine:
+        link = _Link(self._network, plan.mesh, rank)
+        return Machine(plan, rank, link, functions, self.device, self.meters.get(rank))
+
+    def _run(
+        self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: Mapping[int, bool]
+    ) -> dict[int, dict[Ref, Tensor]]:
+        self._network.reset()
+        ranks = {
+            rank: _Running(machine.step(values[rank], first[rank], preempt=self._random is not None))
+            for rank, machine in loaded.machines.items()
+        }
+        turns = deque(ranks)
+        results: dict[int, dict[Ref, Tensor]] = {}
+        while turns:
+            rank = self._next(loaded, ranks, turns)
+            if rank is None:
+                continue
+            running = ranks[rank]
+            try:
+                running.blocked = next(running.steps)
+            except StopIteration as end:
+                results[rank] = end.value
+                turns.remove(rank)
+            except Exception as error:
+                error.add_note(f"on rank {rank} in instruction {loaded.instruction_of(rank)}")
+                raise
+        return results
+
+    def _next(self, loaded: Loaded, ranks: Mapping[int, _Running], turns: deque[int]) -> int | None:
+        """The rank to go on; None after a delivery that made one possible."""
+        if self._random is None:
+            for _ in range(len(turns)):
+                rank = turns[0]
+                turns.rotate(-1)
+                if ranks[rank].ready():
+                    return rank
+            raise self._stuck(loaded, ranks, turns)
+        moves: list[int | None] = [rank for rank in turns if ranks[rank].ready()]
+        moves += [None] * min(1, len(self._network.deliverable))
+        if not moves:
+            raise self._stuck(loaded, ranks, turns)
+        move = self._random.choice(moves)
+        if move is None:
+            self._network.deliver(self._random.randrange(len(self._network.deliverable)))
+        return move
+
+    def _stuck(self, loaded: Loaded, ranks: Mapping[int, _Running], turns: deque[int]) -> StuckPlan:
+        lines = []
+        for rank in sorted(turns):
+            meeting = ranks[rank].blocked
+            assert isinstance(meeting, _Meeting)
+            missing = ", ".join(str(member) for member in meeting.members if member not in meeting.joined)
+            plural = "s" if "," in missing else ""
+            lines.append(
+                f"rank {rank} waits for rank{plural} {missing} to join in {meeting.what}, "
+                f"in instruction {loaded.instruction_of(rank)}"
+            )
+        return StuckPlan(lines)
+
+
+@dataclass
+class _Running:
+    """A rank within a step."""
+
+    steps: Generator[Handle | None, None, dict[Ref, Tensor]]
+    blocked: Handle | None = None
+
+    def ready(self) -> bool:
+        return self.blocked is None or self.blocked.done()
+
+
+@dataclass
+class _Meeting:
+    """One communication: complete once all members have joined and it was delivered."""
+
+    what: str
+    members: tuple[int, ...]
+    joined: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)  # (source, output) by rank
+    delivered: bool = False
+
+    def done(self) -> bool:
+        return self.delivered
+
+    def wait(self) -> None:
+        assert self.delivered, "the scheduler goes on with a rank only when what it waits for is complete"
+
+    def deliver(self) -> None:
+        """Copy what the members put in to where they want it."""
+        sources = [source for source, _ in map(self.joined.__getitem__, self.members) if source is not None]
+        outputs = [output for _, output in map(self.joined.__getitem__, self.members)]
+        kind, _, detail = self.what.partition(" ")
+        match kind:
+            case "all_gather":
+                for output in outputs:
+                    assert output is not None
+                    torch.cat(sources, out=output)
+            case "reduce_scatter":
+                for index, output in enumerate(outputs):
+                    assert output is not None
+                    _sum([source.chunk(len(sources))[index] for source in sources], output)
+            case "all_reduce":
+                total = _sum(sources, torch.empty_like(sources[0]))
+                for output in outputs:
+                    assert output is not None
+                    output.copy_(total)
+            case "broadcast":
+                for output in outputs:
+                    assert output is not None
+                    output.copy_(sources[int(detail)])
+            case _:
+                assert outputs[1] is not None
+                outputs[1].copy_(sources[0])
+        self.joined = dict.fromkeys(self.members, (None, None))
+        self.delivered = True
+
+
+def _sum(parts: list[Tensor], output: Tensor) -> Tensor:
+    output.copy_(parts[0])
+    for part in parts[1:]:
+        output.add_(part)
+    return output
+
+
+class _Network:
+    """The meetings that are not complete. The k-th communications that ranks issue on one channel meet."""
+
+    def __init__(self, delayed: bool) -> None:
+        self.deliverable: list[_Meeting] = []
+        self._delayed = delayed
+        self._open: dict[tuple[object, ...], deque[_Meeting]] = {}
+
+    def reset(self) -> None:
+        """Forget what a step that failed left behind."""
+        self.deliverable.clear()
+        self._open.clear()
+
+    def join(
+        self,
+        channel: tuple[object, ...],
+        members: tuple[int, ...],
+        rank: int,
+        what: str,
+        source: Tensor | None,
+        output: Tensor | None,
+    ) -> _Meeting:
+        """Put in this rank's end of the next meeting it has not joined on the channel."""
+        queue = self._open.setdefault(channel, deque())
+        meeting = next((m for m in queue if rank not in m.joined), None)
+        if meeting is None:
+            meeting = _Meeting(what, members)
+            queue.append(meeting)
+        assert meeting.what == what, f"rank {rank} issues {what} where its peers issue {meeting.what}"
+        meeting.joined[rank] = (source, output)
+        if len(meeting.joined) == len(members):
+            queue.popleft()  # members join a channel's meetings in order, so that the first one fills up first
+            if self._delayed:
+                self.deliverable.append(meeting)
+            else:
+                meeting.deliver()
+        return meeting
+
+    def deliver(self, index: int) -> None:
+        """Complete one of the meetings that everybody has joined."""
+        self.deliverable.pop(index).deliver()
+
+
+class _Link:
+    """One rank's communicator."""
+
+    def __init__(self, network: _Network, mesh: Mesh, rank: int) -> None:
+        self._network, self._rank = network, rank
+        self._groups = {axis: mesh.group(rank, axis) for axis in mesh.coordinates(rank)}
+
+    def all_gather(self, axis: str, output: Tensor, source: Tensor) -> Handle:
+        return self._collective(axis, "all_gather", source, output)
+
+    def reduce_scatter(self, axis: str, output: Tensor, source: Tensor) -> Handle:
+        return self._collective(axis, "reduce_scatter", source, output)
+
+    def all_reduce(self, axis: str, value: Tensor) -> Handle:
+        return self._collective(axis, "all_reduce", value, value)
+
+    def broadcast(self, axis: str, value: Tensor, source: int) -> Handle:
+        return self._collective(axis, f"broadcast {source}", value, value)
+
+    def send(self, stage: int, wire: Tensor) -> Handle:
+        peer = self._groups["pp"][stage]
+        channel = (self._rank, peer)
+        return self._network.join(channel, channel, self._rank, "transfer", wire, None)
+
+    def recv(self, stage: int, wire: Tensor) -> Handle:
+        peer = self._groups["pp"][stage]
+        channel = (peer, self._rank)
+        return self._network.join(channel, channel, self._rank, "transfer", None, wire)
+
+    def _collective(self, axis: str, what: str, source: Tensor, output: Tensor) -> Handle:
+        group = self._groups[axis]
+        return self._network.join((axis, *group), group, self._rank, what, source, output)

@@ -1,0 +1,349 @@
+"""One rank of a plan: its instructions, resolved once into closures over a list of values, run as a generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from graphshard.execution import (
+    ExecutionPlan,
+    Instruction,
+    Op,
+    Ref,
+    TensorType,
+    match_waits,
+    read_refs,
+    result_refs,
+)
+from graphshard.program import Slot
+from graphshard.runtime.memory import StorageMeter
+from graphshard.runtime.segments import SegmentFunction
+
+
+class Handle(Protocol):
+    """A communication that was started."""
+
+    def done(self) -> bool:
+        """Whether it is complete, so that nobody has to wait; False where that cannot be asked without waiting."""
+        ...
+
+    def wait(self) -> None:
+        """Return when it is complete."""
+        ...
+
+
+class Communicator(Protocol):
+    """How one rank starts communication; nothing blocks. Collectives are over its group along a mesh axis."""
+
+    def all_gather(self, axis: str, output: Tensor, source: Tensor) -> Handle:
+        """``output`` becomes the group's ``source`` tensors one after the other along dim 0."""
+        ...
+
+    def reduce_scatter(self, axis: str, output: Tensor, source: Tensor) -> Handle:
+        """``output`` becomes this rank's part, along dim 0, of the sum of the group's ``source`` tensors."""
+        ...
+
+    def all_reduce(self, axis: str, value: Tensor) -> Handle:
+        """``value`` becomes the sum of the group's, in place."""
+        ...
+
+    def broadcast(self, axis: str, value: Tensor, source: int) -> Handle:
+        """``value`` becomes that of the rank at coordinate ``source``."""
+        ...
+
+    def send(self, stage: int, wire: Tensor) -> Handle:
+        """Send the elements of ``wire`` (1-D) to the rank of ``stage`` with this rank's other coordinates."""
+        ...
+
+    def recv(self, stage: int, wire: Tensor) -> Handle:
+        """Receive into ``wire`` (1-D) from the rank of ``stage`` with this rank's other coordinates."""
+        ...
+
+
+Environment = list[Tensor | None]
+Handles = list[Handle | None]
+Action = Callable[[Environment, Handles], Handle | None]
+"""An instruction with everything looked up; returns what to wait for, if it cannot go on."""
+
+
+class Machine:
+    """Interprets the plan of one rank.
+
+    ``position`` is that of the instruction being run, for messages. Nothing is checked here: prove.py has.
+    """
+
+    def __init__(
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        communicator: Communicator,
+        functions: Mapping[str, SegmentFunction],
+        device: torch.device,
+        meter: StorageMeter | None = None,
+    ) -> None:
+        self.rank = rank
+        self.position = 0
+        self.meter = meter
+        stage_plan = plan.of_rank(rank)
+        self.stage = plan.mesh.coordinates(rank)["pp"]
+        self.has_first = stage_plan.first_epilogue is not None
+        self.update_begins = len(stage_plan.prologue) + len(stage_plan.body)
+        self._instructions = {first: stage_plan.step(first) for first in (False, True)}
+        self._environment: Environment = []
+        self._first = False
+        resolver = _Resolver(plan, rank, communicator, functions, device)
+        steady = resolver.resolve(self._instructions[False])
+        begun = steady if stage_plan.first_epilogue is None else resolver.resolve(self._instructions[True])
+        self._code = {False: steady, True: begun}
+        reads = {first: read_refs(plan, self.stage, first) for first in (False, True)}
+        self.reads: dict[bool, dict[Ref, tuple[Slot, TensorType]]] = reads
+        self.results: dict[Ref, Slot] = result_refs(plan, self.stage)
+        self._places_in = {first: {ref: resolver.place(ref) for ref in refs} for first, refs in reads.items()}
+        self._places_out = {ref: resolver.place(ref) for ref in self.results}
+        self._size = resolver.size
+        self._touched = {
+            first: [tuple(map(resolver.place, (*ins.inputs, *ins.outputs))) for ins in listed]
+            for first, listed in self._instructions.items()
+        }
+
+    @property
+    def instruction(self) -> Instruction:
+        """The instruction being run."""
+        return self._instructions[self._first][self.position]
+
+    def step(
+        self, values: dict[Ref, Tensor], first: bool = False, preempt: bool = False
+    ) -> Generator[Handle | None, None, dict[Ref, Tensor]]:
+        """Run one step; ``values`` is what the plan reads, and is emptied. Returns the results.
+
+        Yields a handle when it must be complete before the rank can go on, and with ``preempt`` None after every
+        other instruction.
+        """
+        places = self._places_in[first]
+        environment: Environment = [None] * self._size
+        for ref, value in values.items():
+            environment[places[ref]] = value
+        values.clear()
+        code = self._code[first]
+        handles: Handles = [None] * len(code)
+        self._environment, self._first = environment, first
+        if self.meter is not None:
+            self.meter.update(environment, range(self._size))
+        for position, action in enumerate(code):
+            self.position = position
+            blocked = action(environment, handles)
+            if blocked is not None:
+                yield blocked
+            elif preempt:
+                yield None
+            if self.meter is not None:
+                self.meter.update(environment, self._touched[first][position])
+        results: dict[Ref, Tensor] = {}
+        for ref, place in self._places_out.items():
+            result = environment[place]
+            assert result is not None, f"{ref} is not defined at the end of the step"
+            results[ref] = result
+        self._forget()
+        return results
+
+    def abandon(self) -> dict[Ref, Tensor]:
+        """After a failed step: what it had been given and the update had not begun to replace."""
+        kept = {}
+        if self._environment and self.position < self.update_begins:
+            for ref, place in self._places_in[self._first].items():
+                value = self._environment[place]
+                if value is not None:
+                    kept[ref] = value
+        self._forget()
+        return kept
+
+    def _forget(self) -> None:
+        self._environment = []
+        if self.meter is not None:
+            self.meter.clear()
+
+
+class _Resolver:
+    """Turns instructions into actions; gives every Ref a place in the environment."""
+
+    def __init__(
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        communicator: Communicator,
+        functions: Mapping[str, SegmentFunction],
+        device: torch.device,
+    ) -> None:
+        self.mesh = plan.mesh
+        self.coordinates = plan.mesh.coordinates(rank)
+        self.communicator = communicator
+        self.functions = functions
+        self.device = device
+        self._places: dict[Ref, int] = {}
+
+    @property
+    def size(self) -> int:
+        return len(self._places)
+
+    def place(self, ref: Ref) -> int:
+        return self._places.setdefault(ref, len(self._places))
+
+    def resolve(self, instructions: tuple[Instruction, ...]) -> list[Action]:
+        waits = match_waits(instructions)
+        return [self._action(position, ins, waits) for position, ins in enumerate(instructions)]
+
+    def _action(self, position: int, ins: Instruction, waits: Mapping[int, int]) -> Action:
+        match ins.op:
+            case Op.RUN:
+                return self._run(ins)
+            case Op.WAIT:
+                return _wait(waits[position])
+            case Op.FREE:
+                return _free([self.place(ref) for ref in ins.inputs])
+            case Op.BIND:
+                return _bind([self.place(ref) for ref in ins.inputs], [self.place(ref) for ref in ins.outputs])
+            case Op.SEND:
+                return self._send(position, ins)
+            case Op.RECV:
+                return self._recv(position, ins)
+            case Op.GATHER | Op.REDUCE:
+                return self._collective(position, ins)
+
+    def _run(self, ins: Instruction) -> Action:
+        function, coordinates, device = self.functions[ins.name], self.coordinates, self.device
+        inputs = [self.place(ref) for ref in ins.inputs]
+        outputs = [self.place(ref) for ref in ins.outputs]
+        last = [self.place(ref) for ref in ins.last]
+
+        def run(environment: Environment, handles: Handles) -> None:
+            # The list is the only thing that holds the values handed over: the segment empties it and frees them.
+            arguments = [environment[place] for place in inputs]
+            for place in last:
+                environment[place] = None
+            results = function(arguments, coordinates, device)  # type: ignore[arg-type]
+            for place, result in zip(outputs, results, strict=True):
+                environment[place] = result
+
+        return run
+
+    def _send(self, position: int, ins: Instruction) -> Action:
+        assert ins.peer is not None and ins.type is not None
+        source, keep = self.place(ins.inputs[0]), not ins.last
+        send, peer, kind = self.communicator.send, ins.peer, ins.type
+
+        def run(environment: Environment, handles: Handles) -> None:
+            value = environment[source]
+            assert value is not None
+            handles[position] = send(peer, outgoing(value, kind))
+            if not keep:
+                environment[source] = None
+
+        return run
+
+    def _recv(self, position: int, ins: Instruction) -> Action:
+        assert ins.peer is not None and ins.type is not None
+        target, recv, peer, device = self.place(ins.outputs[0]), self.communicator.recv, ins.peer, self.device
+        shape, stride, dtype, wire = ins.type.shape, ins.type.stride, ins.type.dtype, (ins.type.numel,)
+
+        def run(environment: Environment, handles: Handles) -> None:
+            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            handles[position] = recv(peer, value.as_strided(wire, (1,)))
+            environment[target] = value
+
+        return run
+
+    def _collective(self, position: int, ins: Instruction) -> Action:
+        assert ins.type is not None
+        target, start = self.place(ins.outputs[0]), self._starter(ins)
+        source = self.place(ins.inputs[0]) if ins.inputs else None
+        keep = not ins.last
+
+        def run(environment: Environment, handles: Handles) -> None:
+            value = None if source is None else environment[source]
+            if source is not None and not keep:
+                environment[source] = None
+            environment[target], handles[position] = start(value)
+
+        return run
+
+    def _starter(self, ins: Instruction) -> Callable[[Tensor | None], tuple[Tensor, Handle]]:
+        assert ins.type is not None
+        axis, size, device, dtype = ins.axis, self.mesh.size(ins.axis), self.device, ins.type.dtype
+        shape = ins.type.shape
+        owned = bool(ins.last)  # handed over: nobody else reads it, so that it can be reduced in place
+        communicator = self.communicator
+
+        def all_gather(value: Tensor | None) -> tuple[Tensor, Handle]:
+            assert value is not None
+            output = torch.empty(gathered, dtype=dtype, device=device)
+            return output, communicator.all_gather(axis, output, value.contiguous())
+
+        def reduce_scatter(value: Tensor | None) -> tuple[Tensor, Handle]:
+            assert value is not None
+            output = torch.empty(scattered, dtype=dtype, device=device)
+            return output, communicator.reduce_scatter(axis, output, value.contiguous())
+
+        def all_reduce(value: Tensor | None) -> tuple[Tensor, Handle]:
+            assert value is not None
+            output = value.contiguous() if owned else value.clone(memory_format=torch.contiguous_format)
+            return output, communicator.all_reduce(axis, output)
+
+        def broadcast(value: Tensor | None) -> tuple[Tensor, Handle]:
+            if value is None or root != here:
+                output = torch.empty(shape, dtype=dtype, device=device)
+            else:
+                output = value.contiguous() if owned else value.clone(memory_format=torch.contiguous_format)
+            assert root is not None
+            return output, communicator.broadcast(axis, output, root)
+
+        root, here = ins.peer, self.coordinates[axis]
+        gathered = (shape[0] * size, *shape[1:]) if shape else ()
+        scattered = (shape[0] // size, *shape[1:]) if shape else ()
+        match ins.name:
+            case "all_gather":
+                return all_gather
+            case "reduce_scatter":
+                return reduce_scatter
+            case "all_reduce":
+                return all_reduce
+            case _:
+                return broadcast
+
+
+def _wait(started: int) -> Action:
+    def run(environment: Environment, handles: Handles) -> Handle | None:
+        handle = handles[started]
+        handles[started] = None
+        return None if handle is None or handle.done() else handle
+
+    return run
+
+
+def _free(places: list[int]) -> Action:
+    def run(environment: Environment, handles: Handles) -> None:
+        for place in places:
+            environment[place] = None
+
+    return run
+
+
+def _bind(sources: list[int], targets: list[int]) -> Action:
+    def run(environment: Environment, handles: Handles) -> None:
+        for place, value in zip(targets, [environment[source] for source in sources], strict=True):
+            environment[place] = value
+
+    return run
+
+
+def outgoing(value: Tensor, kind: TensorType) -> Tensor:
+    """The elements of ``value`` as one run of memory in the order that ``kind``'s strides say; a view if it lies so."""
+    stride = value.stride()
+    if stride != kind.stride and any(
+        ours != theirs for ours, theirs, size in zip(stride, kind.stride, kind.shape, strict=True) if size != 1
+    ):
+        packed = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=value.device)
+        value = packed.copy_(value)
+    return value.as_strided((kind.numel,), (1,), value.storage_offset())

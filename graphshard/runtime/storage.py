@@ -1,0 +1,230 @@
+"""Full tensors under the model's own names, read from and written to the ranks' stores, however those are sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from graphshard.errors import StateMismatch
+from graphshard.execution import ExecutionPlan, TensorType, slot_ref
+from graphshard.program import Bucket, Param, Role, Slot
+from graphshard.runtime.executor import Executor
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where one stored value is: its slot says under which name and on which stage."""
+
+    slot: Slot
+    kind: TensorType  # of one rank's part
+    axis: str = ""  # "" : every rank has all of it
+
+    @property
+    def stage(self) -> int:
+        return self.slot.stage
+
+
+class Storage:
+    """What the plans of one model keep from step to step.
+
+    Args:
+        plans: those known so far; :meth:`learn` adds more. Together they say which slots there are.
+    """
+
+    def __init__(self, executor: Executor, *plans: ExecutionPlan) -> None:
+        self.executor = executor
+        self.params: dict[str, Param] = {}
+        self.buckets: dict[str, Bucket] = {}
+        self._slots: dict[Slot, TensorType] = {}
+        self._unplaced: dict[str, Tensor] = {}  # buffers that no plan so far reads
+        for plan in plans:
+            self.learn(plan)
+
+    def learn(self, plan: ExecutionPlan) -> None:
+        """Take note of the slots of one more plan."""
+        self.params |= plan.params
+        self.buckets |= plan.buckets
+        for stage, (reads, results) in enumerate(zip(plan.reads, plan.results, strict=True)):
+            for slot, kind in (reads | results).items():
+                self._slots[Slot(slot.role, slot.name, slot.key, stage)] = kind
+        late = [place for place in self._places(Role.BUFFER) if place.slot.name in self._unplaced]
+        for place in late:
+            self._write(place, ((place.slot.name, -1),), self._unplaced)
+        for place in late:
+            self._unplaced.pop(place.slot.name, None)
+
+    # Parameters
+
+    def read_params(self, rank0_only: bool = False) -> dict[str, Tensor]:
+        """Every parameter in full, by canonical name; with ``rank0_only`` other ranks get an empty dict. Collective."""
+        result: dict[str, Tensor] = {}
+        for place, members in self._param_places():
+            wanted = [(name, at) for name, at in members if self.params[name].stages[0] == place.stage]
+            if not wanted:
+                continue
+            flat = self._read(place, rank0_only)
+            for name, at in wanted if flat is not None else ():
+                assert flat is not None
+                result[name] = self._cut(flat, name, at)
+        return {name: result[name] for name in self.params if name in result}
+
+    def write_params(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store full parameters, given by canonical name, on every rank and stage that holds them.
+
+        Raises:
+            StateMismatch: one is missing or has another shape; nothing is stored then.
+        """
+        for name, param in self.params.items():
+            _expect(name, tensors.get(name), param.shape)
+        for place, members in self._param_places():
+            self._write(place, members, tensors)
+
+    def _param_places(self) -> Iterator[tuple[_Place, tuple[tuple[str, int], ...]]]:
+        """Each stored piece of parameters with its (name, offset) members; offset -1: it is the parameter itself."""
+        seen: set[tuple[str, int]] = set()
+        for bucket in self.buckets.values():
+            sharded = bucket.store is Role.SHARD
+            kind = TensorType((bucket.shard_numel if sharded else bucket.numel,), bucket.dtype, (1,))
+            slot = Slot(bucket.store, bucket.name, stage=bucket.stage)
+            yield _Place(slot, kind, bucket.axis if sharded else ""), bucket.members
+            seen |= {(name, bucket.stage) for name, _ in bucket.members}
+        for param in self.params.values():
+            for stage in param.stages:
+                if (param.name, stage) not in seen:
+                    slot = Slot(Role.PARAM, param.name, stage=stage)
+                    yield _Place(slot, self._slots.get(slot) or _contiguous(param)), ((param.name, -1),)
+
+    # Buffers
+
+    def read_buffers(self, rank0_only: bool = False) -> dict[str, Tensor]:
+        """Every buffer: data-parallel rank 0's, of the first stage that has it. Collective."""
+        known = not rank0_only or 0 in self.executor.ranks
+        result = {name: value.clone() for name, value in self._unplaced.items()} if known else {}
+        for place in self._first_stage(Role.BUFFER):
+            value = self._read(place, rank0_only)
+            if value is not None:
+                result[place.slot.name] = value
+        return result
+
+    def write_buffers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store buffers on every stage that has them; those that no plan reads are kept until one does.
+
+        Raises:
+            StateMismatch: one is missing or has another shape; nothing is stored then.
+        """
+        places = list(self._places(Role.BUFFER))
+        for place in places:
+            _expect(place.slot.name, tensors.get(place.slot.name), place.kind.shape)
+        for place in places:
+            self._write(place, ((place.slot.name, -1),), tensors)
+        placed = {place.slot.name for place in places}
+        self._unplaced = {n: value.detach().clone() for n, value in tensors.items() if n not in placed}
+
+    # Optimizer state
+
+    def has_state(self) -> bool:
+        """Whether the ranks here hold optimizer state."""
+        return any(ref.name.startswith(f"{Role.STATE}:") for store in self.executor.stores.values() for ref in store)
+
+    def read_state(self, rank0_only: bool = False) -> dict[str, dict[str, Tensor]]:
+        """Optimizer state in full: parameter to key to tensor; empty before the first step. Collective."""
+        result: dict[str, dict[str, Tensor]] = {}
+        if not self.executor.any_rank(self.has_state()):
+            return result
+        for place in self._state_places():
+            members = [(n, at) for n, at in self._members(place) if self.params[n].stages[0] == place.stage]
+            value = self._read(place, rank0_only) if members else None
+            for name, at in members if value is not None else ():
+                assert value is not None
+                full = value.clone() if not value.ndim or at < 0 else self._cut(value, name, at)
+                result.setdefault(name, {})[place.slot.key] = full
+        return {name: result[name] for name in self.params if name in result}
+
+    def write_state(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Store optimizer state as :meth:`read_state` gives it; an empty mapping is a fresh optimizer.
+
+        Raises:
+            StateMismatch: a parameter's state is missing, has another shape, or a scalar that differs within a bucket;
+                nothing is stored then.
+        """
+        places = list(self._state_places())
+        for place in places if tensors else ():
+            key, scalar = place.slot.key, not place.kind.shape
+            members = self._members(place)
+            for name, at in members:
+                shape = () if scalar else place.kind.shape if at < 0 else self.params[name].shape
+                _expect(f"state {key} of {name}", tensors.get(name, {}).get(key), shape)
+            if scalar and any(tensors[n][key].item() != tensors[members[0][0]][key].item() for n, _ in members):
+                names = ", ".join(name for name, _ in members)
+                raise StateMismatch(f"state {key} of {names}", "different values", "one: they are stored together")
+        for store in self.executor.stores.values():
+            for ref in [ref for ref in store if ref.name.startswith(f"{Role.STATE}:")]:
+                del store[ref]
+        for place in places if tensors else ():
+            given = {name: tensors[name][place.slot.key] for name, _ in self._members(place)}
+            self._write(place, self._members(place), given)
+
+    def _state_places(self) -> Iterator[_Place]:
+        for place in self._places(Role.STATE):
+            bucket = self.buckets.get(place.slot.name)
+            split = bucket is not None and place.kind.shape and place.kind.shape[0] != bucket.numel
+            yield _Place(place.slot, place.kind, bucket.axis if bucket is not None and split else "")
+
+    def _members(self, place: _Place) -> tuple[tuple[str, int], ...]:
+        bucket = self.buckets.get(place.slot.name)
+        return bucket.members if bucket is not None else ((place.slot.name, -1),)
+
+    # Common
+
+    def _places(self, role: Role) -> Iterator[_Place]:
+        for slot in sorted(slot for slot in self._slots if slot.role is role):
+            yield _Place(slot, self._slots[slot])
+
+    def _first_stage(self, role: Role) -> Iterator[_Place]:
+        seen: set[str] = set()
+        for place in self._places(role):
+            if place.slot.name not in seen:
+                seen.add(place.slot.name)
+                yield place
+
+    def _read(self, place: _Place, rank0_only: bool) -> Tensor | None:
+        return self.executor.read(slot_ref(place.slot), place.stage, place.kind, place.axis, not rank0_only)
+
+    def _cut(self, flat: Tensor, name: str, at: int) -> Tensor:
+        """A copy, so that saving one parameter does not save its bucket."""
+        shape = self.params[name].shape
+        return flat.clone() if at < 0 else flat[at : at + self.params[name].numel].view(shape).clone()
+
+    def _write(self, place: _Place, members: tuple[tuple[str, int], ...], tensors: Mapping[str, Tensor]) -> None:
+        if not any(self.executor.mesh.coordinates(rank)["pp"] == place.stage for rank in self.executor.ranks):
+            return
+        if not place.kind.shape or members[0][1] < 0:
+            value = tensors[members[0][0]].to(place.kind.dtype)
+            if value.stride() != place.kind.stride:
+                value = torch.empty_strided(*_layout(place.kind), dtype=place.kind.dtype).copy_(value)
+        else:
+            parts = self.executor.mesh.size(place.axis) if place.axis else 1
+            value = torch.zeros(place.kind.numel * parts, dtype=place.kind.dtype)
+            for name, at in members:
+                value[at : at + self.params[name].numel].copy_(tensors[name].reshape(-1))
+        self.executor.write(slot_ref(place.slot), place.stage, value, place.axis)
+
+
+def _layout(kind: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return kind.shape, kind.stride
+
+
+def _contiguous(param: Param) -> TensorType:
+    strides = tuple(prod(param.shape[dim + 1 :]) for dim in range(len(param.shape)))
+    return TensorType(param.shape, param.dtype, strides)
+
+
+def _expect(name: str, given: Tensor | None, shape: tuple[int, ...]) -> None:
+    if given is None:
+        raise StateMismatch(name, "nothing", f"a tensor of shape {list(shape)}")
+    if tuple(given.shape) != shape:
+        raise StateMismatch(name, f"shape {list(given.shape)}", f"shape {list(shape)}")

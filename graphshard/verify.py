@@ -1,0 +1,175 @@
+"""Legality of programs: what may exist at each level. The driver calls :func:`verify` before and after every pass."""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+
+import torch
+from torch import fx
+
+from graphshard.dataflow import is_view
+from graphshard.errors import IllegalProgram
+from graphshard.program import Level, MemoryTag, Phase, Program, Role, Section, info
+
+_NAMESPACES = {
+    Level.CAPTURED: {"aten", "prims", "graphshard"},
+    Level.STAGED: {"aten", "prims", "graphshard"},
+    Level.SHARDED: {"aten", "prims", "graphshard", "_c10d_functional"},
+}
+_CROSS_STAGE = {"graphshard::transfer", "graphshard::stage_sum", "graphshard::stage_broadcast"}
+_SHARDED_ONLY = {"graphshard::local_shard"}
+_BODY_ORDER = {Phase.FORWARD: 0, Phase.BACKWARD: 1, Phase.WEIGHT: 1}
+
+
+def verify(program: Program, after: str = "") -> None:
+    """Check every rule of the program's level.
+
+    Raises:
+        IllegalProgram: names the rule, the graph and the node; ``after`` is the pass that ran last.
+    """
+    suffix = f" after pass {after!r}" if after else ""
+    for name, section in program.sections().items():
+        where = f"graph {name}{suffix}"
+        _check_structure(section, where)
+        for node in section.nodes():
+            _check_operator(node, program.level, where)
+            if program.level is not Level.CAPTURED:
+                _check_stage(node, program.stages, where)
+            if name == "body":
+                _check_phase_order(node, where)
+    _check_carries(program, suffix)
+    _check_parameters(program, suffix)
+    if program.level is Level.SHARDED:
+        _check_gathers(program.body, f"graph body{suffix}")
+
+
+def _fail(rule: str, node: fx.Node | str, where: str) -> None:
+    text = node if isinstance(node, str) else f"%{node.name} = {getattr(node, 'target', '')}"
+    raise IllegalProgram(rule, f"{text}, {where}")
+
+
+def _check_structure(section: Section, where: str) -> None:
+    seen: set[fx.Node] = set()
+    operations_begun = False
+    for node in section.graph.nodes:
+        for source in node.all_input_nodes:
+            if source not in seen:
+                _fail(f"%{source.name} is used before it is defined", node, where)
+        seen.add(node)
+        if node.op == "placeholder":
+            if operations_begun:
+                _fail("a placeholder comes after an operation", node, where)
+            if node not in section.inputs:
+                _fail("a placeholder has no slot in the signature", node, where)
+        elif node.op == "call_function":
+            operations_begun = True
+        elif node.op != "output":
+            _fail(f"node kind {node.op!r} is not part of the IR", node, where)
+        if node.op != "output" and ("val" not in node.meta or "info" not in node.meta):
+            _fail("a node has no type or no NodeInfo", node, where)
+    for slot, count in Counter(section.inputs.values()).items():
+        if count > 1:
+            _fail(f"slot {slot} is read by {count} placeholders; one is allowed", str(slot), where)
+    for slot, count in Counter(section.output_slots).items():
+        if count > 1:
+            _fail(f"slot {slot} is written {count} times; once is allowed", str(slot), where)
+    if len(section.output_slots) != len(section.output_node.args[0]):  # type: ignore[arg-type]
+        _fail("the signature and the output node differ in length", "return", where)
+
+
+def _check_operator(node: fx.Node, level: Level, where: str) -> None:
+    if node.target is operator.getitem:
+        return
+    if not isinstance(node.target, torch._ops.OpOverload):
+        _fail("only ATen, functional collective and graphshard operators are part of the IR", node, where)
+        return
+    if node.target.namespace not in _NAMESPACES[level]:
+        _fail(f"operators of namespace {node.target.namespace!r} do not exist at level {level}", node, where)
+    name = node.target._schema.name
+    if (name in _CROSS_STAGE and level is Level.CAPTURED) or (name in _SHARDED_ONLY and level is not Level.SHARDED):
+        _fail(f"{name} does not exist at level {level}", node, where)
+    if node.target._schema.is_mutable:
+        _fail("graphs are functional; this operator writes to its arguments", node, where)
+
+
+def _check_stage(node: fx.Node, stages: int, where: str) -> None:
+    stage = info(node).stage
+    if stage is not None and not 0 <= stage < stages:
+        _fail(f"stage {stage} is outside 0..{stages - 1}", node, where)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _CROSS_STAGE:
+        return
+    for source in node.all_input_nodes:
+        other = info(source).stage
+        if other is not None and other != stage:
+            rule = f"a value crosses stages without a transfer: %{source.name} of stage {other} read on stage {stage}"
+            _fail(rule, node, where)
+
+
+def _check_phase_order(node: fx.Node, where: str) -> None:
+    for source in node.all_input_nodes:
+        if source.op == "placeholder":
+            continue
+        if _BODY_ORDER.get(info(source).phase, 1) > _BODY_ORDER.get(info(node).phase, 1):
+            _fail(f"a forward operation reads %{source.name} of phase {info(source).phase}", node, where)
+        if info(source).phase is Phase.WEIGHT and info(node).phase is Phase.BACKWARD:
+            _fail(f"an operation of phase backward reads %{source.name} of phase weight", node, where)
+
+
+def _check_carries(program: Program, suffix: str) -> None:
+    def carries(slots: object) -> set[object]:
+        return {slot for slot in slots if slot.role is Role.CARRY}  # type: ignore[attr-defined]
+
+    given = carries(program.prologue.output_slots)
+    read = carries(program.body.inputs.values())
+    written = carries(program.body.output_slots)
+    for slot in sorted(map(str, read - given)):
+        _fail(f"{slot} is read by the body but not initialised by the prologue", slot, f"graph body{suffix}")
+    for slot in sorted(map(str, written - read)):
+        _fail(f"{slot} is returned by the body but not read by it", slot, f"graph body{suffix}")
+    for section in program.updates():
+        for slot in sorted(map(str, carries(section.inputs.values()) - (given | written))):
+            _fail(f"{slot} is read by the epilogue but nothing produces it", slot, f"graph epilogue{suffix}")
+
+
+def _check_parameters(program: Program, suffix: str) -> None:
+    members = {name for bucket in program.buckets.values() for name, _ in bucket.members}
+    for name, section in program.sections().items():
+        for slot in section.inputs.values():
+            where = f"graph {name}{suffix}"
+            if slot.role is Role.PARAM and slot.name not in program.params:
+                _fail(f"{slot} is not in the table of parameters", str(slot), where)
+            if slot.role in (Role.FLAT, Role.SHARD) and slot.name not in program.buckets:
+                _fail(f"{slot} is not in the table of buckets", str(slot), where)
+            if slot.role in (Role.FLAT, Role.SHARD) and program.level is not Level.SHARDED:
+                _fail(f"{slot} exists before parameters are sharded", str(slot), where)
+    for member in sorted(members - set(program.params)):
+        _fail(f"bucket member {member!r} is not in the table of parameters", member, suffix.strip() or "buckets")
+
+
+def _check_gathers(body: Section, where: str) -> None:
+    """A gathered parameter is not kept from forward to backward, unless the gather is tagged ``save``."""
+    for node in body.nodes():
+        if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
+            continue
+        if info(node).tag is MemoryTag.SAVE or info(node).phase is not Phase.FORWARD:
+            continue
+        for reader in _readers(node):
+            if info(reader).phase is not Phase.FORWARD:
+                rule = f"gathered parameter %{node.name} is kept from forward to backward, where %{reader.name} reads it"
+                _fail(rule, node, where)
+
+
+def _readers(gather: fx.Node) -> set[fx.Node]:
+    """Operations that read the gathered buffer, through waits and views as well."""
+    found: set[fx.Node] = set()
+    stack = [gather]
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output" or user in found:
+                continue
+            found.add(user)
+            if user.target is torch.ops._c10d_functional.wait_tensor.default or is_view(user):
+                stack.append(user)
+    return found
+

@@ -1,0 +1,361 @@
+"""Merge the buckets of single parameters into one per module block: fewer, larger collectives and one update each.
+
+A block is the parameter's path up to its first index (``h.3`` of ``h.3.attn.weight``); parameters outside such blocks
+merge with their neighbours in order of first use. Gathered storage is never copied: parameters are views of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+from graphshard import fake
+from graphshard.dataflow import downstream
+from graphshard.pipeline import Context
+from graphshard.program import Bucket, NodeInfo, Phase, Program, Role, Section, Slot, info
+from graphshard.rewrite import add_input, call, remove_input, replace_input, retype, set_outputs
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
+
+ALIGN = 16
+"""Members start, and shards end, at multiples of this many elements, so that vector loads are aligned."""
+
+
+@dataclass(frozen=True)
+class BucketCollectives:
+    """Merge buckets. Those whose updates differ (other hyper-parameters, whole-parameter optimizers) stay apart."""
+
+    name: ClassVar[str] = "bucket"
+    exact: ClassVar[bool] = False
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if not program.buckets:
+            return program
+        given = ctx.placement.buckets if ctx.placement is not None else None
+        groups = _obeyed(program, given) if given else _chosen(program)
+        for merged, members in groups:
+            _Merge(program, merged, members).run()
+        program.buckets = {b.name: b for b in sorted(program.buckets.values(), key=lambda b: (b.stage, _order(program)(b)))}
+        return program
+
+
+def _order(program: Program) -> Callable[[Bucket], int]:
+    """Position of a bucket's first use in the body; after all others if it has none."""
+    position = {node: i for i, node in enumerate(program.body.graph.nodes)}
+    first = {
+        slot.name: min((position[user] for user in node.users), default=len(position))
+        for node, slot in program.body.inputs.items()
+        if slot.role in (Role.FLAT, Role.SHARD)
+    }
+    return lambda bucket: first.get(bucket.name, len(position))
+
+
+def _block(path: str) -> str:
+    parts = path.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    return ".".join(parts[: index + 1]) if index is not None else ""
+
+
+def _chosen(program: Program) -> list[tuple[Bucket, list[Bucket]]]:
+    """Neighbours in order of use that agree on everything a bucket has in common."""
+
+    def key(bucket: Bucket) -> tuple[Any, ...]:
+        param = program.params[bucket.members[0][0]]
+        alone = bucket.name if len(param.stages) > 1 else ""  # replicas on two stages must have the same layout
+        return (bucket.stage, _block(param.name), param.group, param.has_grad, bucket.dtype, bucket.store, alone)
+
+    ordered = sorted(program.buckets.values(), key=_order(program))
+    ordered.sort(key=lambda b: b.stage)
+    collected: dict[tuple[Any, ...], list[Bucket]] = {}
+    for run, (k, items) in enumerate(groupby(ordered, key=key)):
+        # A block that another block interrupts is one bucket all the same; parameters outside blocks are not.
+        collected.setdefault(k if k[1] else (*k, run), []).extend(items)
+    result: list[tuple[Bucket, list[Bucket]]] = []
+    names: set[str] = set()
+    for members in collected.values():
+        if len(members) == 1:
+            names.add(members[0].name)
+            continue
+        for part in _isomorphic(program, members):
+            name = _fresh(_block(part[0].members[0][0]) or part[0].name, names)
+            result.append((_layout(name, part), part))
+    return result
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name}#{count}"
+    taken.add(candidate)
+    return candidate
+
+
+def _obeyed(program: Program, given: Any) -> list[tuple[Bucket, list[Bucket]]]:
+    owner = {(name, b.stage): b for b in given.values() for name, _ in b.members}
+    groups: dict[str, list[Bucket]] = {}
+    for bucket in program.buckets.values():
+        groups.setdefault(owner[bucket.members[0][0], bucket.stage].name, []).append(bucket)
+    return [(given[name], members) for name, members in groups.items()]
+
+
+def _layout(name: str, members: list[Bucket]) -> Bucket:
+    """Members one after the other, aligned, the end padded so that shards are equal and aligned."""
+    offset, placed = 0, []
+    for bucket in members:
+        placed.append((bucket.members[0][0], offset))
+        offset += -(-bucket.numel // ALIGN) * ALIGN
+    unit = ALIGN * members[0].parts
+    return replace(members[0], name=name, numel=-(-offset // unit) * unit, members=tuple(placed))
+
+
+def _isomorphic(program: Program, members: list[Bucket]) -> list[list[Bucket]]:
+    """``members`` in groups whose updates are the same operators with the same constants."""
+    groups: list[list[Bucket]] = []
+    for bucket in members:
+        for group in groups:
+            if all(_match(section, group[0], bucket) is not None for section in program.updates()):
+                group.append(bucket)
+                break
+        else:
+            groups.append([bucket])
+    return groups
+
+
+def _inputs_of(section: Section, bucket: Bucket) -> dict[tuple[Role, str], fx.Node]:
+    names = {Role.CARRY: f"grad:{bucket.name}"}
+    roles = (Role.CARRY, Role.FLAT, Role.SHARD, Role.STATE)
+    return {
+        (slot.role, slot.key): node
+        for node, slot in section.inputs.items()
+        if slot.role in roles and slot.name == names.get(slot.role, bucket.name) and slot.stage == bucket.stage
+    }
+
+
+def _outputs_of(section: Section, bucket: Bucket) -> dict[tuple[Role, str], Slot]:
+    names = {Role.CARRY: f"grad:{bucket.name}", Role.OUTPUT: f"grad:{bucket.name}"}
+    return {
+        (slot.role, slot.key): slot
+        for slot in section.output_slots
+        if slot.name == names.get(slot.role, bucket.name)
+        and slot.stage == bucket.stage
+        and slot.role in (Role.CARRY, Role.FLAT, Role.SHARD, Role.STATE, Role.OUTPUT)
+    }
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return node.target is gs.sq_norm.default
+
+
+def _own(section: Section, bucket: Bucket) -> list[fx.Node]:
+    """The operations of the update that concern ``bucket`` alone, in order."""
+    own = set(downstream(_inputs_of(section, bucket).values(), stop=_is_norm))
+    outputs = section.outputs
+    own |= {n for s in _outputs_of(section, bucket).values() if (n := outputs[s]).op == "call_function"}
+    pending = list(own)
+    while pending:  # constants made for this bucket only
+        for source in pending.pop().all_input_nodes:
+            if source.op == "call_function" and source not in own and all(user in own for user in source.users):
+                own.add(source)
+                pending.append(source)
+    return sorted(n for n in own if not _is_norm(n))
+
+
+def _match(section: Section, first: Bucket, other: Bucket) -> dict[fx.Node, fx.Node] | None:
+    """Nodes of ``first``'s update to those of ``other``'s; None where they differ."""
+    ours, theirs = _inputs_of(section, first), _inputs_of(section, other)
+    own, own_other = _own(section, first), _own(section, other)
+    if ours.keys() != theirs.keys() or len(own) != len(own_other):
+        return None
+    if _outputs_of(section, first).keys() != _outputs_of(section, other).keys():
+        return None
+    mapping = {ours[key]: theirs[key] for key in ours}
+    for a, b in zip(own, own_other, strict=True):
+        mapped = tree_map_only(fx.Node, lambda n: mapping.get(n, n), (a.args, dict(a.kwargs)))
+        if a.target is not b.target or mapped != (b.args, dict(b.kwargs)) or a.target is aten.as_strided.default:
+            return None
+        mapping[a] = b
+    return mapping
+
+
+class _Merge:
+    """Rewrites everything about ``members`` into ``merged``, whose layout holds them."""
+
+    def __init__(self, program: Program, merged: Bucket, members: list[Bucket]) -> None:
+        self.program, self.merged, self.members = program, merged, members
+        self.offsets = dict(merged.members)
+
+    def run(self) -> None:
+        for section in self.program.updates():
+            self._update(section)
+        self._prologue()
+        self._reads()
+        self._gradients()
+        for bucket in self.members:
+            del self.program.buckets[bucket.name]
+        self.program.buckets[self.merged.name] = self.merged
+
+    def _slot(self, slot: Slot) -> Slot:
+        prefix = "grad:" if slot.role in (Role.CARRY, Role.OUTPUT) else ""
+        return replace(slot, name=prefix + self.merged.name)
+
+    def _flat(self, like: fx.Node, old: Bucket) -> torch.Tensor:
+        value = like.meta["val"]
+        numel = self.merged.numel if value.numel() == old.numel else self.merged.shard_numel
+        return fake.tensor(value.fake_mode, [numel], value.dtype, device=value.device)
+
+    def _update(self, section: Section) -> None:
+        first = self.members[0]
+        if not _inputs_of(section, first):
+            return
+        own = _own(section, first)
+        dropped: list[fx.Node] = []
+        outputs = dict(section.outputs)
+        for other in self.members[1:]:
+            mapping = _match(section, first, other)
+            assert mapping is not None, f"the updates of {first.name} and {other.name} differ"
+            for slot in _outputs_of(section, other).values():
+                del outputs[slot]
+            dropped += [mapping[node] for node in own]
+            gone = set(mapping.values())
+            for norm in {user for node in gone for user in node.users if _is_norm(user)}:
+                norm.args = ([n for n in norm.args[0] if n not in gone],)  # type: ignore[union-attr]
+        renamed = {slot: self._slot(slot) for slot in _outputs_of(section, first).values()}
+        set_outputs(section, {renamed.get(slot, slot): node for slot, node in outputs.items()})
+        for node in reversed(sorted(dropped)):
+            section.graph.erase_node(node)
+        for other in self.members[1:]:
+            for node in _inputs_of(section, other).values():
+                remove_input(section, node)
+        for (role, key), node in _inputs_of(section, first).items():
+            scalar = role is Role.STATE and node.meta["val"].dim() == 0
+            value = node.meta["val"] if scalar else self._flat(node, first)
+            slot = self._slot(section.inputs[node])
+            self._replace_input(section, node, slot, value, key)
+        retype(own)
+
+    def _replace_input(self, section: Section, node: fx.Node, slot: Slot, value: torch.Tensor, key: str = "") -> None:
+        name = ("grad." if slot.role is Role.CARRY else "") + self.merged.name + (f".{key}" if key else "")
+        replace_input(section, node, slot, value, name)
+
+    def _prologue(self) -> None:
+        section = self.program.prologue
+        outputs: dict[Slot, fx.Node] = {}
+        merged: fx.Node | None = None
+        dead: list[fx.Node] = []
+        carries = {Slot(Role.CARRY, f"grad:{b.name}", stage=b.stage): b for b in self.members}
+        for slot, node in section.outputs.items():
+            if slot not in carries:
+                outputs[slot] = node
+                continue
+            dead.append(node)
+            if merged is None:
+                value = self._flat(node, carries[slot])
+                with section.graph.inserting_before(node):
+                    args = ([value.numel()], *node.args[1:])
+                    merged = call(section.graph, node.target, args, info(node), **node.kwargs)  # type: ignore[arg-type]
+                outputs[self._slot(slot)] = merged
+        set_outputs(section, outputs)
+        for node in dead:
+            section.graph.erase_node(node)
+
+    def _reads(self) -> None:
+        """Parameter storage, its gathers, and the views that the operations read."""
+        body = self.program.body
+        stored = [
+            (node, b)
+            for b in self.members
+            if (node := body.input_slots.get(Slot(b.store, b.name, stage=b.stage))) is not None
+        ]
+        if not stored:
+            return
+        first, bucket = stored[0]
+        slot = Slot(bucket.store, self.merged.name, stage=bucket.stage)
+        if body.inputs[first] == slot and len(self.members) == 1 and bucket == self.merged:
+            return
+        temporary = replace(slot, key="merging")
+        new = add_input(body, temporary, self._flat(first, bucket), info(first), self.merged.name)
+        owner: dict[fx.Node, Bucket] = dict(stored)
+        gathers = [n for node, _ in stored for n in node.users if n.target is c10d.all_gather_into_tensor.default]
+        for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT):
+            group = sorted(n for n in gathers if info(n).phase is phase)
+            if not group:
+                continue
+            record = self._record(info(group[0]))
+            with body.graph.inserting_before(group[0]):
+                gathered = call(body.graph, group[0].target, (new, *group[0].args[1:]), record)  # type: ignore[arg-type]
+                whole = call(body.graph, c10d.wait_tensor.default, (gathered,), record)
+            for old in group:
+                (waited,) = old.users
+                self._move_views(list(waited.users), whole, owner[old.args[0]])  # type: ignore[index]
+                body.graph.erase_node(waited)
+                body.graph.erase_node(old)
+        for node, old_bucket in stored:
+            self._move_views(list(node.users), new, old_bucket)
+            remove_input(body, node)
+        body.inputs[new] = slot
+
+    def _move_views(self, views: Iterable[fx.Node], whole: fx.Node, bucket: Bucket) -> None:
+        for view in views:
+            assert view.target is aten.as_strided.default, f"{view} reads a bucket otherwise than as a view of a parameter"
+            _, size, stride, offset = view.args
+            view.args = (whole, size, stride, offset + self.offsets[bucket.members[0][0]])  # type: ignore[operator]
+
+    def _record(self, record: NodeInfo) -> NodeInfo:
+        return replace(record, made_by="bucket", module=_block(self.merged.members[0][0]) or record.module)
+
+    def _gradients(self) -> None:
+        body, outputs = self.program.body, self.program.body.outputs
+        slots = {Slot(Role.CARRY, f"grad:{b.name}", stage=b.stage): b for b in self.members}
+        found = [(slot, b, outputs[slot]) for slot, b in slots.items() if slot in outputs]
+        if not found:
+            return
+        chains = {slot: _gradient_chain(added) for slot, _, added in found}
+        parts: list[Any] = []
+        offsets: list[int] = []
+        for slot, bucket, _ in found:
+            pack = chains[slot][-1]
+            parts += pack.args[0]  # type: ignore[arg-type]
+            base = self.offsets[bucket.members[0][0]]
+            offsets += [base + offset for offset in pack.args[1]]  # type: ignore[union-attr,operator]
+        last = max(added for _, _, added in found)
+        late = any(info(chain[-1]).phase is Phase.WEIGHT for chain in chains.values())
+        slot, bucket, added = found[0]
+        record = self._record(replace(info(added), phase=Phase.WEIGHT if late else info(added).phase))
+        carry = body.input_slots[slot]
+        target = self._slot(slot)
+        new = add_input(
+            body, replace(target, key="merging"), self._flat(carry, bucket), info(carry), f"grad.{self.merged.name}"
+        )
+        with body.graph.inserting_before(last):
+            flat = call(body.graph, gs.pack.default, (parts, offsets, self.merged.numel), record)
+            for link in reversed(chains[slot][:-1]):  # reduce-scatter and its wait
+                flat = call(body.graph, link.target, (flat, *link.args[1:]), record)  # type: ignore[arg-type]
+            total = call(body.graph, aten.add.Tensor, (new, flat), record)
+        results: dict[Slot, fx.Node] = {}
+        for s, node in body.outputs.items():
+            results[target if s in slots else s] = total if s in slots else node
+        set_outputs(body, results)
+        for s, _, node in found:
+            placeholder = body.input_slots[s]
+            body.graph.erase_node(node)
+            for link in chains[s]:
+                body.graph.erase_node(link)
+            remove_input(body, placeholder)
+        body.inputs[new] = target
+
+
+def _gradient_chain(added: fx.Node) -> list[fx.Node]:
+    """From what ``add(carry, …)`` adds back to the pack: wait and reduce-scatter, if any, then the pack."""
+    chain: list[fx.Node] = [added.args[1]]  # type: ignore[list-item]
+    while chain[-1].target is not gs.pack.default:
+        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+    return chain

@@ -1,0 +1,122 @@
+"""Loop-invariant code motion for ZeRO-3: gathers out of the micro-batch loop, their reductions with them.
+
+By default a bucket is gathered in forward and again in backward, per micro-batch: least memory, most traffic. Every bucket
+that fits the budget is gathered once per step in the prologue instead, and its gradients are accumulated whole and
+reduced once in the epilogue. Where that does not fit but the gathered parameter alone does, only the gather moves.
+Parameters do not change within a step, so the result is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from graphshard import fake
+from graphshard.pipeline import Context
+from graphshard.program import Bucket, Level, NodeInfo, Phase, Program, Role, Slot, info
+from graphshard.rewrite import add_input, call, drop_dead, first_operation, remove_input, retype, set_outputs
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
+
+
+@dataclass(frozen=True)
+class Hoist:
+    """``budget_gb``: memory per rank, in 10^9 bytes, that whole parameters and whole gradients may take beyond their
+    shards; None: leave every gather where it is."""
+
+    budget_gb: float | None = None
+    name: ClassVar[str] = "hoist"
+    exact: ClassVar[bool] = False
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if self.budget_gb is None or program.level is not Level.SHARDED:
+            return program
+        for stage in range(program.stages):
+            left = self.budget_gb * 1e9
+            buckets = [b for b in program.buckets.values() if b.stage == stage and b.parts > 1]
+            # A hoisted reduction saves a reduce-scatter per micro-batch, a hoisted gather two gathers: gathers first.
+            for bucket in buckets:
+                cost = (bucket.numel - bucket.shard_numel) * bucket.dtype.itemsize
+                if cost <= left and _hoist_gather(program, bucket):
+                    left -= cost
+            for bucket in buckets:
+                cost = (bucket.numel - bucket.shard_numel) * bucket.dtype.itemsize
+                if cost <= left and _hoist_reduction(program, bucket):
+                    left -= cost
+        return program
+
+
+def _whole(like: fx.Node, bucket: Bucket) -> torch.Tensor:
+    value = like.meta["val"]
+    return fake.tensor(value.fake_mode, [bucket.numel], value.dtype, device=value.device)
+
+
+def _hoist_gather(program: Program, bucket: Bucket) -> bool:
+    """Gather ``bucket`` in the prologue; the body reads it whole from a carry that no micro-batch changes."""
+    body, prologue = program.body, program.prologue
+    store = Slot(Role.SHARD, bucket.name, stage=bucket.stage)
+    shard = body.input_slots.get(store)
+    gathers = [] if shard is None else sorted(n for n in shard.users if n.target is c10d.all_gather_into_tensor.default)
+    if shard is None or not gathers:
+        return False
+    record = NodeInfo(phase=Phase.UPDATE, stage=bucket.stage, module=info(gathers[0]).module, made_by="hoist")
+    carried = Slot(Role.CARRY, f"whole:{bucket.name}", stage=bucket.stage)
+
+    stored = add_input(prologue, store, shard.meta["val"], replace(info(shard), phase=Phase.UPDATE), bucket.name)
+    with prologue.graph.inserting_before(prologue.output_node):
+        gathered = call(prologue.graph, gathers[0].target, (stored, *gathers[0].args[1:]), record)  # type: ignore[arg-type]
+        whole = call(prologue.graph, c10d.wait_tensor.default, (gathered,), record)
+    set_outputs(prologue, prologue.outputs | {carried: whole})
+
+    value = add_input(body, carried, _whole(shard, bucket), replace(info(shard), layout=""), f"whole.{bucket.name}")
+    for gather in gathers:
+        (wait,) = gather.users
+        wait.replace_all_uses_with(value)
+        body.graph.erase_node(wait)
+        body.graph.erase_node(gather)
+    if not shard.users:
+        remove_input(body, shard)
+    set_outputs(body, body.outputs | {carried: value})
+    return True
+
+
+def _hoist_reduction(program: Program, bucket: Bucket) -> bool:
+    """Accumulate whole gradients over the micro-batches; reduce-scatter them once, at the start of the epilogue."""
+    body, prologue = program.body, program.prologue
+    carry = Slot(Role.CARRY, f"grad:{bucket.name}", stage=bucket.stage)
+    added = body.outputs.get(carry)
+    wait: Any = None if added is None else added.args[1]
+    if added is None or wait.target is not c10d.wait_tensor.default:
+        return False
+    scatter: fx.Node = wait.args[0]
+    pack: Any = scatter.args[0]
+    accumulator = body.input_slots[carry]
+    accumulator.meta["val"] = _whole(accumulator, bucket)
+    added.args = (accumulator, pack)
+    body.graph.erase_node(wait)
+    body.graph.erase_node(scatter)
+    retype([added])
+
+    zeros = prologue.outputs[carry]
+    with prologue.graph.inserting_before(zeros):
+        larger = call(prologue.graph, zeros.target, ([bucket.numel], *zeros.args[1:]), info(zeros), **zeros.kwargs)  # type: ignore[arg-type]
+    zeros.replace_all_uses_with(larger)
+    prologue.graph.erase_node(zeros)
+
+    for section in program.updates():
+        gradient = section.input_slots[carry]
+        readers = list(gradient.users)
+        gradient.meta["val"] = _whole(gradient, bucket)
+        record = NodeInfo(phase=Phase.UPDATE, stage=bucket.stage, module=info(scatter).module, made_by="hoist")
+        with section.graph.inserting_before(first_operation(section.graph)):
+            reduced = call(section.graph, scatter.target, (gradient, *scatter.args[1:]), record)  # type: ignore[arg-type]
+            reduced = call(section.graph, c10d.wait_tensor.default, (reduced,), record)
+        for reader in readers:
+            reader.replace_input_with(gradient, reduced)
+    drop_dead(prologue)
+    return True

@@ -1,0 +1,220 @@
+"""Bring a captured program to one form: no operations without effect, one view where there were several, weight views
+derived anew in each phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from graphshard import fake
+from graphshard.analysis import weight_views
+from graphshard.dataflow import is_view
+from graphshard.pipeline import Context
+from graphshard.program import Level, Phase, Program, Section, info, val
+from graphshard.rewrite import call, clone, drop_dead, replace_node, retype_from
+
+aten = torch.ops.aten
+
+_SAME_VALUE = (
+    aten.alias.default,
+    aten.clone.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.reshape.default,
+    aten.slice.Tensor,
+    aten.t.default,
+    aten.transpose.int,
+    aten.view.default,
+    aten._to_copy.default,
+    aten._unsafe_view.default,
+)
+"""Operators whose result has the elements of their input: without effect where its type is the same too."""
+
+_RESHAPES = (
+    aten.view.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+)
+_PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+_ONE = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Rewrites to a fixed point in one sweep per graph, then duplicates weight views into the backward."""
+
+    name: ClassVar[str] = "normalize"
+    exact: ClassVar[bool] = True
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if program.level is not Level.CAPTURED:
+            return program
+        for section in program.sections().values():
+            changed: list[fx.Node] = []
+            for node in list(section.nodes()):
+                for rule in (_canonical, _merge_reshapes, _merge_permutes, _transposed_product, _without_effect):
+                    node = rule(node, changed)
+            drop_dead(section)
+            retype_from(changed)
+        _derive_weight_views(program.body)
+        for section in program.sections().values():
+            _share_views(section)
+            drop_dead(section)
+        return program
+
+
+def _type(node: fx.Node) -> tuple[Any, ...]:
+    value = val(node)
+    return (tuple(value.shape), value.stride(), value.dtype, value.device)
+
+
+def _substitute(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], changed: list[fx.Node]) -> fx.Node:
+    """``target(*args)`` in the place of ``node``."""
+    before = _type(node)
+    with node.graph.inserting_before(node):
+        new = call(node.graph, target, args, info(node))
+    replace_node(node, new)
+    if _type(new) != before:
+        changed.append(new)
+    return new
+
+
+def _canonical(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+    """``_unsafe_view`` and aliasing ``reshape`` are ``view``; a view's size holds no -1."""
+    if node.target not in (aten._unsafe_view.default, aten.reshape.default, aten.view.default):
+        return node
+    size = list(val(node).shape)
+    if node.target is aten.view.default and list(node.args[1]) == size:  # type: ignore[arg-type]
+        return node
+    if not _can_view(node.args[0], size, node):
+        return node
+    return _substitute(node, aten.view.default, (node.args[0], size), changed)
+
+
+def _can_view(source: Any, size: list[int], like: fx.Node) -> bool:
+    """Whether ``view(source, size)`` exists and has the type of ``like``."""
+    mode = fake.mode_of([val(source)])
+    assert mode is not None
+    try:
+        result = fake.infer(mode, aten.view.default, (source, size), {})
+    except (RuntimeError, ValueError):  # strides that no view can join
+        return False
+    return bool(result.stride() == val(like).stride())
+
+
+def _merge_reshapes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+    """A view of a view is a view of the first one's input."""
+    inner = node.args[0] if node.target in _RESHAPES else None
+    if not isinstance(inner, fx.Node) or inner.target not in _RESHAPES:
+        return node
+    source, size = inner.args[0], list(val(node).shape)
+    if not _can_view(source, size, node):
+        return node
+    return _substitute(node, aten.view.default, (source, size), changed)
+
+
+def _merge_permutes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+    """A permutation of a permutation is one, or nothing."""
+    inner = node.args[0] if node.target in _PERMUTES else None
+    if not isinstance(inner, fx.Node) or inner.target not in _PERMUTES:
+        return node
+    source: Any = inner.args[0]
+    first, second = _permutation(inner), _permutation(node)
+    total = [first[i] for i in second]
+    moved = [i for i, j in enumerate(total) if i != j]
+    if not moved:
+        node.replace_all_uses_with(source)
+        return source  # type: ignore[no-any-return]
+    if len(total) == 2:
+        return _substitute(node, aten.t.default, (source,), changed)
+    if len(moved) == 2:
+        return _substitute(node, aten.transpose.int, (source, *moved), changed)
+    return _substitute(node, aten.permute.default, (source, total), changed)
+
+
+def _permutation(node: fx.Node) -> list[int]:
+    """Which dim of the input each dim of the result is."""
+    rank = val(node).dim()
+    if node.target is aten.permute.default:
+        return [d % rank for d in node.args[1]]  # type: ignore[union-attr,operator]
+    order = list(range(rank))
+    if rank > 1:
+        i, j = (0, 1) if node.target is aten.t.default else node.args[1:3]
+        order[i], order[j] = order[j], order[i]  # type: ignore[index]
+    return order
+
+
+def _transposed_product(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+    """``t(mm(t(a), b))`` is ``mm(t(b), a)``: what a weight's gradient looks like when the weight was read transposed."""
+    inner = node.args[0] if node.target is aten.t.default else None
+    if not isinstance(inner, fx.Node) or inner.target is not aten.mm.default or len(inner.users) > 1:
+        return node
+    left, right = inner.args
+    if not isinstance(left, fx.Node) or left.target is not aten.t.default or not isinstance(right, fx.Node):
+        return node
+    with node.graph.inserting_before(node):
+        turned = call(node.graph, aten.t.default, (right,), info(node))
+    return _substitute(node, aten.mm.default, (_merge_permutes(turned, changed), left.args[0]), changed)
+
+
+def _without_effect(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+    """Drop an operation that returns its input, type included."""
+    source = node.args[0] if node.args else None
+    same_value = node.target in _SAME_VALUE or (node.target in _ONE and node.args[1] == 1)
+    if same_value and isinstance(source, fx.Node) and _type(source) == _type(node):
+        node.replace_all_uses_with(source)
+        return source
+    return node
+
+
+def _derive_weight_views(body: Section) -> None:
+    """Copy views and casts of parameters that the backward reads into the backward, from the parameter on."""
+    views = weight_views(body)
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copied(node: fx.Node) -> fx.Node:
+        """The backward's copy of a forward view; anything else is itself."""
+        if node not in views or info(node).phase is not Phase.FORWARD:
+            return node
+        return copies[node]
+
+    readers = [n for n in body.nodes() if info(n).phase is not Phase.FORWARD]
+    for reader in readers:
+        for source in _chain(reader, views):
+            if source not in copies:
+                with reader.graph.inserting_before(reader):
+                    copies[source] = clone(source, copied, phase=Phase.BACKWARD, made_by="normalize")
+        for source in reader.all_input_nodes:
+            if copied(source) is not source:
+                reader.replace_input_with(source, copied(source))
+
+
+def _chain(reader: fx.Node, views: set[fx.Node]) -> list[fx.Node]:
+    """The forward weight views that ``reader`` depends on, in order."""
+    found: set[fx.Node] = set()
+    pending = [reader]
+    while pending:
+        for source in pending.pop().all_input_nodes:
+            if source in views and info(source).phase is Phase.FORWARD and source not in found:
+                found.add(source)
+                pending.append(source)
+    return sorted(found)
+
+
+def _share_views(section: Section) -> None:
+    """One node for equal views of one value in one phase."""
+    seen: dict[tuple[Any, ...], fx.Node] = {}
+    for node in section.nodes():
+        if is_view(node):
+            key = (node.target, repr(node.args), repr(node.kwargs), info(node).phase)
+            first = seen.setdefault(key, node)
+            if first is not node:
+                node.replace_all_uses_with(first)

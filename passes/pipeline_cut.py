@@ -1,0 +1,158 @@
+"""Cut a program into pipeline stages.
+
+The forward is cut where the slowest stage is fastest and few bytes cross; the backward follows. Every value that another
+stage reads goes through a ``transfer`` straight from the stage that makes it. What is cheap to compute (masks, positions,
+views of weights) is computed on each stage instead. A parameter that several stages read becomes one replica each: every
+stage accumulates its own gradients, and in the epilogue each adds up all of them, in the same order, and updates its replica.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from graphshard.dataflow import is_getitem, upstream
+from graphshard.errors import StageCountMismatch, StageTooSmall, TooManyStages
+from graphshard.partition import least_limit, most_stages, search
+from graphshard.pipeline import Context
+from graphshard.placing import Placer
+from graphshard.program import Level, NodeInfo, Phase, Program, Role, Section, Slot, info, set_info
+from graphshard.rewrite import call, clone, drop_dead, retype, set_outputs
+from graphshard.stage_update import place_epilogue, place_prologue
+from graphshard.staging import BodyStaging, Holders, nearest
+from graphshard.sums import Place, split_sum
+
+aten = torch.ops.aten
+gs = torch.ops.graphshard
+
+
+@dataclass(frozen=True)
+class PipelineCut:
+    """``stages``: module paths where stages 1 and later begin; empty: chosen by cost.
+
+    ``byte_flops``: what sending a byte costs, in FLOPs. ``limit_gb``: parameter bytes a stage may hold, in 10^9 bytes.
+    """
+
+    stages: tuple[str, ...] = ()
+    byte_flops: float = 64.0  # loopback and PCIe move about 1.5 GB/s a core's 90 GFLOP/s; faster links go with faster devices
+    limit_gb: float | None = None
+    name: ClassVar[str] = "pipeline-cut"
+    exact: ClassVar[bool] = False  # gradients of tied weights are added in another order
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if program.level is not Level.CAPTURED:
+            return program
+        program.mesh = ctx.mesh
+        program.level = Level.STAGED
+        if program.stages == 1:
+            _single_stage(program)
+            return program
+        staging = BodyStaging(program, self.byte_flops)
+        holders: Holders = ctx.placement.stages if ctx.placement is not None else {}
+        if holders:
+            staging.obey(holders)
+        else:
+            staging.cut(self._positions(staging, program.stages))
+        staging.assign(holders)
+        _place_body(program, staging)
+        place_prologue(program)
+        place_epilogue(program)
+        return program
+
+    def _positions(self, staging: BodyStaging, stages: int) -> tuple[int, ...]:
+        if self.stages:
+            if len(self.stages) != stages - 1:
+                raise StageCountMismatch(len(self.stages), stages)
+            return staging.begins(self.stages)
+        line = staging.describe_line()
+        limit = math.inf if self.limit_gb is None else self.limit_gb * 1e9
+        found = search(line, stages, self.byte_flops, limit)
+        if found is not None:
+            return found
+        if (most := most_stages(line)) < stages:
+            raise TooManyStages(stages, most)
+        raise StageTooSmall(limit / 1e9, stages, least_limit(line, stages) / 1e9)
+
+
+def _single_stage(program: Program) -> None:
+    for section in program.sections().values():
+        for node in section.graph.nodes:
+            if node.op != "output":
+                set_info(node, stage=0)
+
+
+def _place_body(program: Program, staging: BodyStaging) -> None:
+    body, places = program.body, staging.places
+    for name, param in program.params.items():
+        program.params[name] = replace(param, stages=staging.param_stages(name))
+    for slot in [s for s in body.output_slots if s.role is Role.CARRY and s.name.startswith("grad:")]:
+        stages = places[body.input_slots[slot]]
+        held = program.params[slot.name.removeprefix("grad:")].stages
+        if stages is not None and len(stages) > 1:
+            split_sum(body, slot, stages, places, partial(nearest, held))
+    _split_convolutions(body, places)
+    drop_dead(body)
+
+    placer = Placer(body, places)
+    placer.run()
+    outputs: dict[Slot, fx.Node] = {}
+    for slot, node in body.outputs.items():
+        if slot.role is Role.OUTPUT:
+            slot = replace(slot, stage=program.stages - 1)
+            outputs[slot] = _owned(body, placer.at(node, slot.stage), slot.stage)
+        else:
+            (stage,) = places[body.input_slots[slot]] or (0,)
+            outputs[replace(slot, stage=stage)] = placer.at(node, stage)
+    set_outputs(body, outputs)
+    placer.finish()
+    _forward_first(body)
+    _defer_weight_gradients(body)
+
+
+def _owned(body: Section, node: fx.Node, stage: int) -> fx.Node:
+    """A result that only ``stage`` has: what every stage has is handed out once."""
+    if info(node).stage is not None:
+        return node
+    with body.graph.inserting_before(body.output_node):
+        return call(body.graph, aten.alias.default, (node,), NodeInfo(stage=stage, made_by="pipeline-cut"))
+
+
+def _split_convolutions(body: Section, places: dict[fx.Node, Place]) -> None:
+    """The gradients of a convolution's input and of its weight as two operations: the second need not be in a hurry."""
+    for node in list(body.nodes()):
+        if node.target is not aten.convolution_backward.default or places[node] == (0,):
+            continue
+        mask: Any = node.args[10]
+        picks = [user for user in node.users if user.args[1] != 0]
+        if not mask[0] or not picks or len(picks) == len(node.users):
+            continue
+        with body.graph.inserting_before(node.next):
+            late = clone(node, lambda n: n, made_by="pipeline-cut")
+        node.args, late.args = (*node.args[:10], [True, False, False]), (*node.args[:10], [False, *mask[1:]])
+        places[late] = places[node]
+        for pick in picks:
+            pick.replace_input_with(node, late)
+            late.append(pick)
+        retype([node, late])
+
+
+def _forward_first(body: Section) -> None:
+    """Order the phases; within each the order stays."""
+    for node in list(body.nodes()):
+        if info(node).phase is not Phase.FORWARD:
+            body.output_node.prepend(node)
+
+
+def _defer_weight_gradients(body: Section) -> None:
+    """The dI/dW split (Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2): what no sent gradient needs, waits."""
+    sent = [n for n in body.nodes() if n.target is gs.transfer.default and info(n).phase is not Phase.FORWARD]
+    urgent = {n if not is_getitem(n) else n.args[0] for n in upstream(sent, stop=lambda n: info(n).phase is Phase.FORWARD)}
+    for node in body.nodes():
+        maker = node.args[0] if is_getitem(node) else node
+        if info(node).phase is Phase.BACKWARD and info(node).stage != 0 and maker not in urgent:
+            set_info(node, phase=Phase.WEIGHT)

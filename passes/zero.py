@@ -1,0 +1,336 @@
+"""ZeRO: shard optimizer state (1), gradients (2) and parameters (3) over the data-parallel axis; 0 replicates.
+
+Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", sections 5 and 6. Every
+parameter becomes a flat bucket of its own; the pass ``bucket`` merges them. Where a stage differs from the next is which
+values are shards and which graph holds the collective:
+
+====== ============== ================================= =====================================
+stage  parameters     gradients                         update
+====== ============== ================================= =====================================
+0      whole          all-reduce in the epilogue        on whole parameters
+1      whole          reduce-scatter in the epilogue    on the shard, then an all-gather
+2      whole          reduce-scatter per micro-batch    on the shard, then an all-gather
+3      shards,        reduce-scatter per micro-batch    on the shard
+       gathered once
+       per phase
+====== ============== ================================= =====================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from graphshard import fake
+from graphshard.dataflow import downstream, is_pointwise
+from graphshard.errors import OptimizerNotElementwise
+from graphshard.mesh import DATA_AXES
+from graphshard.pipeline import Context
+from graphshard.program import Bucket, Level, NodeInfo, Param, Phase, Program, Role, Section, Slot, info, set_info
+from graphshard.rewrite import add_input, after, call, first_operation, remove_input, replace_input, retype, set_outputs
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
+
+_CREATION = (aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)
+_ALLOWED = (aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, gs.transfer.default)
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Insert the storage and the collectives of data parallelism; ``stage`` is the ZeRO stage, 0 plain data parallelism."""
+
+    stage: int = 3
+    name: ClassVar[str] = "zero"
+    exact: ClassVar[bool] = False  # sums over ranks associate differently
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if program.level is Level.SHARDED:
+            return program
+        for param in program.params.values():
+            for stage in param.stages:
+                _Sharding(program, Slot(Role.PARAM, param.name, stage=stage), self.stage).run()
+        for section in program.updates():
+            _average_loss(program, section)
+        program.level = Level.SHARDED
+        return program
+
+
+def _average_loss(program: Program, section: Section) -> None:
+    """The step's loss is the mean over data-parallel ranks; BatchNorm's buffers stay each rank's own."""
+    loss = next((n for n, s in section.inputs.items() if s.role is Role.CARRY and s.name == "loss"), None)
+    if loss is None or program.mesh.dp_size == 1:
+        return
+    readers, total = list(loss.users), loss
+    record = NodeInfo(phase=Phase.UPDATE, stage=info(loss).stage, made_by="zero")
+    with section.graph.inserting_before(first_operation(section.graph)):
+        for axis in DATA_AXES:
+            if program.mesh.size(axis) > 1:
+                total = call(section.graph, c10d.all_reduce.default, (total, "sum", axis), record)
+                total = call(section.graph, c10d.wait_tensor.default, (total,), record)
+        mean = call(section.graph, aten.mul.Tensor, (total, 1.0 / program.mesh.dp_size), record)
+    for reader in readers:
+        reader.replace_input_with(loss, mean)
+
+
+class _Sharding:
+    """Rewrites everything about one parameter on one stage of the pipeline."""
+
+    def __init__(self, program: Program, slot: Slot, stage: int) -> None:
+        mesh = program.mesh
+        self.program, self.slot, self.zero = program, slot, stage
+        self.param: Param = program.params[slot.name]
+        self.axis, self.parts = mesh.shard_axis, mesh.size(mesh.shard_axis)
+        # Hybrid sharding: shards are replicated over dp, their gradients summed over it once per step.
+        self.replicas = mesh.size("dp") if self.axis != "dp" else 1
+        numel = -(-max(self.param.numel, 1) // self.parts) * self.parts
+        name = slot.name if slot.stage == self.param.stages[0] else f"{slot.name}@{slot.stage}"
+        store = Role.SHARD if stage == 3 else Role.FLAT
+        members = ((slot.name, 0),)
+        self.bucket = Bucket(name, self.param.dtype, numel, members, self.axis, self.parts, slot.stage, store)
+        self.record = NodeInfo(phase=Phase.UPDATE, stage=slot.stage, module=slot.name.rpartition(".")[0], made_by="zero")
+
+    def run(self) -> None:
+        self.program.buckets[self.bucket.name] = self.bucket
+        self._parameter_reads()
+        carry = Slot(Role.CARRY, f"grad:{self.slot.name}", stage=self.slot.stage)
+        if carry in self.program.body.input_slots:
+            self._gradient(carry)
+        for section in self.program.updates():
+            self._update(section, carry)
+
+    @property
+    def store(self) -> Slot:
+        """Where the parameter lives between steps."""
+        return Slot(self.bucket.store, self.bucket.name, stage=self.slot.stage)
+
+    @property
+    def accumulator(self) -> Slot:
+        return Slot(Role.CARRY, f"grad:{self.bucket.name}", stage=self.slot.stage)
+
+    def _flat(self, like: fx.Node, sharded: bool) -> torch.Tensor:
+        """The fake 1-D value of the bucket or of one shard of it."""
+        value = like.meta["val"]
+        numel = self.bucket.shard_numel if sharded else self.bucket.numel
+        return fake.tensor(value.fake_mode, [numel], value.dtype, device=value.device)
+
+    def _parameter_reads(self) -> None:
+        body = self.program.body
+        old = body.input_slots.get(self.slot)
+        if old is None:
+            return
+        placed = replace(info(old), layout=f"{self.axis}:flat" if self.zero == 3 else "")
+        stored = add_input(body, self.store, self._flat(old, self.zero == 3), placed, self.bucket.name)
+        for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT):
+            users = sorted(n for n in old.users if info(n).phase is phase)
+            if not users:
+                continue
+            record = replace(self.record, phase=phase)
+            with body.graph.inserting_before(users[0]):
+                whole = stored
+                if self.zero == 3 and self.parts > 1:
+                    gathered = call(
+                        body.graph, c10d.all_gather_into_tensor.default, (stored, self.parts, self.axis), record
+                    )
+                    whole = call(body.graph, c10d.wait_tensor.default, (gathered,), record)
+                shape, stride = list(self.param.shape), _contiguous(self.param.shape)
+                view = call(body.graph, aten.as_strided.default, (whole, shape, stride, 0), record)
+            for user in users:
+                user.replace_input_with(old, view)
+        assert not old.users, f"{self.slot} is read outside the phases of the body"
+        remove_input(body, old)
+
+    def _gradient(self, carry: Slot) -> None:
+        body, per_microbatch = self.program.body, self.zero >= 2
+        old, added = body.input_slots[carry], body.outputs[carry]
+        assert added.target is aten.add.Tensor and added.args[0] is old, f"{carry} is not accumulated by add(carry, gradient)"
+        gradient: Any = added.args[1]
+        record = replace(self.record, phase=info(added).phase)
+        value = self._flat(old, sharded=per_microbatch)
+        accumulator = replace_input(body, old, self.accumulator, value, f"grad.{self.bucket.name}")
+        with after(gradient):  # as soon as it is final
+            flat = call(body.graph, gs.pack.default, ([gradient], [0], self.bucket.numel), record)
+            if per_microbatch:
+                flat = self._reduce_scatter(body, flat, record)
+            total = call(body.graph, aten.add.Tensor, (accumulator, flat), replace(record, origin=info(added).origin))
+        outputs = {self.accumulator if s == carry else s: total if s == carry else n for s, n in body.outputs.items()}
+        set_outputs(body, outputs)
+        body.graph.erase_node(added)
+
+        prologue = self.program.prologue
+        zeros = prologue.outputs[carry]
+        with prologue.graph.inserting_before(zeros):
+            options = {"dtype": value.dtype, "device": value.device}
+            flat_zeros = call(prologue.graph, aten.full.default, (list(value.shape), 0.0), info(zeros), **options)
+        outputs = {
+            self.accumulator if s == carry else s: flat_zeros if s == carry else n for s, n in prologue.outputs.items()
+        }
+        set_outputs(prologue, outputs)
+        prologue.graph.erase_node(zeros)
+
+    def _reduce_scatter(self, section: Section, flat: fx.Node, record: NodeInfo) -> fx.Node:
+        if self.parts == 1:
+            return flat
+        target = c10d.reduce_scatter_tensor.default
+        return self._wait(section, call(section.graph, target, (flat, "sum", self.parts, self.axis), record), record)
+
+    def _all_reduce(self, section: Section, value: fx.Node, axis: str, record: NodeInfo) -> fx.Node:
+        return self._wait(section, call(section.graph, c10d.all_reduce.default, (value, "sum", axis), record), record)
+
+    def _wait(self, section: Section, pending: fx.Node, record: NodeInfo) -> fx.Node:
+        return call(section.graph, c10d.wait_tensor.default, (pending,), record)
+
+    def _update(self, section: Section, carry: Slot) -> None:
+        inputs = section.input_slots
+        if carry not in inputs:
+            return
+        states = [s for s in inputs if s.role is Role.STATE and s.name == self.slot.name and s.stage == self.slot.stage]
+        own = [inputs[s] for s in (carry, self.slot, *states) if s in inputs]
+        cone = downstream(own, stop=_is_norm)
+        offending = next((n for n in cone if not (is_pointwise(n) or n.target in _ALLOWED)), None)
+        if offending is None:
+            self._update_flat(section, carry, states, cone)
+        elif self.zero == 0 or self.parts == 1:
+            self._update_whole(section, carry, states)
+        else:
+            raise OptimizerNotElementwise(str(offending.target), self.slot.name)
+
+    def _update_flat(self, section: Section, carry: Slot, states: list[Slot], cone: list[fx.Node]) -> None:
+        """The update on flat storage: elementwise, so the same operators on other shapes."""
+        inputs, outputs, sharded = section.input_slots, dict(section.outputs), self.zero >= 1
+        for node in cone:  # created at the parameter's shape: make it follow the parameter's value instead
+            for source in node.all_input_nodes:
+                if source.target in _CREATION and list(source.args[0]) == list(self.param.shape) and self.param.shape:  # type: ignore[arg-type,call-overload]
+                    self._create_like(section, source, next(n for n in (inputs.get(self.slot), inputs[carry]) if n))
+        for slot, node in outputs.items():  # states that start as constants are not downstream of anything
+            if node.target in _CREATION and self._owns(slot) and list(node.args[0]) == list(self.param.shape) and self.param.shape:  # type: ignore[arg-type,call-overload]
+                self._create_like(section, node, inputs[carry])
+        outputs = dict(section.outputs)
+
+        changed: list[fx.Node] = []
+        new_gradient = self._reduced_gradient(section, inputs[carry])
+        changed.append(new_gradient)
+        for slot in states:
+            old = inputs[slot]
+            whole = tuple(old.meta["val"].shape) == self.param.shape and slot.key != "step"
+            value = self._flat(old, sharded) if whole else old.meta["val"]
+            name = f"{self.bucket.name}.{slot.key}"
+            changed.append(replace_input(section, old, self._renamed(slot), value, name))
+        if self.slot in inputs:
+            old = inputs[self.slot]
+            stored = add_input(section, self.store, self._flat(old, self.zero == 3), info(old), self.bucket.name)
+            if self.zero in (1, 2) and self.parts > 1:
+                with after(stored):
+                    mine = call(section.graph, gs.local_shard.default, (stored, self.parts, self.axis), self.record)
+                stored = mine
+            old.replace_all_uses_with(stored)
+            remove_input(section, old)
+            changed.append(stored)
+        retype(downstream(changed, stop=_is_norm))
+        self._reduce_norms(section, new_gradient)
+        results: dict[Slot, fx.Node] = {}
+        for slot, node in section.outputs.items():
+            if slot == self.slot and self.zero in (1, 2) and self.parts > 1:
+                with section.graph.inserting_before(section.output_node):
+                    gathered = call(
+                        section.graph, c10d.all_gather_into_tensor.default, (node, self.parts, self.axis), self.record
+                    )
+                    node = self._wait(section, gathered, self.record)
+            results[self._renamed(slot) if self._owns(slot) else slot] = node
+        set_outputs(section, results)
+
+    def _reduced_gradient(self, section: Section, old: fx.Node) -> fx.Node:
+        """The gradient summed over data-parallel ranks and divided by their number; a shard of it for stages 1 to 3."""
+        value = self._flat(old, sharded=self.zero >= 2)
+        readers = list(old.users)
+        node = accumulated = replace_input(section, old, self.accumulator, value, f"grad.{self.bucket.name}")
+        record = self.record
+        with section.graph.inserting_before(first_operation(section.graph)):
+            if self.zero == 1:
+                node = self._reduce_scatter(section, node, record)
+            if self.zero == 0 and self.parts > 1:
+                node = self._all_reduce(section, node, self.axis, record)
+            if self.replicas > 1:
+                node = self._all_reduce(section, node, "dp", record)
+            if self.parts * self.replicas > 1:
+                node = call(section.graph, aten.mul.Tensor, (node, 1.0 / (self.parts * self.replicas)), record)
+        for reader in readers:
+            reader.replace_input_with(accumulated, node)
+        return node
+
+    def _reduce_norms(self, section: Section, gradient: fx.Node) -> None:
+        """A sum of squares over shards is a partial sum: reduce it, once for all parameters of a norm."""
+        if self.zero == 0 or self.parts == 1:
+            return
+        for norm in downstream([gradient], stop=_is_norm, include_stop=True):
+            if norm.target is not gs.sq_norm.default or info(norm).layout:
+                continue
+            readers = list(norm.users)
+            with after(norm):
+                total = self._all_reduce(section, norm, self.axis, replace(self.record, stage=info(norm).stage))
+            for reader in readers:
+                reader.replace_input_with(norm, total)
+            set_info(norm, layout=f"{self.axis}:partial")
+
+    def _update_whole(self, section: Section, carry: Slot, states: list[Slot]) -> None:
+        """The update on whole parameters, for an optimizer that is not elementwise: views of the bucket in, packed out."""
+        inputs, graph = section.input_slots, section.graph
+        shape, stride = list(self.param.shape), _contiguous(self.param.shape)
+        readers = list(inputs[carry].users)
+        reduced = self._reduced_gradient(section, inputs[carry])
+        with after(reduced):
+            view = call(graph, aten.as_strided.default, (reduced, shape, stride, 0), self.record)
+        for reader in readers:
+            reader.replace_input_with(reduced, view)
+        if self.slot in inputs:
+            old = inputs[self.slot]
+            stored = add_input(section, self.store, self._flat(old, False), info(old), self.bucket.name)
+            with after(stored):
+                view = call(graph, aten.as_strided.default, (stored, shape, stride, 0), self.record)
+            old.replace_all_uses_with(view)
+            remove_input(section, old)
+        results: dict[Slot, fx.Node] = {}
+        for slot, node in section.outputs.items():
+            if slot == self.slot:
+                with graph.inserting_before(section.output_node):
+                    node = call(graph, gs.pack.default, ([node], [0], self.bucket.numel), self.record)
+                slot = self.store
+            results[slot] = node
+        set_outputs(section, results)
+
+    def _owns(self, slot: Slot) -> bool:
+        if slot.role is Role.OUTPUT:
+            return slot.name == f"grad:{self.slot.name}"
+        return slot.role in (Role.PARAM, Role.STATE) and slot.name == self.slot.name and slot.stage == self.slot.stage
+
+    def _renamed(self, slot: Slot) -> Slot:
+        if slot.role is Role.PARAM:
+            return self.store
+        if slot.role is Role.OUTPUT:
+            return replace(slot, name=f"grad:{self.bucket.name}")
+        return replace(slot, name=self.bucket.name)
+
+    def _create_like(self, section: Section, node: fx.Node, like: fx.Node) -> None:
+        fill = {aten.full.default: None, aten.ones.default: 1}.get(node.target, 0)  # type: ignore[arg-type]
+        fill = node.args[1] if fill is None else fill  # type: ignore[assignment]
+        dtype = node.meta["val"].dtype
+        with section.graph.inserting_before(node):
+            new = call(section.graph, aten.full_like.default, (like, fill), info(node), dtype=dtype)
+        node.replace_all_uses_with(new)
+        section.graph.erase_node(node)
+
+
+def _contiguous(shape: tuple[int, ...]) -> list[int]:
+    stride, result = 1, []
+    for size in reversed(shape):
+        result.append(stride)
+        stride *= max(size, 1)
+    return result[::-1]
+
+
+def _is_norm(node: fx.Node) -> bool:
+    return node.target is gs.sq_norm.default

@@ -1,0 +1,105 @@
+"""What each process of test_distributed_executor.py runs: one rank of the hand-written plan. Arguments: scenario."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import handmade
+import torch
+
+from graphshard.errors import GraphshardError
+from graphshard.execution import ExecutionPlan
+from graphshard.mesh import Mesh
+from graphshard.runtime.distributed import DistributedExecutor
+from graphshard.runtime.executor import Executor
+from graphshard.runtime.local import LocalExecutor
+from graphshard.runtime.storage import Storage
+
+RANK = int(os.environ["RANK"])
+LAST = int(os.environ["WORLD_SIZE"]) == RANK + 1
+STEPS = 3
+
+
+def train(plan: ExecutionPlan) -> dict[str, object]:
+    """Train on both executors, then go on from what was saved; all they end with."""
+    found: dict[str, object] = {}
+    for name, executor in (
+        ("local", LocalExecutor(plan.mesh)),
+        ("distributed", DistributedExecutor(plan.mesh, timeout_s=30.0)),
+    ):
+        storage = Storage(executor, plan)
+        storage.write_params(handmade.weights())
+        losses = [_step(executor, plan, step) for step in range(STEPS)]
+        params, state = storage.read_params(), storage.read_state()
+        storage.write_params(params)
+        storage.write_state(state)
+        losses.append(_step(executor, plan, STEPS))
+        found[name] = {
+            "losses": losses,
+            "params": {key: value.tolist() for key, value in storage.read_params().items()},
+            "state": {key: value["momentum"].tolist() for key, value in storage.read_state().items()},
+            "sent": executor.sent_bytes[RANK],
+        }
+        found["rank0_only"] = sorted(storage.read_params(rank0_only=True))
+    return found
+
+
+def _step(executor: Executor, plan: ExecutionPlan, step: int) -> float:
+    loss = executor.step(plan, handmade.batches(plan, step), step=step, lrs=[0.1]).loss
+    assert loss is not None
+    return loss.item()
+
+
+def communicate(plan: ExecutionPlan) -> dict[str, object]:
+    """Names of what arrived, and of what arrived otherwise than in one process, for two meshes."""
+    names, wrong = [], []
+    for mesh in (plan.mesh, Mesh((("dp", plan.mesh.world_size),))):
+        every = handmade.every_communication(mesh)
+        local, distributed = LocalExecutor(mesh), DistributedExecutor(mesh, timeout_s=30.0)
+        expected = local.step(every, {}).outputs[mesh.dp_rank(RANK)]
+        for name, (value,) in distributed.step(every, {}).outputs[mesh.dp_rank(RANK)].items():
+            names.append(name)
+            other = expected[name][0]
+            if not torch.equal(value, other) or value.stride() != other.stride():
+                wrong.append(name)
+    return {"names": names, "wrong": wrong}
+
+
+def mismatch(plan: ExecutionPlan) -> dict[str, object]:
+    """The last rank was given a plan with other collectives."""
+    executor = DistributedExecutor(plan.mesh, timeout_s=30.0)
+    Storage(executor, plan).write_params(handmade.weights())
+    if LAST:
+        plan = handmade.two_stages(plan.mesh.dp_size, ("F0 B0", "F0 B0"))
+    executor.step(plan, handmade.batches(plan, 0), lrs=[0.1])
+    return {}
+
+
+def late(plan: ExecutionPlan) -> dict[str, object]:
+    """After a step together the last rank does nothing until its input is closed."""
+    executor = DistributedExecutor(plan.mesh, timeout_s=4.0)
+    Storage(executor, plan).write_params(handmade.weights())
+    _step(executor, plan, 0)
+    if LAST:
+        sys.stdin.read()
+    else:
+        _step(executor, plan, 1)
+    return {}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    scenarios = {"together": lambda plan: train(plan) | communicate(plan), "mismatch": mismatch, "late": late}
+    plan = handmade.two_stages(int(os.environ["WORLD_SIZE"]) // 2)
+    try:
+        result = scenarios[sys.argv[1]](plan)
+    except GraphshardError as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # peers may be gone: leaving the process group in order would wait for them
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""``graphshard run``: ranks are started with a rank's environment, and a failed one gives the exit status."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import os, sys
+line = [os.environ[key] for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")] + sys.argv[1:]
+os.write(1, (" ".join(line) + "\\n").encode())
+if sys.argv[1] == "fail" and os.environ["RANK"] == "1":
+    sys.exit("no such data")
+"""
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "said"),
+    [("--plan=zero3", 0, ""), ("fail", 1, "no such data\ngraphshard run: rank 1 ended with exit status 1\n")],
+)
+def test_run(tmp_path: Path, argument: str, status: int, said: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-m", "graphshard", "run", "-n", "2", str(script), argument]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (status, said)
+    if status == 0:
+        assert sorted(done.stdout.splitlines()) == [f"0 0 2 1 {argument}", f"1 1 2 1 {argument}"]

@@ -1,0 +1,245 @@
+"""The command line: what each command prints and writes, and that bad input is one line and exit status 2."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from graphshard import factory
+from graphshard.cli import main
+from graphshard.errors import BadFactoryResult, BadModelReference, GraphshardError, MissingFactory, ModelCodeFailed
+
+KNOWN = ("model", "plan", "loss_fn", "optimizer", "example_inputs")
+
+MODEL = """
+import functools
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4))
+    return model, (torch.randn(16, 8), torch.randn(16, 4)), nn.functional.mse_loss
+
+def as_dict():
+    model, example_inputs, loss_fn = make()
+    sgd = functools.partial(torch.optim.SGD, lr=0.1)
+    return {"model": model, "example_inputs": example_inputs, "loss_fn": loss_fn, "optimizer": sgd, "plan": "zero3"}
+
+def unknown_key():
+    return as_dict() | {"optimiser": None}
+
+def no_inputs():
+    return {"model": nn.Linear(2, 2)}
+
+def only_model():
+    return nn.Linear(2, 2)
+
+def no_model():
+    return 3, (torch.randn(2),)
+
+def four():
+    return 1, 2, 3, 4
+
+def with_argument(width):
+    return nn.Linear(width, width), (torch.randn(2, width),)
+
+def fails():
+    raise KeyError("two\\nlines")
+
+width = 8
+"""
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    """Path of a file of factories."""
+    path = tmp_path / "factories.py"
+    path.write_text(MODEL)
+    return str(path)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that must refuse ``argv``."""
+    try:
+        status = main(argv)
+    except SystemExit as exit:
+        status = int(str(exit.code))
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err[:-1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("", "graphshard: the following arguments are required: COMMAND"),
+        ("dmp", "graphshard: argument COMMAND: invalid choice: 'dmp'"),
+        ("dump", "graphshard dump: the following arguments are required: -o/--output, MODEL"),
+        ("explain x.py:f --world-size none", "expected an integer of at least 1, not 'none'"),
+        ("explain x.py:f --world-size 0", "expected an integer of at least 1, not '0'"),
+        ("run -n 0 x.py", "expected an integer of at least 1, not '0'"),
+        ("run -n 2 missing.py", "graphshard: there is no file 'missing.py'; expected the training script"),
+        ("explain x.py:f --plan zero3+ppp4", "plan 'zero3+ppp4', column 7: unknown token 'ppp4'; did you mean 'pp4'?"),
+        (
+            "explain missing.py:f --plan dp",
+            "MODEL 'missing.py:f': there is no file 'missing.py'; expected file.py:",
+        ),
+        ("diff a.graph b.graph", "there is no file 'a.graph'"),
+        ("opt a.graph --passes zreo", "unknown pass 'zreo'; did you mean 'zero'?"),
+        ("opt a.graph --passes zero:stag=3", "pass 'zero' does not take 'stag=3'; expected options: stage"),
+        ("opt a.graph --passes zero:stage=3", "there is no file 'a.graph'; expected a graph"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argv: str, says: str) -> None:
+    assert says in refused(capsys, *argv.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "says"),
+    [
+        ("mak", MissingFactory, "there is no function 'mak'; did you mean 'make'?"),
+        ("width", MissingFactory, "there is no function 'width'"),
+        ("two words", BadModelReference, "no factory is named; expected file.py:factory or package.module:factory"),
+        ("", BadModelReference, "no factory is named"),
+        ("fails", ModelCodeFailed, "fails() raised KeyError: 'two\\nlines' ("),
+        ("with_argument", BadFactoryResult, "with_argument() cannot be called: missing a required argument: 'width'"),
+        ("unknown_key", BadFactoryResult, "unknown_key() returned a dict with 'optimiser', no argument of compile"),
+        ("no_inputs", BadFactoryResult, "no_inputs() returned no example_inputs"),
+        ("only_model", BadFactoryResult, "only_model() returned a Linear; expected a function without"),
+        ("no_model", BadFactoryResult, "no_model() returned a int as model, which is no torch.nn.Module"),
+        ("four", BadFactoryResult, "four() returned a tuple of 4"),
+    ],
+)
+def test_a_wrong_factory_is_named(model: str, name: str, error: type[GraphshardError], says: str) -> None:
+    with pytest.raises(error) as caught:
+        factory.load(f"{model}:{name}", KNOWN)
+    assert str(caught.value).startswith(f"MODEL '{model}:{name}': ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_the_users_code_raises_is_told_with_its_line(model: str) -> None:
+    with pytest.raises(ModelCodeFailed) as caught:
+        factory.load(f"{model}:fails", KNOWN)
+    line = MODEL.splitlines().index('    raise KeyError("two\\nlines")') + 1
+    assert str(caught.value).endswith(f"({model}:{line})")
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import nowhere_at_all", "raised ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        ("def make(:", "raised SyntaxError"),
+        ("raise SystemExit(3)", "raised SystemExit: 3"),
+    ],
+)
+def test_a_module_that_does_not_import(tmp_path: Path, source: str, says: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    with pytest.raises(ModelCodeFailed) as caught:
+        factory.load(f"{path}:make", KNOWN)
+    assert says in str(caught.value)
+    assert str(caught.value).endswith(f"({path}:1)")
+
+
+@pytest.mark.parametrize("name", ["nowhere_at_all:make", "nowhere.at.all:make", "torch.nowhere:make"])
+def test_a_module_that_is_not_there(name: str) -> None:
+    with pytest.raises(BadModelReference, match="there is no module"):
+        factory.load(name, KNOWN)
+
+
+def test_a_module_of_the_working_directory(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(model).parent)
+    arguments = factory.load("factories:make", KNOWN)
+    assert list(arguments) == ["optimizer", "model", "example_inputs", "loss_fn"]
+
+
+def test_adamw_is_assumed_unless_the_dict_says_otherwise(model: str) -> None:
+    assert factory.load(f"{model}:make", KNOWN)["optimizer"].func.__name__ == "AdamW"
+    assert factory.load(f"{model}:as_dict", KNOWN)["optimizer"].func.__name__ == "SGD"
+
+
+def test_the_factory_runs_on_the_device_that_is_asked_for(model: str) -> None:
+    arguments = factory.load(f"{model}:make", KNOWN, device="meta")
+    assert {p.device.type for p in arguments["model"].parameters()} == {"meta"}
+
+
+def test_dump_writes_every_pass_and_diff_reads_them(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "dump"
+    assert main(["dump", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "4", "-o", str(out)]) == 0
+    graphs = sorted(path.name for path in out.glob("*.graph"))
+    assert graphs[0] == "00-capture.graph"
+    assert any(name.endswith("-zero.graph") for name in graphs)
+    assert (out / "plan.txt").is_file()
+    capsys.readouterr()
+
+    assert main(["diff", str(out), "zero"]) == 0
+    of_pass = capsys.readouterr().out
+    index = next(i for i, name in enumerate(graphs) if name.endswith("-zero.graph"))
+    assert main(["diff", str(out / graphs[index - 1]), str(out / graphs[index])]) == 0
+    assert capsys.readouterr().out == of_pass
+    assert "all_gather_into_tensor" in of_pass
+
+    said = refused(capsys, "diff", str(out), "zreo")
+    assert "did you mean 'zero'?" in said
+
+
+def test_opt_runs_passes_over_text(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    out = tmp_path / "dump"
+    assert main(["dump", f"{model}:make", "--plan", "dp", "--world-size", "2", "-o", str(out)]) == 0
+    capsys.readouterr()
+    assert main(["opt", str(out / "00-capture.graph"), "--passes", "zero:stage=3", "--world-size", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "all_gather_into_tensor" in text
+    again = tmp_path / "again.graph"
+    again.write_text(text)
+    assert main(["opt", str(again), "--passes", ""]) == 0
+    assert capsys.readouterr().out == text
+    assert "it is sharded already, for 4" in refused(capsys, "opt", str(again), "--passes", "", "--world-size", "2")
+
+
+def test_opt_refuses_edited_text_with_its_line(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    out = tmp_path / "dump"
+    assert main(["dump", f"{model}:make", "--plan", "dp", "--world-size", "2", "-o", str(out)]) == 0
+    capsys.readouterr()
+    file = out / "00-capture.graph"
+    file.write_text(file.read_text().replace("aten.gelu.default", "aten.gleu.default", 1))
+    assert main(["opt", str(file), "--passes", "normalize"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "gleu" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_explain_prints_a_page_or_json(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    assert main(["explain", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "4"]) == 0
+    assert "zero3+pp2" in capsys.readouterr().out
+    assert main(["explain", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["ranks"]) == 4
+    assert report["plan"] == "zero3+pp2"
+
+
+def test_the_plan_of_the_dict_serves_when_none_is_given(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    assert main(["explain", f"{model}:as_dict", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["plan"] == "zero3"
+
+
+def test_a_misfit_is_refused_before_anything_is_written(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "dump"
+    said = refused(capsys, "dump", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "3", "-o", str(out))
+    assert "plan 'zero3+pp2' does not fit 3 ranks" in said
+    assert not out.exists()
+
+
+def test_traceback_shows_where_an_error_was_raised(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "missing.py:f", "--plan", "dp", "--traceback"]) == 2
+    assert "Traceback (most recent call last)" in capsys.readouterr().err

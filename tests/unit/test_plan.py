@@ -1,0 +1,263 @@
+"""The plan string: grammar, inference of sizes, and what its errors say."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphshard.errors import GraphshardError, PlanFieldError, PlanNotSupported, PlanSizeError, PlanSyntaxError
+from graphshard.mesh import Mesh
+from graphshard.plan import SCHEDULES, Plan
+
+sizes = st.none() | st.integers(1, 4096)
+paths = st.lists(st.from_regex(r"[a-z][a-z0-9_.\-]{0,6}", fullmatch=True), max_size=4, unique=True).map(tuple)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    zero_stage, stages = draw(st.integers(0, 3)), draw(paths)
+    fitting = st.sampled_from([len(stages) + 1, max(len(stages), 1)])
+    return Plan(
+        dp=draw(sizes),
+        zero_stage=zero_stage,
+        shard=draw(sizes) if zero_stage else None,
+        budget_gb=draw(st.none() | st.floats(0, allow_infinity=False)) if zero_stage else None,
+        pp=draw(fitting if stages else sizes),
+        schedule=draw(st.sampled_from(SCHEDULES)),
+        microbatches=draw(sizes),
+        stages=stages,
+        accum=draw(st.integers(1, 64)),
+        batch_dims=tuple(sorted(draw(st.dictionaries(st.integers(0, 9), st.none() | st.integers(0, 3))).items())),
+    )
+
+
+@given(plans())
+def test_str_and_parse_are_inverses(plan: Plan) -> None:
+    assert Plan.parse(str(plan)) == plan
+
+
+@given(st.text(alphabet="dpzero123+:=,/.siaccumbtchg 1fb", max_size=24))
+def test_any_text_parses_or_is_a_plan_error_within_the_text(text: str) -> None:
+    try:
+        plan = Plan.parse(text)
+    except (PlanSyntaxError, PlanNotSupported) as error:
+        assert 1 <= error.column <= len(text) + 1
+    else:
+        assert Plan.parse(str(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "dp",
+        "dp4",
+        "zero1",
+        "zero2",
+        "zero3",
+        "zero3:size=4",
+        "zero3:budget_gb=0.5",
+        "pp4",
+        "pp4:microbatches=8",
+        "pp4:schedule=zb-h1,microbatches=8",
+        "pp2:stages=h.4/h.8",
+        "pp3:stages=h.4/h.8",
+        "accum8",
+        "dp2+zero3:size=4",
+        "zero3+pp4",
+        "dp2+zero3:size=4,budget_gb=2+pp4:schedule=gpipe+accum2+batch_dims:1=none,2=1",
+    ],
+)
+def test_canonical_spellings(text: str) -> None:
+    assert str(Plan.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("pp4+zero3", "zero3+pp4"),
+        ("pp4:schedule=1f1b", "pp4"),
+        ("accum1+dp1", "dp1"),
+        ("dp1+zero3", "zero3"),
+        ("dp+zero3:size=4", "zero3:size=4"),
+        ("pp:stages=h.4/h.8", "pp3:stages=h.4/h.8"),
+        ("batch_dims:2=1,1=none+dp", "dp+batch_dims:1=none,2=1"),
+    ],
+)
+def test_other_spellings_print_canonically(text: str, canonical: str) -> None:
+    assert str(Plan.parse(text)) == canonical
+
+
+def test_no_tokens_set_is_one_rank() -> None:
+    assert str(Plan()) == "dp1"
+    assert Plan().mesh(1) == Plan().mesh() == Mesh()
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size", "mesh"),
+    [
+        ("zero3+pp4", 8, "pp=4 dp=2"),
+        ("zero3+pp4", 64, "pp=4 dp=16"),
+        ("zero3+pp4", None, "pp=4 dp=2"),
+        ("zero3+pp4", 4, "pp=4"),
+        ("pp4", None, "pp=4"),
+        ("pp4", 4, "pp=4"),
+        ("pp", 4, "pp=4"),
+        ("zero3+pp", None, "pp=2 dp=2"),
+        ("dp", 3, "dp=3"),
+        ("dp", None, "dp=2"),
+        ("zero3", 1, ""),
+        ("dp2+zero3:size=4", None, "dp=2 shard=4"),
+        ("dp2+zero3:size=4", 8, "dp=2 shard=4"),
+        ("dp2+zero3", 8, "dp=2 shard=4"),
+        ("dp2+zero3:size=2+pp2", None, "pp=2 dp=2 shard=2"),
+        ("zero3:size=4", None, "dp=4"),
+        ("zero3:size=4", 4, "dp=4"),
+        ("zero3:size=4", 8, "dp=2 shard=4"),
+        ("dp1+zero3:size=4", 4, "dp=4"),
+    ],
+)
+def test_sizes_are_inferred(text: str, world_size: int | None, mesh: str) -> None:
+    assert str(Plan.parse(text).mesh(world_size)) == mesh
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size", "says"),
+    [
+        ("zero3+pp4", 6, "it fits 4, 8, 12, …; on 6 ranks pp may be 1, 2, 3 or 6"),
+        ("zero3+pp4", 2, "it fits 4, 8, …; on 2 ranks pp may be 1 or 2"),
+        ("pp4", 8, "it fits 4; on 8 ranks pp may be 8; on 8 ranks dp may be 2"),
+        ("dp1+zero3:size=4", 8, "it fits 4; on 8 ranks dp may be 2; on 8 ranks zero3:size may be 8"),
+        ("dp2+zero3", 2, "it fits 4, 6, …; on 2 ranks dp may be 1"),
+        ("pp3:stages=h.4/h.8", 6, "it fits 3; on 6 ranks dp may be 2"),
+        ("zero3+pp", 8, "it leaves the sizes of pp and zero3 open: state all but one"),
+        ("zero3", 0, "it fits 1, 2, …"),
+    ],
+)
+def test_a_misfit_names_the_sizes_that_would_fit(text: str, world_size: int, says: str) -> None:
+    with pytest.raises(PlanSizeError) as caught:
+        Plan.parse(text).mesh(world_size)
+    assert str(caught.value) == f"plan {text!r} does not fit {world_size} ranks; {says}"
+
+
+@given(plans(), st.integers(1, 64))
+def test_a_mesh_has_as_many_ranks_as_asked_for_and_keeps_stated_sizes(plan: Plan, world_size: int) -> None:
+    try:
+        mesh = plan.mesh(world_size)
+    except PlanSizeError:
+        return
+    assert mesh.world_size == world_size
+    assert plan.pp in (None, mesh.size("pp"))
+    if mesh.size("shard") > 1:
+        assert plan.zero_stage
+        assert plan.shard in (None, mesh.size("shard"))
+        assert plan.dp in (None, mesh.size("dp"))
+
+
+@pytest.mark.parametrize(
+    ("text", "column", "says"),
+    [
+        ("zreo3+pp4", 1, "did you mean 'zero3'?"),
+        ("zero3+ppp4", 7, "did you mean 'pp4'?"),
+        ("zero3+acum8", 7, "did you mean 'accum8'?"),
+        ("zero4", 1, "did you mean 'zero3'?"),
+        ("zero", 1, "did you mean 'zero3'?"),
+        ("PP4", 1, "did you mean 'pp4'?"),
+        ("dp=4", 1, "did you mean 'dp4'?"),
+        ("xyz", 1, "known: dp, pp,"),
+        ("", 1, "one rank is 'dp1'"),
+        ("zero3+", 7, "a token is missing"),
+        ("zero1+zero3", 7, "contradicts or repeats 'zero1'"),
+        ("dp+dp2", 4, "contradicts or repeats 'dp'"),
+        ("dp0", 3, "at least 1, not '0'"),
+        ("accum", 1, "such as accum8"),
+        ("zero3:siez=4", 7, "did you mean 'size'?"),
+        ("zero3:size=x", 12, "at least 1, not 'x'"),
+        ("zero3:size=2,size=2", 14, "given twice"),
+        ("zero3:budget_gb=-1", 17, "at least 0, not '-1'"),
+        ("zero3:budget_gb=nan", 17, "at least 0, not 'nan'"),
+        ("zero3+pp4:schedule=1fb1", 20, "did you mean '1f1b'?"),
+        ("pp4:", 5, "expected an option key=value"),
+        ("pp4:8", 5, "expected an option key=value, not '8'"),
+        ("dp4:size=2", 5, "it takes none"),
+        ("pp2:stages=a/b/c", 12, "pp2 takes 1 module path(s)"),
+        ("pp3:stages=a/a", 12, "given twice"),
+        ("pp3:stages=a//b", 12, "'' is not a module path"),
+        ("batch_dims", 1, "such as batch_dims:1=none"),
+        ("batch_dims:1=non", 14, "at least 0 or none, not 'non'"),
+        ("batch_dims:1=0,01=1", 16, "given twice"),
+    ],
+)
+def test_a_mistake_points_at_its_column(text: str, column: int, says: str) -> None:
+    with pytest.raises(PlanSyntaxError) as caught:
+        Plan.parse(text)
+    assert caught.value.column == column
+    assert str(caught.value).startswith(f"plan {text!r}, column {column}: ")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "column"),
+    [
+        ("bf16", 1),
+        ("zero3+fp16", 7),
+        ("recompute:policy=full", 1),
+        ("offload:optimizer=cpu", 1),
+        ("tp2", 1),
+        ("pp4:virtual=2", 5),
+    ],
+)
+def test_known_tokens_of_later_versions_are_refused(text: str, column: int) -> None:
+    with pytest.raises(PlanNotSupported, match="is not supported in this version") as caught:
+        Plan.parse(text)
+    assert caught.value.column == column
+
+
+@pytest.mark.parametrize(
+    ("text", "world_size", "count"),
+    [
+        ("dp", 2, 1),
+        ("zero3+accum8", 2, 8),
+        ("pp4", 4, 8),
+        ("zero3+pp4", 4, 8),
+        ("pp4+accum2", 4, 16),
+        ("pp4:microbatches=3", 4, 3),
+        ("pp4:microbatches=3+accum2", 4, 6),
+        ("pp1:microbatches=3", 1, 3),
+        ("pp", 1, 1),
+    ],
+)
+def test_microbatches_per_step(text: str, world_size: int, count: int) -> None:
+    plan = Plan.parse(text)
+    assert plan.microbatch_count(plan.mesh(world_size)) == count
+
+
+@pytest.mark.parametrize(("text", "starts"), [("pp2:stages=a/b", ("b",)), ("pp3:stages=a/b", ("a", "b")), ("pp2", ())])
+def test_stages_name_where_each_stage_or_each_later_one_begins(text: str, starts: tuple[str, ...]) -> None:
+    assert Plan.parse(text).stage_starts == starts
+
+
+def test_budget_is_decimal_gigabytes() -> None:
+    assert Plan.parse("zero3:budget_gb=0.5").budget_bytes == 500_000_000
+    assert Plan.parse("zero3").budget_bytes is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dp": 0},
+        {"accum": None},
+        {"zero_stage": 4},
+        {"shard": 2},
+        {"budget_gb": 1.0},
+        {"zero_stage": 3, "budget_gb": -1.0},
+        {"schedule": "interleaved"},
+        {"stages": ("a+b",)},
+        {"pp": 2, "stages": ("a", "b", "c")},
+        {"pp": 3, "stages": ("a", "a")},
+        {"batch_dims": ((1, 0), (1, None))},
+    ],
+)
+def test_fields_that_no_string_could_say_are_refused(fields: dict[str, object]) -> None:
+    with pytest.raises(PlanFieldError) as caught:
+        Plan(**fields)  # type: ignore[arg-type]
+    assert isinstance(caught.value, GraphshardError)
