@@ -107,7 +107,7 @@ class _StageLowering:
                 chosen.append(node)
                 chosen += [user for user in node.users if is_getitem(user)]
         roots = [n for s, n in section.outputs.items() if info(n).stage in (self.stage, None)]
-        roots += [n for n in chosen if n.target is gs.transfer.default]
+        roots += [n for n in chosen if n.target is gs.transfer.default or n.target in _STAGE_COLLECTIVES]
         needed = upstream(roots, stop=lambda n: info(n).stage not in (self.stage, None))
         return [n for n in chosen if n in needed]
 
@@ -219,12 +219,14 @@ class _StageLowering:
                 peer: int = node.args[1]  # type: ignore[assignment]
                 common["made_by"] = record.made_by or "pipeline-cut"
                 result.append(
-                    Instruction(Op.RECV, outputs=(name(node),), peer=peer, type=tensor_type(node), **common)  # type: ignore[arg-type]
+                    Instruction(
+                        Op.RECV, node.name, outputs=(name(node),), peer=peer, type=tensor_type(node), **common  # type: ignore[arg-type]
+                    )
                 )
             elif piece.kind == "send":
                 source = name(node.args[0])  # type: ignore[arg-type]
                 peer = node.args[2]  # type: ignore[assignment]
-                result.append(Instruction(Op.SEND, inputs=(source,), peer=peer, type=tensor_type(node), **common))  # type: ignore[arg-type]
+                result.append(Instruction(Op.SEND, node.name, (source,), peer=peer, type=tensor_type(node), **common))  # type: ignore[arg-type]
             else:
                 result += self._collective(node, name, common)
         return result

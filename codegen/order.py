@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from graphshard.execution import Instruction, Op, Ref
+from graphshard.execution import Instruction, Op, Ref, match_waits
 
 _PERSISTENT = ("shard:", "flat:", "param:", "buffer:", "state:", "constant:", "lr:", "loss:", "output:")
 
@@ -80,6 +80,10 @@ def _with_last_uses(instructions: list[Instruction], carried: set[Ref]) -> list[
     for index, ins in enumerate(instructions):
         if not (ins.op is Op.WAIT and ins.peer is not None):  # a send's WAIT names what was sent, but does not read it
             last |= dict.fromkeys((*ins.inputs, *ins.outputs), index)
+    for wait, start in match_waits(instructions).items():
+        for ref in instructions[start].inputs:
+            if start < last[ref] < wait:  # somebody else reads it while it is on its way
+                last[ref] = wait
     dying: dict[int, list[Ref]] = {}
     for ref, index in last.items():
         if ref not in carried and not ref.name.startswith(_PERSISTENT):

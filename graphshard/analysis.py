@@ -1,4 +1,4 @@
-"""Estimates and facts that passes decide by: what an operation costs, how large a value is, which values are views of weights."""
+"""What passes decide by: the cost of an operation, the size of a value, which values are views of weights."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ def nbytes(value: Any) -> int:
 
 
 def flops(node: fx.Node) -> int:
-    """Floating-point operations of a node, a multiply-add counted as two; operators without products count one per element."""
+    """Floating-point operations of a node, a multiply-add being two; one per element without products."""
     if not isinstance(node.target, torch._ops.OpOverload) or is_view(node):
         return 0
-    shapes = [tuple(val(a).shape) if _is_tensor(a) else () for a in node.args]
+    shapes = [_shape(a) for a in node.args]
+    wanted: Any
     match node.target._schema.name.rpartition("::")[2]:
         case "mm" | "bmm":
             return 2 * prod(shapes[0]) * shapes[1][-1]
@@ -45,8 +46,8 @@ def flops(node: fx.Node) -> int:
             return 2 * elements * prod(shapes[1][1:])
         case "convolution_backward":
             elements = prod(shapes[1]) if node.args[7] else prod(shapes[0])
-            wanted: Any = node.args[10]
-            return 2 * elements * prod(shapes[2][1:]) * sum(wanted[:2]) + prod(shapes[0]) * wanted[2]
+            wanted = node.args[10]
+            return 2 * elements * prod(shapes[2][1:]) * sum(wanted[:2]) + prod(shapes[0]) * int(wanted[2])
         case name if "attention" in name and name.endswith("backward"):
             return 10 * prod(shapes[1]) * shapes[2][-2]  # five matrix products: the scores again and four gradients
         case name if "attention" in name:
@@ -78,6 +79,20 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
+def sent_as(node: fx.Node) -> fx.Node:
+    """What to send to another stage that needs ``node``: where it shows all of another value of its phase, that one."""
+    while is_view(node) and node.target is not aten.as_strided.default and len(node.all_input_nodes) == 1:
+        (source,) = node.all_input_nodes
+        if source.op != "call_function" or info(source).phase is not info(node).phase:
+            break
+        if not isinstance(val(node), torch.Tensor) or not isinstance(val(source), torch.Tensor):
+            break
+        if val(source).numel() > val(node).numel():
+            break
+        node = source
+    return node
+
+
 def weight_views(section: Section) -> set[fx.Node]:
     """Operations that alias, view, copy or cast one parameter and read nothing else."""
     found: set[fx.Node] = set()
@@ -93,7 +108,7 @@ def weight_views(section: Section) -> set[fx.Node]:
 def weight_views_cross(program: Program) -> list[fx.Node]:
     """Forward views and casts of parameters that the backward reads, in order.
 
-    Empty after ``normalize``: a parameter that is gathered for the forward would otherwise stay whole until the backward.
+    Empty after ``normalize``: a parameter gathered for the forward would otherwise stay whole until the backward.
     """
     views = weight_views(program.body)
     return [
@@ -105,5 +120,6 @@ def weight_views_cross(program: Program) -> list[fx.Node]:
     ]
 
 
-def _is_tensor(argument: Any) -> bool:
-    return isinstance(argument, fx.Node) and isinstance(val(argument), torch.Tensor)
+def _shape(argument: Any) -> tuple[int, ...]:
+    value = val(argument) if isinstance(argument, fx.Node) else None
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

@@ -13,12 +13,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 from graphshard.errors import GraphshardError, MeshMisfit, MissingFile, UnknownDump
-from graphshard.mesh import Mesh
+from graphshard.mesh import AXES, Mesh
 from graphshard.plan import Plan
 from graphshard.program import Level, Program
 
 BAD_INPUT = 2
+
+_MESH = re.compile(r"\s*".join(rf"(?:\b{axis}=[1-9][0-9]*\b)?" for axis in AXES))
 
 _MODEL_HELP = (
     "file.py:factory or package.module:factory, a function without required arguments that returns "
@@ -84,11 +88,9 @@ def _diff(options: argparse.Namespace) -> int:
     for path in (first, second):
         if not path.is_file():
             raise MissingFile(str(path), "a graph, or a directory that `graphshard dump` wrote and a pass")
-    from graphshard import text
-    from graphshard.diff import diff
+    from graphshard.diff import diff_text
 
-    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(diff(text.read(first), text.read(second)).render(color=color))
+    print(diff_text(first, second, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
     return 0
 
 
@@ -111,22 +113,30 @@ def _opt(options: argparse.Namespace) -> int:
     from graphshard import text
 
     program = text.read(Path(options.file))
-    if options.world_size is not None:
+    if options.mesh is not None:
+        program.mesh = _remesh(program, options.mesh)
+    elif options.world_size is not None:
         program.mesh = _resize(program, options.world_size)
     print(text.to_text(run_passes(program, passes, Context(program.mesh))), end="")
     return 0
 
 
+def _remesh(program: Program, mesh: Mesh) -> Mesh:
+    """``mesh``, if ``program`` can be put on it: the cut fixes the number of stages, sharding everything."""
+    fixed = {Level.CAPTURED: (), Level.STAGED: ("pp",), Level.SHARDED: AXES}[program.level]
+    if any(mesh.size(axis) != program.mesh.size(axis) for axis in fixed):
+        raise MeshMisfit(mesh.world_size, str(program.mesh), f"it is {program.level} already, for {program.mesh}")
+    return mesh
+
+
 def _resize(program: Program, world_size: int) -> Mesh:
-    """The program's mesh with as many replicas as ``world_size`` ranks allow; fixed once parameters are sharded."""
+    """The program's mesh with as many data-parallel ranks as ``world_size`` allows."""
     mesh = program.mesh
-    if program.level is Level.SHARDED and world_size != mesh.world_size:
-        raise MeshMisfit(world_size, str(mesh), f"it is sharded already, for {mesh.world_size}")
     kept = mesh.world_size // mesh.size("dp")
     if world_size % kept:
         raise MeshMisfit(world_size, str(mesh), f"multiples of {kept} fit")
     sizes = {"pp": mesh.size("pp"), "dp": world_size // kept, "shard": mesh.size("shard"), "tp": mesh.size("tp")}
-    return Mesh(tuple((axis, size) for axis, size in sizes.items() if size > 1))
+    return _remesh(program, Mesh(tuple((axis, size) for axis, size in sizes.items() if size > 1)))
 
 
 def _compile(options: argparse.Namespace) -> Any:
@@ -136,13 +146,13 @@ def _compile(options: argparse.Namespace) -> Any:
     from graphshard.compile import compile as compile_model
 
     known = inspect.signature(compile_model).parameters
-    arguments = factory.load(options.model, known, options.device)
+    arguments = factory.load(options.model, known, meta=options.device == "meta")
     arguments |= {"executor": "none"}
     if plan is not None:
         arguments["plan"] = plan
     if options.world_size is not None:
         arguments["world_size"] = options.world_size
-    if options.device not in (None, "meta"):
+    if options.device not in (None, "meta"):  # a meta model's device is the executor's
         arguments["device"] = options.device
     return compile_model(**arguments)
 
@@ -156,6 +166,19 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
     return int(text)
+
+
+def _device(text: str) -> str:
+    try:
+        return str(torch.device(text))
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"expected a device such as cpu, cuda or meta, not {text!r}") from error
+
+
+def _mesh(text: str) -> Mesh:
+    if not _MESH.fullmatch(text.strip()):
+        raise argparse.ArgumentTypeError(f"expected axes in the order {', '.join(AXES)}, such as 'pp=2 dp=4'")
+    return Mesh(tuple((axis, size) for axis, size in Mesh.parse(text).axes if size > 1))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -182,7 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     opt = command("opt", _opt)
     opt.add_argument("file", metavar="FILE.graph")
     opt.add_argument("--passes", required=True, help='such as "zero:stage=3;bucket"')
-    opt.add_argument("--world-size", type=_count, metavar="N", help="number of ranks; default: as the file says")
+    ranks = opt.add_mutually_exclusive_group()
+    ranks.add_argument("--world-size", type=_count, metavar="N", help="number of ranks; default: as the file says")
+    ranks.add_argument("--mesh", type=_mesh, metavar="AXES", help="all axes, such as 'pp=2 dp=4'")
 
     explain = command("explain", _explain)
     explain.add_argument("--json", action="store_true", help="the report as JSON")
@@ -192,5 +217,5 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument(
             "--world-size", type=_count, metavar="N", help="number of ranks; default: the plan's sizes, else 2"
         )
-        added.add_argument("--device", metavar="D", help="build the model there; meta: without storage")
+        added.add_argument("--device", type=_device, metavar="D", help="where it will run; meta: build without storage")
     return parser

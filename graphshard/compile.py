@@ -22,14 +22,14 @@ from graphshard.codegen.lower import lower
 from graphshard.errors import ExecutorNone, NeedsExampleInputs, UnknownExecutor
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
-from graphshard.optim import CompiledOptimizer
+from graphshard.optim import CompiledOptimizer, given_state
 from graphshard.passes import default_passes, with_passes
 from graphshard.pipeline import Context, Observer, Pass, Placement, run_passes
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
-from graphshard.update import add_update, make_optimizer
+from graphshard.update import add_update, check_elementwise, make_optimizer
 
 logger = logging.getLogger("graphshard")
 
@@ -301,8 +301,10 @@ class Compiled:
             self.model, self.loss_fn, args, kwargs, mode=mode, microbatches=microbatches, group_of=self._groups()
         )
         captured.program.mesh = self.mesh
-        if mode == "train" and self._user_optimizer is not None:
+        if mode == "train":
             add_update(captured.program, self._user_optimizer, self._names, self.max_grad_norm)
+            if self._user_optimizer is not None and self.plan.zero_stage and self.mesh.size(self.mesh.shard_axis) > 1:
+                check_elementwise(captured.program, type(self._user_optimizer).__name__)
         return captured
 
     def _groups(self) -> dict[str, int]:
@@ -337,12 +339,12 @@ class Compiled:
             self._storage.write_params(params)
             self._storage.write_buffers(dict(self.model.named_buffers(remove_duplicate=False)))
         user = self._user_optimizer
-        state = user.state_dict() if user is not None and user.state else None
+        state = given_state(user, self._names) if user is not None else {}
         if self.executor == "distributed" and build.plan.mesh.world_size > 1:
             replaced = _release(self.model, [o for o in (user, self.optimizer) if o is not None])
             self._names = {replaced[old]: name for old, name in self._names.items()}
-        if state is not None:
-            self.optimizer.load_state_dict(state)
+        if state:
+            self._storage.write_state(state)
         return self._runtime, self._storage
 
     def _make_executor(self) -> Executor:

@@ -358,3 +358,170 @@ class NeedsExampleInputs(GraphshardError):
         super().__init__(
             "nothing was traced yet, so it is not known where parameters live; pass example_inputs to compile, or call step first"
         )
+
+
+class TextError(GraphshardError):
+    """Graph text that is no program, or says a wrong type; ``line`` and ``column`` count from 1."""
+
+    def __init__(self, path: str, line: int, column: int, problem: str, source: str) -> None:
+        # Of a very long line, the part around the mistake.
+        begin = max(0, column - 81) if len(source) > 160 else 0
+        excerpt = source[begin : begin + 160]
+        blank = "".join("\t" if c == "\t" else " " for c in source[begin : column - 1])
+        place = f"{path}:{line}:{column}" if path else f"line {line}, column {column}"
+        super().__init__(f"{place}: {problem}\n  {excerpt}\n  {blank}^")
+        self.path = path
+        self.line = line
+        self.column = column
+        self.problem = problem
+
+
+class UnreadableConstants(GraphshardError):
+    """The file beside graph text that should hold its constants is damaged or something else."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: expected the safetensors file of the graph text beside it; {problem}")
+
+
+class NeedsTensorValue(GraphshardError):
+    """The model makes a Python number or a decision of a tensor's value, which a graph does not have."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(
+            f"cannot capture {where}: it needs the value of a tensor (.item(), .tolist(), int(), bool() or an `if` on it), "
+            "which a graph does not have; keep it a tensor (torch.where instead of `if`), or compute the number before "
+            "step and pass it as an argument"
+        )
+
+
+class ShapeNeedsValue(GraphshardError):
+    """An operator whose result's shape depends on values."""
+
+    def __init__(self, operator: str, where: str) -> None:
+        super().__init__(
+            f"cannot capture {where}: the shape of what {operator} returns depends on values, and a graph's shapes are "
+            "fixed; use a mask (torch.where, or multiply by it) instead of selecting elements"
+        )
+
+
+class UncapturableOperator(GraphshardError):
+    """An operator that has no place in a graph."""
+
+    def __init__(self, operator: str, where: str, instead: str) -> None:
+        super().__init__(f"cannot capture {operator} in {where}; {instead}")
+
+
+class UnknownRandomOperator(GraphshardError):
+    """A random operator without a version that takes a key."""
+
+    def __init__(self, operator: str, where: str) -> None:
+        super().__init__(
+            f"cannot capture the random operator {operator} in {where}: its numbers would differ from one run to the next; "
+            "use torch.rand, randn, randint, bernoulli, normal, exponential, multinomial or dropout, without a generator"
+        )
+
+
+class ModelFailed(GraphshardError):
+    """The model or the loss function raised while it was captured."""
+
+    def __init__(self, doing: str, error: BaseException, where: str) -> None:
+        text = " ".join(str(error).split()) or "no message"
+        super().__init__(f"{doing} raised {type(error).__name__} at {where}: {text[:500]}")
+
+
+class NoLoss(GraphshardError):
+    """Without a loss function the model's result holds no loss."""
+
+    def __init__(self, given: object) -> None:
+        super().__init__(
+            f"the model returned {type(given).__name__} without a loss; give compile a loss_fn, or return the loss, or an "
+            "object or dict that holds it as loss"
+        )
+
+
+class LossNotScalar(GraphshardError):
+    """The loss is no floating-point number."""
+
+    def __init__(self, given: str) -> None:
+        super().__init__(
+            f"the loss is {given}; expected one floating-point number (a 0-d tensor), such as a mean over the batch"
+        )
+
+
+class LossWithoutGradient(GraphshardError):
+    """No parameter influences the loss in a way that autograd sees."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the loss does not depend on any parameter that requires a gradient; check for .detach(), torch.no_grad() and "
+            "requires_grad=False between the parameters and the loss"
+        )
+
+
+class LossHasParameters(GraphshardError):
+    """Parameters of a loss function are not the model's, and nothing would train them."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"loss_fn has a parameter of its own ({name}), which would not be trained; make the loss a submodule of the model"
+        )
+
+
+class ParameterWritten(GraphshardError):
+    """The forward pass changes a parameter."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the forward pass writes to parameter {name!r} in place, but only the optimizer may change parameters; "
+            "use a copy, or make it a buffer (an Embedding with max_norm does this: set max_norm=None)"
+        )
+
+
+class ParameterOutsideModel(GraphshardError):
+    """A parameter or buffer is used by a reference that is not the module's own attribute."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(
+            f"{where} uses {name!r} through a list, dict or closure, where capture cannot follow it; "
+            "read it as the attribute of its module"
+        )
+
+
+class TensorWithoutValue(GraphshardError):
+    """A tensor on the meta device that is neither parameter nor buffer."""
+
+    def __init__(self, shape: tuple[int, ...], where: str) -> None:
+        super().__init__(
+            f"{where} uses a tensor of shape {list(shape)} on the meta device that is neither a parameter nor a buffer, so "
+            "nothing can give it a value; register it with register_buffer, or build it inside forward"
+        )
+
+
+class UnsupportedParameter(GraphshardError):
+    """A parameter or buffer that is no plain tensor."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name!r} {problem}; expected a dense torch.Tensor with storage of its own")
+
+
+class BufferChangesType(GraphshardError):
+    """The forward pass replaces a buffer by one of another shape or dtype."""
+
+    def __init__(self, name: str, old: str, new: str) -> None:
+        super().__init__(f"the forward pass replaces buffer {name!r}, {old}, by {new}; shapes and dtypes must stay the same")
+
+
+class UnsupportedInput(GraphshardError):
+    """An argument of step that holds tensors where capture cannot see them."""
+
+    def __init__(self, index: int, kind: str, instead: str) -> None:
+        super().__init__(f"argument {index} of step (in flattened order) is a {kind}; {instead}")
+
+
+class MissingInput(GraphshardError):
+    """With a loss function, step was called without the model's input."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "step was given no positional argument; with a loss_fn, step(x, *targets) computes loss_fn(model(x), *targets)"
+        )

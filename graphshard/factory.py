@@ -22,11 +22,11 @@ T = TypeVar("T")
 _OF_A_TUPLE = ("model", "example_inputs", "loss_fn")
 
 
-def load(reference: str, known: Collection[str], device: str | None = None) -> dict[str, Any]:
+def load(reference: str, known: Collection[str], meta: bool = False) -> dict[str, Any]:
     """Call the factory that ``reference`` names; its result as arguments of compile, AdamW where it gives no optimizer.
 
-    ``known`` are the arguments that a dict may hold. With ``device`` the factory runs under ``torch.device(device)``:
-    a model for "meta" is then built without storage.
+    ``known`` are the arguments that a dict may hold. With ``meta`` the factory runs under ``torch.device("meta")``:
+    the model is built without storage.
 
     Raises:
         BadModelReference: the spelling is wrong, or there is no such file or module.
@@ -38,7 +38,7 @@ def load(reference: str, known: Collection[str], device: str | None = None) -> d
     if not (colon and path and name.isidentifier()):
         raise BadModelReference(reference, "no factory is named")
     factory = _function(reference, _module(reference, path), name)
-    with torch.device(device) if device is not None else nullcontext():
+    with torch.device("meta") if meta else nullcontext():
         result = _run(reference, f"{name}()", factory)
     return _arguments(reference, name, result, known)
 

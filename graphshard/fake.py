@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_map_only
+
+Mode = FakeTensorMode
 
 
 def new_mode() -> FakeTensorMode:
@@ -53,6 +56,23 @@ def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict
     args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
     with mode, torch.no_grad():
         return target(*args, **kwargs)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """An operator that refuses its arguments raises meanwhile, and does not log a traceback as well."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+def operator_names() -> list[str]:
+    """Every operator torch knows, spelled ``aten.mm.default``."""
+    names = (name.replace("::", ".") for name in torch._C._dispatch_get_all_op_names())
+    return [name if name.count(".") > 1 else f"{name}.default" for name in names]
 
 
 def symbolic_mode() -> FakeTensorMode:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import uuid
 from pathlib import Path
 
@@ -19,7 +18,7 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
     try:
         with unfinished.open("xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
-        os.replace(unfinished, path)
+        unfinished.replace(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(error.errno, error.strerror, str(path)) from None
     finally:

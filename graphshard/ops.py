@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graphshard import attention, random_ops
+
 _lib = torch.library.Library("graphshard", "DEF")
 
 
@@ -62,3 +64,5 @@ _lib.impl("sq_norm", _sq_norm_meta, "Meta")
 _lib.impl("sq_norm", _sq_norm, "CompositeExplicitAutograd")
 _lib.impl("stage_sum", lambda parts, axis: _like(parts[0]), "Meta")
 _lib.impl("stage_broadcast", lambda x, src, axis: _like(x), "Meta")
+attention.register(_lib)
+random_ops.register(_lib)

@@ -1,7 +1,7 @@
 """Where to cut a line of work into pipeline stages: the slowest stage as fast as possible, few bytes across the cuts.
 
-Pure numbers, no graph. The search is the linear partition problem by dynamic programming over cut positions (as in Narayanan
-et al. 2019, "PipeDream", section 3.1), with every pair of positions priced at once.
+Pure numbers, no graph. The search is the linear partition problem by dynamic programming over cut positions (as in
+Narayanan et al. 2019, "PipeDream", section 3.1), with every pair of positions priced at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_POSITIONS = 512
-"""Cut positions that the search looks at; of more, the ones with the fewest crossing bytes in equal shares of the work."""
+"""Cut positions that the search looks at; of more, those with the fewest crossing bytes in equal shares of the work."""
 
 SLACK = 0.02
 """By how much a cut may slow the slowest stage to send fewer bytes."""
@@ -46,10 +46,10 @@ def most_stages(line: Line) -> int:
 
 
 def search(line: Line, stages: int, byte_cost: float, limit_bytes: float = math.inf) -> tuple[int, ...] | None:
-    """The ``stages - 1`` cut positions, ascending; None if there are not so many or ``limit_bytes`` cannot be kept.
+    """The ``stages - 1`` cut positions, ascending; None if there are too few or ``limit_bytes`` cannot be kept.
 
-    Minimises the slowest stage, a stage's time being its items' costs and ``byte_cost`` for each byte that crosses its two
-    ends; among the cuts within :data:`SLACK` of that, the bytes that cross.
+    Minimises the slowest stage, a stage's time being its items' costs and ``byte_cost`` for each byte that crosses its
+    two ends; among the cuts within :data:`SLACK` of that, the bytes that cross.
     """
     found = _Search(line, stages, byte_cost)
     return found.cuts(limit_bytes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.util
 import time
 import types
 import typing
@@ -91,12 +92,11 @@ def load_pass(name: str) -> type[Any]:
     """
     path = PASSES.get(name, name)
     module_name, colon, attribute = path.partition(":")
-    if not colon:
+    if not colon or (name not in PASSES and importlib.util.find_spec(module_name.partition(".")[0]) is None):
         raise UnknownPass(name, PASSES)
-    try:
-        loaded: type[Any] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UnknownPass(name, PASSES) from error
+    loaded: type[Any] | None = getattr(importlib.import_module(module_name), attribute, None)
+    if loaded is None:
+        raise UnknownPass(name, PASSES)
     return loaded
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from graphshard.analysis import sent_as
 from graphshard.dataflow import is_getitem
 from graphshard.program import NodeInfo, Phase, Section, info, set_info, val
 from graphshard.rewrite import add_input, after, call, clone, drop_dead, retype_from
@@ -41,13 +42,13 @@ class Placer:
                 self.at(node, stage)
 
     def finish(self) -> None:
-        """Clean up once all that is wanted was asked for: types behind transfers, placeholders and operations left over."""
+        """Clean up once all that is wanted was asked for: what is left over, and types behind transfers."""
         for node in list(self.section.inputs):
-            if node not in self.taken:
+            if node in self.places and node not in self.taken:
                 place = self.places[node]
                 self._copy(node, None if place is None else (place or (0,))[0])
         drop_dead(self.section)
-        retype_from(n for n in self.transfers if val(n).stride() != val(n.args[0]).stride())  # type: ignore[arg-type]
+        retype_from(n for n in self.transfers if val(n).stride() != val(n.all_input_nodes[0]).stride())
 
     def at(self, node: fx.Node, stage: int | None) -> fx.Node:
         """The node that has the value of ``node`` on ``stage``; None: on every stage."""
@@ -57,6 +58,8 @@ class Placer:
         if place == () or stage in place:
             return self._copy(node, stage)
         assert stage is not None, f"{node} is on stage {place} only, and every stage reads it"
+        if sent_as(node) is not node:
+            return self._copy(node, stage)  # a view of what is sent
         return self._transfer(node, stage)
 
     def _copy(self, node: fx.Node, stage: int | None) -> fx.Node:
@@ -73,7 +76,7 @@ class Placer:
             if node in self.taken:
                 with after(node):
                     new = clone(node, lambda n: n, made_by="pipeline-cut")
-            new.args, new.kwargs = new_args, new_kwargs  # type: ignore[assignment]
+            new.args, new.kwargs = new_args, new_kwargs
             set_info(new, stage=stage)
         self.taken.add(node)
         self.copies[key] = new

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+import graphshard.ops  # noqa: F401  a graph may hold any of its operators
 from graphshard.mesh import Mesh
 
 

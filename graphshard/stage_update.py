@@ -1,5 +1,7 @@
-"""Stages of the prologue and the epilogue, once the body's are known: everything goes to the stage of what it initialises or
-updates. What a step has once (a norm, the loss) every stage gets."""
+"""Stages of the prologue and the epilogue, once the body's are known.
+
+Everything goes to the stage of what it initialises or updates. Norms and the loss go to every stage.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphshard.placing import Placer, type_changed
-from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot, info, set_info, val
-from graphshard.rewrite import add_input, call, drop_dead, first_operation, retype_from, set_outputs
+from graphshard.placing import Placer
+from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot, info, val
+from graphshard.rewrite import add_input, call, set_outputs
 from graphshard.sums import Place
 
 aten = torch.ops.aten
@@ -99,7 +101,8 @@ class _Epilogue:
             return
         readers = list(node.users)
         self.places[node], total = stages[:1], node
-        record = NodeInfo(phase=Phase.UPDATE, module=slot.name.removeprefix("grad:").rpartition(".")[0], made_by="pipeline-cut")
+        module = slot.name.removeprefix("grad:").rpartition(".")[0]
+        record = NodeInfo(phase=Phase.UPDATE, module=module, made_by="pipeline-cut")
         self.section.inputs[node] = replace(slot, stage=stages[0])
         for stage in stages[1:]:
             other = add_input(self.section, replace(slot, stage=stage), val(node), info(node), node.name)
@@ -162,4 +165,3 @@ def _place(
     outputs = {replace(slot, stage=stage): placer.at(node, stage) for slot, node, stages in wanted for stage in stages}
     set_outputs(section, outputs)
     placer.finish()
-    drop_dead(section)

@@ -14,7 +14,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import fx
 
-from graphshard.analysis import cost, flops, has_products, is_random, nbytes, weight_views
+from graphshard.analysis import cost, flops, has_products, is_random, nbytes, sent_as, weight_views
 from graphshard.dataflow import is_getitem
 from graphshard.errors import CutSplitsBuffer, StagesOutOfOrder, UnknownStageModule
 from graphshard.partition import Line
@@ -30,12 +30,12 @@ Holders = Mapping[str, tuple[int, ...]]
 
 
 class BodyStaging:
-    """The stages of one body. First the line of its forward is there to be cut, then :meth:`assign` derives the rest."""
+    """The stages of one body: the line of its forward is there to be cut, then :meth:`assign` derives the rest."""
 
     def __init__(self, program: Program, byte_cost: float) -> None:
         self.program, self.body = program, program.body
         self.places: dict[fx.Node, Place] = {}
-        self.roots: dict[fx.Node, set[fx.Node]] = {}  # of values that any stage can compute: the storage they are made of
+        self.roots: dict[fx.Node, set[fx.Node]] = {}  # parameters and buffers that unplaced values are made of
         self._find_unplaced(byte_cost)
         forward = [n for n in self.body.nodes() if info(n).phase is Phase.FORWARD and n not in self.places]
         self.followers = [n for n in forward if self._follows(n)]
@@ -84,8 +84,8 @@ class BodyStaging:
         return not has_products(node) or flops(node) <= byte_cost * nbytes(val(node))
 
     def _follows(self, node: fx.Node) -> bool:
-        """Forward operations that stay where their input is, wherever a cut falls: picks, sums over micro-batches, and views
-        of a storage's layout, which a transfer may change."""
+        """Forward operations that stay where their input is, wherever a cut falls: picks, the sum over micro-batches,
+        and views by strides, which a transfer may change."""
         if is_getitem(node) or node.target is aten.as_strided.default:
             return True
         return any(self.body.inputs.get(s) == _LOSS for s in node.all_input_nodes)
@@ -102,19 +102,23 @@ class BodyStaging:
             if at is not None:
                 costs[at] += cost(node)
         crossing = [0.0] * (count + 2)
-        for node, produced in self.index.items():
-            value = val(node)
-            if not isinstance(value, torch.Tensor):
-                continue
-            last = max((self.index[u] for u in node.users if u in self.index), default=produced)
+        last: dict[fx.Node, int] = {}  # readers of what is sent, through the views it is sent for
+        later: dict[fx.Node, int] = {}  # the backward may read it on a later stage than the forward did
+        for node in self.index:
+            if isinstance(val(node), torch.Tensor):
+                sent = sent_as(node)
+                readers = [self.index[u] for u in node.users if u in self.index]
+                last[sent] = max([*readers, self.index[node], last.get(sent, 0)])
+                again = [a for u in node.users if (a := self._differentiated(u)) is not None]
+                later[sent] = max([*again, later.get(sent, 0)])
+        for sent, end in last.items():
+            value = val(sent)
             there = nbytes(value) * (2 if backward and value.is_floating_point() else 1)  # its gradient comes back
-            crossing[produced + 1] += there
-            crossing[last + 1] -= there
-            # The backward may read it on a later stage than the forward did.
-            later = max((a for u in node.users if (a := self._differentiated(u)) is not None), default=last)
-            if later > last:
-                crossing[last + 1] += nbytes(value)
-                crossing[later + 1] -= nbytes(value)
+            crossing[self.index[sent] + 1] += there
+            crossing[end + 1] -= there
+            if later[sent] > end:
+                crossing[end + 1] += nbytes(value)
+                crossing[later[sent] + 1] -= nbytes(value)
         allowed = [True] * (count + 1)
         for low, high in self._buffer_spans().values():
             for position in range(low + 1, high + 1):
@@ -258,5 +262,5 @@ class BodyStaging:
 
 
 def nearest(held: tuple[int, ...], stage: int) -> int:
-    """Which of the stages that hold a parameter gets a gradient made on ``stage``: itself, or the closest earlier one."""
+    """Which of the stages that hold a parameter adds a gradient made on ``stage``: it, or the closest before."""
     return max((h for h in held if h <= stage), default=held[0])

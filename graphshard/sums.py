@@ -16,7 +16,7 @@ from graphshard.rewrite import add_input, call, clone, set_outputs
 aten = torch.ops.aten
 
 Place = tuple[int, ...] | None
-"""The stages that compute a value for themselves. None: all of them, as a value that no stage owns; (): whichever reads it."""
+"""The stages that compute a value. None: all of them, as a value that no stage owns; (): each stage that reads it."""
 
 Places = Mapping[fx.Node, Place]
 

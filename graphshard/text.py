@@ -66,7 +66,7 @@ def to_text(program: Program) -> str:
 def parse(text: str, constants: Mapping[str, torch.Tensor] | None = None) -> Program:
     """The program that ``text`` says; ``constants`` are the values stored beside it, by content hash.
 
-    Types of operations may be left out: all are derived from the arguments' types, and one that the text says must agree.
+    Types of operations may be left out: all are derived from the inputs' types, and what the text says must agree.
 
     Raises:
         TextError: with line and column, for text that is no program or says a wrong type.
@@ -75,7 +75,7 @@ def parse(text: str, constants: Mapping[str, torch.Tensor] | None = None) -> Pro
 
 
 def write(program: Program, path: Path | str) -> None:
-    """Write the text to ``path`` and, where there are any, constants to ``<stem>.safetensors`` beside it; atomically."""
+    """Write the text to ``path`` and large constants, if any, to ``<stem>.safetensors`` beside it, each atomically."""
     path = Path(path)
     if stored := stored_constants(program):
         write_atomic(_beside(path), save(stored))
@@ -197,5 +197,3 @@ def _constant_line(name: str, value: torch.Tensor) -> str:
 
 def _beside(path: Path) -> Path:
     return path.with_suffix(".safetensors")
-
-

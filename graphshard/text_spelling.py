@@ -37,13 +37,12 @@ _SHORT = {
 
 
 def _members(kind: type) -> dict[str, Any]:
-    return {name: value for name, value in vars(torch).items() if isinstance(value, kind)}
+    """What torch has of a kind, under its own name, not under those of aliases such as ``torch.float``."""
+    return {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, kind)}
 
 
-DTYPES: dict[str, torch.dtype] = {
-    **_SHORT,
-    **{str(d).removeprefix("torch."): d for d in _members(torch.dtype).values() if d not in _SHORT.values()},
-}
+_LONG = {name: dtype for name, dtype in _members(torch.dtype).items() if dtype not in _SHORT.values()}
+DTYPES: dict[str, torch.dtype] = _SHORT | _LONG
 LAYOUTS: dict[str, torch.layout] = _members(torch.layout)
 FORMATS: dict[str, torch.memory_format] = _members(torch.memory_format)
 _NAMES: dict[Any, str] = {value: name for table in (DTYPES, LAYOUTS, FORMATS) for name, value in table.items()}
@@ -165,7 +164,7 @@ def spell_slot(slot: Slot) -> str:
 
 
 def default_info(section: str, name: str, made_by: str) -> NodeInfo:
-    """The record of node ``name`` where the text says nothing: phase by section, and captured nodes are their own origin."""
+    """What the text need not say of node ``name``: its phase by the section; a captured node is its own origin."""
     phase = Phase.FORWARD if section == "body" else Phase.UPDATE
     return NodeInfo(phase=phase, origin="" if made_by else name, made_by=made_by)
 
@@ -194,7 +193,7 @@ def to_stored(value: torch.Tensor) -> torch.Tensor:
 
 
 def from_stored(stored: torch.Tensor, kind: TypeText) -> torch.Tensor:
-    """Inverse of :func:`to_stored`, with the strides that ``kind`` says. ValueError: it is of another shape or dtype."""
+    """Inverse of :func:`to_stored`, with the strides that ``kind`` says. ValueError: it has another shape or dtype."""
     whole = torch.view_as_complex(stored) if kind.dtype.is_complex and not stored.is_complex() else stored
     if (whole.dtype, tuple(whole.shape)) != (kind.dtype, kind.shape):
         raise ValueError(f"it is {type_of(whole)}")
@@ -202,7 +201,7 @@ def from_stored(stored: torch.Tensor, kind: TypeText) -> torch.Tensor:
 
 
 def from_values(values: Iterable[complex], kind: TypeText) -> torch.Tensor:
-    """A tensor from its elements in row-major order; ValueError: not as many as ``kind`` says, or unfit for its dtype."""
+    """A tensor from its elements in row-major order. ValueError: their number or kind is not what ``kind`` says."""
     items = list(values)
     if len(items) != prod(kind.shape):
         raise ValueError(f"{prod(kind.shape)} values are needed, {len(items)} are given")

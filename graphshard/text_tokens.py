@@ -5,9 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from graphshard.errors import TextError
 from graphshard.text_spelling import WORD
@@ -15,13 +14,15 @@ from graphshard.text_spelling import WORD
 T = TypeVar("T")
 
 _TOKEN = re.compile(
-    rf"""(?P<blank>[ \t\r]+|\#[^\n]*)
-    |(?P<newline>\n)
+    rf"""[ \t\r]*(?:
+    (?P<newline>(?:\#[^\n]*)?\n)
     |(?P<node>%[A-Za-z_]\w*)
     |(?P<number>[+-]?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|inf|nan)(?![\w.]))
     |(?P<word>{WORD})
     |(?P<string>"(?:[^"\\\n]|\\.)*")
-    |(?P<mark>[=:,(){{}}\[\]@])""",
+    |(?P<mark>[=:,(){{}}\[\]@])
+    |(?P<end>(?:\#[^\n]*)?\Z)
+    |(?P<bad>[\s\S]))""",
     re.VERBOSE | re.ASCII,
 )
 
@@ -33,8 +34,9 @@ _BAD = {
 _NAMES = {"newline": "end of line", "end": "end of text"}
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
+    """One token; a comment belongs to the end of its line."""
+
     kind: str  # node, number, word, string, mark, newline or end
     text: str
     start: int  # offset in the text
@@ -53,17 +55,18 @@ class Cursor:
         self.at = 0
 
     def _tokenize(self) -> list[Token]:
-        tokens, position, text = [], 0, self.source
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None:
-                self.fail(position, _BAD.get(text[position], f"unexpected character {text[position]!r}"))
+        tokens = []
+        for match in _TOKEN.finditer(self.source):
             kind = match.lastgroup
-            if kind != "blank":
-                assert kind is not None
-                tokens.append(Token(kind, match.group(), position))
-            position = match.end()
-        return [*tokens, Token("newline", "", position), Token("end", "", position)]
+            assert kind is not None
+            token = Token(kind, match.group(kind), match.start(kind))
+            if kind == "bad":
+                self.fail(token, _BAD.get(token.text, f"unexpected character {token.text!r}"))
+            if kind == "end":
+                break
+            tokens.append(token)
+        # The last line may lack its end, and every statement is followed by one.
+        return [*tokens, Token("newline", "", token.start), token]
 
     def fail(self, where: Token | int, problem: str) -> NoReturn:
         """Raise a TextError at a token or an offset."""
@@ -152,6 +155,25 @@ class Cursor:
         near = difflib.get_close_matches(given, names, n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(names)}" if 0 < len(names) <= 16 else ""
         self.fail(token, f"unknown {what} {given!r}{hint}")
+
+    def attribute(self, parsers: Mapping[str, Callable[[], Any]], what: str, values: dict[str, Any]) -> None:
+        """``name=value`` into ``values``; the parser of the name reads the value."""
+        token, name = self.next, self.one_of(parsers, what)
+        if name in values:
+            self.fail(token, f"{name} is given twice")
+        self.expect("=", f"after {name}")
+        values[name] = parsers[name]()
+
+    def attributes(self, parsers: Mapping[str, Callable[[], Any]], what: str) -> dict[str, Any]:
+        """``name=value name=value``, as long as there are words."""
+        values: dict[str, Any] = {}
+        while self.next.kind == "word":
+            self.attribute(parsers, what, values)
+        return values
+
+    def list_of(self, parse: Callable[[], T], what: str) -> tuple[T, ...]:
+        """``[a, b]``."""
+        return tuple(self.items(parse, "[", "]", what)[0])
 
     def items(self, parse: Callable[[], T], opening: str, closing: str, what: str) -> tuple[list[T], bool]:
         """A list in brackets, which may span lines; also whether a comma is last."""

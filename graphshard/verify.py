@@ -34,7 +34,7 @@ def verify(program: Program, after: str = "") -> None:
         _check_structure(section, where)
         for node in section.nodes():
             _check_operator(node, program.level, where)
-            if program.level is not Level.CAPTURED:
+            if program.level is not Level.CAPTURED and program.stages > 1:
                 _check_stage(node, program.stages, where)
             if name == "body":
                 _check_phase_order(node, where)

@@ -18,7 +18,7 @@ def default_passes(plan: Plan) -> list[Pass]:
     """The passes of a plan, in order."""
     return [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
-        PipelineCut(stages=plan.stages),  # before sharding: which parameters share a bucket depends on the stage
+        PipelineCut(stages=plan.stage_starts),  # before sharding: which parameters share a bucket depends on the stage
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right
         BucketCollectives(),  # merges what zero made
         Hoist(budget_gb=plan.budget_gb),  # by the sizes of merged buckets

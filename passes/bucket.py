@@ -104,7 +104,7 @@ def _obeyed(program: Program, given: Any) -> list[tuple[Bucket, list[Bucket]]]:
     groups: dict[str, list[Bucket]] = {}
     for bucket in program.buckets.values():
         groups.setdefault(owner[bucket.members[0][0], bucket.stage].name, []).append(bucket)
-    return [(given[name], members) for name, members in groups.items()]
+    return [(given[name], members) for name, members in groups.items() if members != [given[name]]]
 
 
 def _layout(name: str, members: list[Bucket]) -> Bucket:

@@ -14,7 +14,7 @@ from graphshard import fake
 from graphshard.analysis import weight_views
 from graphshard.dataflow import is_view
 from graphshard.pipeline import Context
-from graphshard.program import Level, Phase, Program, Section, info, val
+from graphshard.program import Level, Phase, Program, Section, info, set_info, val
 from graphshard.rewrite import call, clone, drop_dead, replace_node, retype_from
 
 aten = torch.ops.aten
@@ -57,6 +57,7 @@ class Normalize:
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is not Level.CAPTURED:
             return program
+        before = _neighbours(program.body)
         for section in program.sections().values():
             changed: list[fx.Node] = []
             for node in list(section.nodes()):
@@ -68,7 +69,32 @@ class Normalize:
         for section in program.sections().values():
             _share_views(section)
             drop_dead(section)
+        _follow_dropped(program.body, before)
         return program
+
+
+def _neighbours(body: Section) -> list[tuple[str, str, str]]:
+    """Origins of each forward operation, of the first one that reads it, and of the first one that it reads."""
+    result = []
+    for node in body.nodes():
+        if info(node).phase is Phase.FORWARD:
+            reader = next((info(u).origin for u in node.users if u.op != "output" and info(u).phase is Phase.FORWARD), "")
+            source = next((info(s).origin for s in node.all_input_nodes if s.op != "placeholder"), "")
+            result.append((info(node).origin, reader, source))
+    return result
+
+
+def _follow_dropped(body: Section, neighbours: list[tuple[str, str, str]]) -> None:
+    """What differentiated an operation that is gone now follows the one that read it, or else the one that it read."""
+    left = {info(node).origin for node in body.nodes() if info(node).phase is Phase.FORWARD}
+    follows: dict[str, str] = {}
+    for origin, reader, _ in reversed(neighbours):
+        follows[origin] = origin if origin in left else follows.get(reader, "")
+    for origin, _, source in neighbours:
+        follows[origin] = follows[origin] or follows.get(source, "")
+    for node in body.nodes():
+        if info(node).forward:
+            set_info(node, forward=follows.get(info(node).forward, ""))
 
 
 def _type(node: fx.Node) -> tuple[Any, ...]:
@@ -144,7 +170,7 @@ def _permutation(node: fx.Node) -> list[int]:
     """Which dim of the input each dim of the result is."""
     rank = val(node).dim()
     if node.target is aten.permute.default:
-        return [d % rank for d in node.args[1]]  # type: ignore[union-attr,operator]
+        return [d % rank for d in node.args[1]]  # type: ignore[union-attr]
     order = list(range(rank))
     if rank > 1:
         i, j = (0, 1) if node.target is aten.t.default else node.args[1:3]
@@ -153,16 +179,22 @@ def _permutation(node: fx.Node) -> list[int]:
 
 
 def _transposed_product(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
-    """``t(mm(t(a), b))`` is ``mm(t(b), a)``: what a weight's gradient looks like when the weight was read transposed."""
+    """``t(mm(t(a), b))`` is ``mm(t(b), a)``: the gradient of a weight that was read transposed."""
     inner = node.args[0] if node.target is aten.t.default else None
     if not isinstance(inner, fx.Node) or inner.target is not aten.mm.default or len(inner.users) > 1:
         return node
     left, right = inner.args
     if not isinstance(left, fx.Node) or left.target is not aten.t.default or not isinstance(right, fx.Node):
         return node
+    if all(user.target is aten.t.default for user in node.users):
+        return node  # they cancel, and the product stays as it is
+    record = info(inner)
     with node.graph.inserting_before(node):
-        turned = call(node.graph, aten.t.default, (right,), info(node))
-    return _substitute(node, aten.mm.default, (_merge_permutes(turned, changed), left.args[0]), changed)
+        turned = _merge_permutes(call(node.graph, aten.t.default, (right,), record), changed)
+        product = call(node.graph, aten.mm.default, (turned, left.args[0]), record)
+    node.replace_all_uses_with(product)
+    changed.append(product)
+    return product
 
 
 def _without_effect(node: fx.Node, changed: list[fx.Node]) -> fx.Node:

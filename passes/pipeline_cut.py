@@ -1,9 +1,9 @@
 """Cut a program into pipeline stages.
 
-The forward is cut where the slowest stage is fastest and few bytes cross; the backward follows. Every value that another
-stage reads goes through a ``transfer`` straight from the stage that makes it. What is cheap to compute (masks, positions,
-views of weights) is computed on each stage instead. A parameter that several stages read becomes one replica each: every
-stage accumulates its own gradients, and in the epilogue each adds up all of them, in the same order, and updates its replica.
+The forward is cut where the slowest stage is fastest and few bytes cross; the backward follows. Every value that
+another stage reads goes through a ``transfer`` straight from the stage that makes it. What is cheap to compute (masks,
+positions, views of weights) is computed on each stage instead. A parameter that several stages read becomes a replica
+on each: every one accumulates its own gradients; in the epilogue each adds up all of them, in one order, and updates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class PipelineCut:
     """
 
     stages: tuple[str, ...] = ()
-    byte_flops: float = 64.0  # loopback and PCIe move about 1.5 GB/s a core's 90 GFLOP/s; faster links go with faster devices
+    byte_flops: float = 64.0  # 1.5 GB/s beside 90 GFLOP/s: two processes of one machine, a core each
     limit_gb: float | None = None
     name: ClassVar[str] = "pipeline-cut"
     exact: ClassVar[bool] = False  # gradients of tied weights are added in another order
@@ -98,6 +98,7 @@ def _place_body(program: Program, staging: BodyStaging) -> None:
     _split_convolutions(body, places)
     drop_dead(body)
 
+    carried = {slot: places[node] for slot, node in body.input_slots.items() if slot.role is Role.CARRY}
     placer = Placer(body, places)
     placer.run()
     outputs: dict[Slot, fx.Node] = {}
@@ -106,7 +107,7 @@ def _place_body(program: Program, staging: BodyStaging) -> None:
             slot = replace(slot, stage=program.stages - 1)
             outputs[slot] = _owned(body, placer.at(node, slot.stage), slot.stage)
         else:
-            (stage,) = places[body.input_slots[slot]] or (0,)
+            (stage,) = carried[slot] or (0,)
             outputs[replace(slot, stage=stage)] = placer.at(node, stage)
     set_outputs(body, outputs)
     placer.finish()
@@ -149,9 +150,10 @@ def _forward_first(body: Section) -> None:
 
 
 def _defer_weight_gradients(body: Section) -> None:
-    """The dI/dW split (Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2): what no sent gradient needs, waits."""
+    """What no gradient that is sent needs can wait (Qi et al. 2023, "Zero Bubble Pipeline Parallelism", section 2)."""
     sent = [n for n in body.nodes() if n.target is gs.transfer.default and info(n).phase is not Phase.FORWARD]
-    urgent = {n if not is_getitem(n) else n.args[0] for n in upstream(sent, stop=lambda n: info(n).phase is Phase.FORWARD)}
+    needed = upstream(sent, stop=lambda n: info(n).phase is Phase.FORWARD)
+    urgent = {n.args[0] if is_getitem(n) else n for n in needed}
     for node in body.nodes():
         maker = node.args[0] if is_getitem(node) else node
         if info(node).phase is Phase.BACKWARD and info(node).stage != 0 and maker not in urgent:

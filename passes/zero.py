@@ -51,10 +51,18 @@ class Zero:
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:
             return program
-        for param in program.params.values():
-            for stage in param.stages:
-                _Sharding(program, Slot(Role.PARAM, param.name, stage=stage), self.stage).run()
+        shardings = [
+            _Sharding(program, Slot(Role.PARAM, param.name, stage=stage), self.stage)
+            for param in program.params.values()
+            for stage in param.stages
+        ]
+        for sharding in shardings:
+            sharding.body()
         for section in program.updates():
+            for sharding in shardings:
+                sharding.examine(section)
+            changed = [node for sharding in shardings for node in sharding.update(section)]
+            retype(downstream(changed))  # once all are flat: replicas of a tied weight are added to one another
             _average_loss(program, section)
         program.level = Level.SHARDED
         return program
@@ -94,14 +102,14 @@ class _Sharding:
         self.bucket = Bucket(name, self.param.dtype, numel, members, self.axis, self.parts, slot.stage, store)
         self.record = NodeInfo(phase=Phase.UPDATE, stage=slot.stage, module=slot.name.rpartition(".")[0], made_by="zero")
 
-    def run(self) -> None:
+        self.carry = Slot(Role.CARRY, f"grad:{slot.name}", stage=slot.stage)
+
+    def body(self) -> None:
+        """Storage, gathers and the reduction of gradients, where it is per micro-batch."""
         self.program.buckets[self.bucket.name] = self.bucket
         self._parameter_reads()
-        carry = Slot(Role.CARRY, f"grad:{self.slot.name}", stage=self.slot.stage)
-        if carry in self.program.body.input_slots:
-            self._gradient(carry)
-        for section in self.program.updates():
-            self._update(section, carry)
+        if self.carry in self.program.body.input_slots:
+            self._gradient(self.carry)
 
     @property
     def store(self) -> Slot:
@@ -184,22 +192,26 @@ class _Sharding:
     def _wait(self, section: Section, pending: fx.Node, record: NodeInfo) -> fx.Node:
         return call(section.graph, c10d.wait_tensor.default, (pending,), record)
 
-    def _update(self, section: Section, carry: Slot) -> None:
+    def examine(self, section: Section) -> None:
+        """Find the update's operators and whether they may run on flat storage, before anything of it is rewritten."""
         inputs = section.input_slots
-        if carry not in inputs:
-            return
-        states = [s for s in inputs if s.role is Role.STATE and s.name == self.slot.name and s.stage == self.slot.stage]
-        own = [inputs[s] for s in (carry, self.slot, *states) if s in inputs]
-        cone = downstream(own, stop=_is_norm)
-        offending = next((n for n in cone if not (is_pointwise(n) or n.target in _ALLOWED)), None)
-        if offending is None:
-            self._update_flat(section, carry, states, cone)
-        elif self.zero == 0 or self.parts == 1:
-            self._update_whole(section, carry, states)
-        else:
+        self.states = [s for s in inputs if s.role is Role.STATE and s.name == self.slot.name and s.stage == self.slot.stage]
+        own = [inputs[s] for s in (self.carry, self.slot, *self.states) if s in inputs]
+        self.cone = downstream(own, stop=_is_norm)
+        offending = next((n for n in self.cone if not (is_pointwise(n) or n.target in _ALLOWED)), None)
+        self.elementwise = offending is None
+        if offending is not None and self.zero > 0 and self.parts > 1:
             raise OptimizerNotElementwise(str(offending.target), self.slot.name)
 
-    def _update_flat(self, section: Section, carry: Slot, states: list[Slot], cone: list[fx.Node]) -> None:
+    def update(self, section: Section) -> list[fx.Node]:
+        """Rewrite the update; returns the nodes whose type changed, for what is behind them to be typed again."""
+        if self.carry not in section.input_slots:
+            return []
+        if self.elementwise:
+            return self._update_flat(section, self.carry, self.states, self.cone)
+        return self._update_whole(section, self.carry)
+
+    def _update_flat(self, section: Section, carry: Slot, states: list[Slot], cone: list[fx.Node]) -> list[fx.Node]:
         """The update on flat storage: elementwise, so the same operators on other shapes."""
         inputs, outputs, sharded = section.input_slots, dict(section.outputs), self.zero >= 1
         for node in cone:  # created at the parameter's shape: make it follow the parameter's value instead
@@ -230,7 +242,6 @@ class _Sharding:
             old.replace_all_uses_with(stored)
             remove_input(section, old)
             changed.append(stored)
-        retype(downstream(changed, stop=_is_norm))
         self._reduce_norms(section, new_gradient)
         results: dict[Slot, fx.Node] = {}
         for slot, node in section.outputs.items():
@@ -242,6 +253,7 @@ class _Sharding:
                     node = self._wait(section, gathered, self.record)
             results[self._renamed(slot) if self._owns(slot) else slot] = node
         set_outputs(section, results)
+        return changed
 
     def _reduced_gradient(self, section: Section, old: fx.Node) -> fx.Node:
         """The gradient summed over data-parallel ranks and divided by their number; a shard of it for stages 1 to 3."""
@@ -276,7 +288,7 @@ class _Sharding:
                 reader.replace_input_with(norm, total)
             set_info(norm, layout=f"{self.axis}:partial")
 
-    def _update_whole(self, section: Section, carry: Slot, states: list[Slot]) -> None:
+    def _update_whole(self, section: Section, carry: Slot) -> list[fx.Node]:
         """The update on whole parameters, for an optimizer that is not elementwise: views of the bucket in, packed out."""
         inputs, graph = section.input_slots, section.graph
         shape, stride = list(self.param.shape), _contiguous(self.param.shape)
@@ -301,6 +313,7 @@ class _Sharding:
                 slot = self.store
             results[slot] = node
         set_outputs(section, results)
+        return []
 
     def _owns(self, slot: Slot) -> bool:
         if slot.role is Role.OUTPUT:

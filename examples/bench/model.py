@@ -1,4 +1,4 @@
-"""The benchmark's model and data: a plain GPT whose blocks can be handed out to stages by hand, as the peers need it."""
+"""The benchmark's model and data: a plain GPT whose blocks can be handed to stages by hand, as the peers need."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = x + self.down(F.gelu(self.up(self.norm2(x))))
+        return x
 
 
 class Part(nn.Module):

@@ -50,6 +50,40 @@ def fails():
 width = 8
 """
 
+GRAPH = """graphshard 1
+param "weight" : f32[4,8] group=0
+
+graph prologue {
+  %loss : f32[] = aten.full.default([], 0.0)
+  %grad : f32[4,8] = aten.full.default([4, 8], 0.0)
+  return carry "loss" %loss, carry "grad:weight" %grad
+}
+
+graph body {
+  %w : f32[4,8] = param "weight"
+  %x : f32[2,4] = batch 0
+  %sum : f32[] = carry "loss"
+  %grad : f32[4,8] = carry "grad:weight"
+  %y : f32[2,8] = aten.mm.default(%x, %w)
+  %l : f32[] = aten.sum.default(%y)
+  %total : f32[] = aten.add.Tensor(%sum, %l)
+  %dy : f32[2,8] = aten.full_like.default(%y, 1.0) {phase=backward}
+  %xt : f32[4,2]{1,4} = aten.t.default(%x) {phase=backward}
+  %dw : f32[4,8] = aten.mm.default(%xt, %dy) {phase=backward}
+  %acc : f32[4,8] = aten.add.Tensor(%grad, %dw) {phase=backward}
+  return carry "loss" %total, carry "grad:weight" %acc
+}
+
+graph epilogue {
+  %sum : f32[] = carry "loss"
+  %grad : f32[4,8] = carry "grad:weight"
+  %w : f32[4,8] = param "weight"
+  %step : f32[4,8] = aten.mul.Tensor(%grad, 0.5)
+  %new : f32[4,8] = aten.sub.Tensor(%w, %step)
+  return loss "loss" %sum, param "weight" %new
+}
+"""
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
@@ -81,6 +115,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("dump", "graphshard dump: the following arguments are required: -o/--output, MODEL"),
         ("explain x.py:f --world-size none", "expected an integer of at least 1, not 'none'"),
         ("explain x.py:f --world-size 0", "expected an integer of at least 1, not '0'"),
+        ("explain x.py:f --device foo", "expected a device such as cpu, cuda or meta, not 'foo'"),
         ("run -n 0 x.py", "expected an integer of at least 1, not '0'"),
         ("run -n 2 missing.py", "graphshard: there is no file 'missing.py'; expected the training script"),
         ("explain x.py:f --plan zero3+ppp4", "plan 'zero3+ppp4', column 7: unknown token 'ppp4'; did you mean 'pp4'?"),
@@ -89,6 +124,11 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
             "MODEL 'missing.py:f': there is no file 'missing.py'; expected file.py:",
         ),
         ("diff a.graph b.graph", "there is no file 'a.graph'"),
+        (
+            "opt a.graph --passes zero --mesh dp=2pp=2",
+            "expected axes in the order pp, dp, shard, tp, such",
+        ),
+        ("opt a.graph --passes zero --mesh dp=2 --world-size 2", "not allowed with argument"),
         ("opt a.graph --passes zreo", "unknown pass 'zreo'; did you mean 'zero'?"),
         ("opt a.graph --passes zero:stag=3", "pass 'zero' does not take 'stag=3'; expected options: stage"),
         ("opt a.graph --passes zero:stage=3", "there is no file 'a.graph'; expected a graph"),
@@ -163,8 +203,8 @@ def test_adamw_is_assumed_unless_the_dict_says_otherwise(model: str) -> None:
     assert factory.load(f"{model}:as_dict", KNOWN)["optimizer"].func.__name__ == "SGD"
 
 
-def test_the_factory_runs_on_the_device_that_is_asked_for(model: str) -> None:
-    arguments = factory.load(f"{model}:make", KNOWN, device="meta")
+def test_the_factory_can_run_without_storage(model: str) -> None:
+    arguments = factory.load(f"{model}:make", KNOWN, meta=True)
     assert {p.device.type for p in arguments["model"].parameters()} == {"meta"}
 
 
@@ -190,31 +230,51 @@ def test_dump_writes_every_pass_and_diff_reads_them(
     assert "did you mean 'zero'?" in said
 
 
-def test_opt_runs_passes_over_text(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
-    out = tmp_path / "dump"
-    assert main(["dump", f"{model}:make", "--plan", "dp", "--world-size", "2", "-o", str(out)]) == 0
-    capsys.readouterr()
-    assert main(["opt", str(out / "00-capture.graph"), "--passes", "zero:stage=3", "--world-size", "4"]) == 0
+@pytest.fixture
+def graph(tmp_path: Path) -> str:
+    """Path of a captured training program of one parameter."""
+    path = tmp_path / "captured.graph"
+    path.write_text(GRAPH)
+    return str(path)
+
+
+def test_opt_runs_passes_over_text(capsys: pytest.CaptureFixture[str], graph: str, tmp_path: Path) -> None:
+    assert main(["opt", graph, "--passes", "zero:stage=3", "--world-size", "4"]) == 0
     text = capsys.readouterr().out
-    assert "all_gather_into_tensor" in text
+    assert 'all_gather_into_tensor.default(%weight, 4, "dp")' in text
     again = tmp_path / "again.graph"
     again.write_text(text)
     assert main(["opt", str(again), "--passes", ""]) == 0
     assert capsys.readouterr().out == text
-    assert "it is sharded already, for 4" in refused(capsys, "opt", str(again), "--passes", "", "--world-size", "2")
+    for mesh in ("--world-size 2", "--mesh pp=4"):
+        said = refused(capsys, "opt", str(again), "--passes", "", *mesh.split())
+        assert "it is sharded already, for dp=4" in said
 
 
-def test_opt_refuses_edited_text_with_its_line(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
-    out = tmp_path / "dump"
-    assert main(["dump", f"{model}:make", "--plan", "dp", "--world-size", "2", "-o", str(out)]) == 0
-    capsys.readouterr()
-    file = out / "00-capture.graph"
-    file.write_text(file.read_text().replace("aten.gelu.default", "aten.gleu.default", 1))
-    assert main(["opt", str(file), "--passes", "normalize"]) == 2
+def test_opt_takes_a_mesh(capsys: pytest.CaptureFixture[str], graph: str) -> None:
+    passes = "pipeline-cut;zero:stage=3"
+    assert main(["opt", graph, "--passes", passes, "--mesh", "pp=1 dp=2 shard=3"]) == 0
+    text = capsys.readouterr().out
+    assert "mesh dp=2 shard=3\n" in text
+    assert 'all_gather_into_tensor.default(%weight, 3, "shard")' in text
+
+
+def test_diff_of_two_graphs(capsys: pytest.CaptureFixture[str], graph: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.graph"
+    other.write_text(GRAPH.replace("aten.mul.Tensor(%grad, 0.5)", "aten.mul.Tensor(%grad, 0.25)"))
+    assert main(["diff", graph, graph]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+    assert main(["diff", graph, str(other)]) == 0
+    assert "other: 0.5 -> 0.25" in capsys.readouterr().out
+
+
+def test_opt_refuses_edited_text_with_its_line(capsys: pytest.CaptureFixture[str], graph: str) -> None:
+    Path(graph).write_text(GRAPH.replace("aten.sum.default", "aten.smu.default"))
+    line = next(i for i, text in enumerate(GRAPH.splitlines(), 1) if "aten.sum.default" in text)
+    assert main(["opt", graph, "--passes", "normalize"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "gleu" in captured.err
-    assert "Traceback" not in captured.err
+    assert captured.err.startswith(f"graphshard: {graph}:{line}:")
 
 
 def test_explain_prints_a_page_or_json(capsys: pytest.CaptureFixture[str], model: str) -> None:

@@ -1,0 +1,239 @@
+"""Speed, side by side: graphshard against eager, DDP, FSDP2 and torch.distributed.pipelining on local CPU processes.
+
+Every row runs in processes of its own, one thread each; the rows of a group take turns, forth and back, so that
+whatever drifts on the machine touches all of them. A step during which others used the processors is left out.
+
+    python examples/bench/run.py --only zero3 --steps 4 --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from graphshard.files import write_atomic
+from model import Part, Sizes
+from rows import GROUPS, ROWS, Comparison, rows_of
+from tables import comparison_table, row_table
+
+WORKER = Path(__file__).with_name("worker.py")
+Runs = dict[str, list[dict[str, Any]]]
+"""What the worker measured, by row, in the order of rounds."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 if a row failed."""
+    options = _options(argv)
+    sizes = Sizes(**options.sizes)
+    console = Console()
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Part(sizes).parameters())
+    console.print(
+        f"{sizes.layers} layers of width {sizes.width}, vocabulary {sizes.vocabulary}, sequence {sizes.sequence}: "
+        f"{parameters / 1e6:.1f} M parameters, float32; {sizes.batch} sequences a step, {sizes.microbatch} "
+        f"a micro-batch; one thread a process on {os.cpu_count()} cores"
+    )
+    runs, failures = _run_all(options, console)
+    reference = runs["eager"][0]["losses"] if "eager" in runs else []
+    rows = [summarize(name, runs[name], reference, sizes, parameters, options.foreign) for name in ROWS if name in runs]
+    comparisons = [compare(c, rows) for group in options.only for c in GROUPS[group]]
+    console.print(row_table(rows))
+    console.print(comparison_table([c for c in comparisons if c is not None]))
+    for name, reason in failures.items():
+        console.print(f"[red]failed[/] {name}: {escape(reason)}", highlight=False, soft_wrap=True)
+    result = {
+        "rows": rows,
+        "comparisons": [c for c in comparisons if c is not None],
+        "failures": failures,
+        "sizes": dataclasses.asdict(sizes),
+        "parameters": parameters,
+        "machine": _machine(),
+        "options": {name: getattr(options, name) for name in ("steps", "rounds", "warmup", "foreign")},
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(options.output, json.dumps(result, indent=2) + "\n")
+    console.print(f"written to {options.output}")
+    return 1 if failures else 0
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups to run")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
+    parser.add_argument("--rounds", type=int, default=2, help="how often each row runs")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before those")
+    foreign = "leave out steps with more foreign CPU time than this part of all cores'"
+    parser.add_argument("--foreign", type=float, default=0.03, help=foreign)
+    parser.add_argument("--sizes", type=json.loads, default={}, help='JSON of other sizes, such as {"layers": 2}')
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one run")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
+    return parser.parse_args(argv)
+
+
+def _run_all(options: argparse.Namespace, console: Console) -> tuple[Runs, dict[str, str]]:
+    """Every run of every group; rows that failed, with the reason, are not tried again."""
+    runs: Runs = {}
+    failures: dict[str, str] = {}
+    groups = [rows_of(name) for name in options.only]
+    if not any("eager" in group for group in groups):
+        groups.insert(0, ["eager"])  # whose losses the others are held against
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=sum(map(len, groups)) * options.rounds)
+        for group in groups:
+            for turn in range(options.rounds):
+                for name in group if turn % 2 == 0 else reversed(group):
+                    progress.update(task, description=name)
+                    if name not in failures:
+                        try:
+                            measured = run_row(name, options)
+                        except RowFailed as error:
+                            failures[name] = str(error)
+                            progress.console.print(f"{name}: failed")
+                        else:
+                            runs.setdefault(name, []).append(measured)
+                            times = " ".join(f"{step['seconds']:.2f}" for step in measured["steps"])
+                            progress.console.print(f"{name}: {times} s", highlight=False)
+                    progress.advance(task)
+    return runs, failures
+
+
+class RowFailed(Exception):
+    """A row's processes did not end well; the message is what they said last."""
+
+
+def run_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One run of a row in processes of its own.
+
+    Raises:
+        RowFailed: they failed, or took longer than allowed.
+    """
+    world = ROWS[name].world
+    launch = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "measured.json"
+        command = [sys.executable, *launch, str(WORKER), name, "--output", str(output)]
+        command += [f"--steps={options.steps}", f"--warmup={options.warmup}", f"--sizes={json.dumps(options.sizes)}"]
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,  # so that a launcher that is stuck can be ended together with its ranks
+        )
+        try:
+            said, _ = process.communicate(timeout=options.timeout)
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise RowFailed(f"took more than {options.timeout:g} s") from None
+            raise
+        if process.returncode or not output.is_file():
+            raise RowFailed(_last_error(said))
+        result: dict[str, Any] = json.loads(output.read_text())
+        return result
+
+
+def _last_error(said: str) -> str:
+    """The exception line of the first traceback in ``said``, or the last line there is."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    begun = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
+    if begun is None:
+        return lines[-1] if lines else "it said nothing"
+    errors = (line for line in lines[begun:] if "Error: " in line or line.endswith("Error"))
+    return next(errors, lines[-1])
+
+
+def summarize(
+    name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float], sizes: Sizes, parameters: int, foreign: float
+) -> dict[str, Any]:
+    """A row of the result, from all its runs. ``disturbed``: every step was, and all are counted."""
+    row = ROWS[name]
+    steps = [step for run in runs for step in run["steps"]]
+    cores = os.cpu_count() or 1
+    quiet = [s for s in steps if s["foreign_cpu_seconds"] <= foreign * cores * s["seconds"]]
+    kept = quiet or steps
+    report = runs[-1]["report"]
+    m = sizes.microbatches(row.dp)
+    off = [abs(a - b) for run in runs for a, b in zip(run["losses"], reference, strict=False)]
+    return {
+        "name": name,
+        "ranks": row.world,
+        "microbatches": m,
+        "seconds": _median(s["seconds"] for s in kept),
+        "fastest_seconds": min(s["seconds"] for s in kept),
+        "steps_kept": len(quiet),
+        "steps": len(steps),
+        "disturbed": not quiet,
+        "foreign_cpu_seconds": _median(s["foreign_cpu_seconds"] for s in steps),
+        "own_cpu_seconds": _median(s["own_cpu_seconds"] for s in kept),
+        "peak_rss_bytes": max(max(run["peak_rss_bytes"]) for run in runs),
+        "setup_peak_rss_bytes": max(max(run["setup_peak_rss_bytes"]) for run in runs),
+        "ready_seconds": _median(run["ready_seconds"] for run in runs),
+        "sent_bytes": report.get("sent_bytes"),
+        "loopback_bytes": _median(s["loopback_bytes"] for s in kept) / row.world,
+        "least_bytes": row.least_bytes(sizes, parameters),
+        "gathers_per_microbatch": report.get("gathers_per_microbatch", row.gathers(m) / m),
+        "loss": runs[-1]["losses"][-1],
+        "loss_difference": max(off, default=None),
+        "report": report,
+        "all_steps": steps,
+    }
+
+
+def compare(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Ratios of a row to the faster of its peers; None if either has not run."""
+    by_name = {row["name"]: row for row in rows}
+    ran = [by_name[name] for name in comparison.peers if name in by_name]
+    if comparison.row not in by_name or not ran:
+        return None
+    row, peer = by_name[comparison.row], min(ran, key=lambda r: r["seconds"])
+    return {
+        "row": comparison.row,
+        "peer": peer["name"],
+        "ratio": row["seconds"] / peer["seconds"],
+        "reach": comparison.reach,
+        "memory_ratio": row["peak_rss_bytes"] / peer["peak_rss_bytes"],
+        "all_peers": {r["name"]: row["seconds"] / r["seconds"] for r in ran},
+    }
+
+
+def _median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def _machine() -> dict[str, Any]:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return {
+        "processor": next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""One rank of one measured run, started by run.py: steps of one row, their times, losses and memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from model import Sizes
+from rows import ROWS
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the row named on the command line; rank 0 writes what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("row")
+    parser.add_argument("--sizes", type=json.loads, default={}, help="a JSON object of model.Sizes' fields")
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        dist.init_process_group("gloo")
+    try:
+        measured = measure(options.row, Sizes(**options.sizes), options.warmup, options.steps)
+        if world == 1 or dist.get_rank() == 0:
+            options.output.write_text(json.dumps(measured))
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
+    """Per step: seconds, foreign CPU seconds, bytes on the loopback device, loss; and what the run took in memory.
+
+    A step is timed between two barriers, so it is the slowest rank's.
+    """
+    begin = time.perf_counter()
+    runner = ROWS[name].start(sizes, ROWS[name].dp)
+    losses = [runner.step(index) for index in range(warmup)]
+    ready_seconds = time.perf_counter() - begin
+    setup_peak = _peak_rss_bytes()
+    _reset_peak_rss()
+    processes = _gather(os.getpid())
+    taken: list[dict[str, float]] = []
+    for index in range(warmup, warmup + steps):
+        _barrier()
+        before = _Clock.read(processes)
+        losses.append(runner.step(index))
+        _barrier()
+        taken.append(_Clock.read(processes).since(before))
+    return {
+        "row": name,
+        "world": len(processes),
+        "losses": losses,
+        "ready_seconds": ready_seconds,
+        "steps": taken,
+        "peak_rss_bytes": _gather(_peak_rss_bytes()),
+        "setup_peak_rss_bytes": _gather(setup_peak),
+        "report": runner.report(),
+    }
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Counters at one moment: wall and CPU seconds, bytes sent over the loopback device since the machine started."""
+
+    seconds: float
+    busy_seconds: float  # of all processors, whoever used them
+    own_seconds: float  # of this run's ranks
+    loopback_bytes: int
+
+    @classmethod
+    def read(cls, processes: Sequence[int]) -> _Clock:
+        own = sum(_cpu_seconds(pid) for pid in processes)
+        return cls(time.perf_counter(), _busy_seconds(), own, _loopback_bytes())
+
+    def since(self, before: _Clock) -> dict[str, float]:
+        own = self.own_seconds - before.own_seconds
+        return {
+            "seconds": self.seconds - before.seconds,
+            "own_cpu_seconds": own,
+            "foreign_cpu_seconds": max(0.0, self.busy_seconds - before.busy_seconds - own),
+            "loopback_bytes": self.loopback_bytes - before.loopback_bytes,
+        }
+
+
+def _busy_seconds() -> float:
+    # user nice system idle iowait irq softirq steal: what is left without idle and iowait was used or taken away.
+    fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    return (sum(fields) - fields[3] - fields[4]) / TICKS
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def _loopback_bytes() -> int:
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next((int(line.split()[9]) for line in lines if line.strip().startswith("lo:")), 0)
+
+
+def _peak_rss_bytes() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def _reset_peak_rss() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _gather(value: int) -> list[int]:
+    if not dist.is_initialized():
+        return [value]
+    values: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+if __name__ == "__main__":
+    main()

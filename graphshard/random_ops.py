@@ -1,0 +1,156 @@
+"""Random operators that take a key: the same key and id draw the same numbers, wherever and however often they run.
+
+``key`` is int64[4] on the CPU: seed, step, data-parallel rank, micro-batch; ``id`` tells a graph's operators apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SCHEMAS = (
+    "dropout(Tensor x, Tensor key, float p, int id) -> (Tensor, Tensor)",
+    "bernoulli(Tensor p, Tensor key, int id) -> Tensor",
+    "poisson(Tensor rate, Tensor key, int id) -> Tensor",
+    "multinomial(Tensor p, Tensor key, int samples, bool replacement, int id) -> Tensor",
+    "permutation(Tensor key, int n, int id, *, ScalarType dtype, Device device) -> Tensor",
+    "sample(Tensor key, int[] size, str distribution, Scalar[] parameters, int id, *, ScalarType dtype, Device device)"
+    " -> Tensor",
+    "sample_like(Tensor x, Tensor key, str distribution, Scalar[] parameters, int id, *, ScalarType? dtype=None)"
+    " -> Tensor",
+)
+
+DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {
+    "uniform": Tensor.uniform_,  # parameters: low, high
+    "normal": Tensor.normal_,  # mean, standard deviation
+    "bernoulli": Tensor.bernoulli_,  # probability
+    "integers": Tensor.random_,  # low, high (exclusive)
+    "exponential": Tensor.exponential_,  # rate
+    "geometric": Tensor.geometric_,  # probability
+    "cauchy": Tensor.cauchy_,  # median, scale
+    "log_normal": Tensor.log_normal_,  # mean, standard deviation of the logarithm
+}
+"""What ``sample`` and ``sample_like`` draw from, by name."""
+
+
+def register(library: torch.library.Library) -> None:
+    """Define the operators in ``library``."""
+    real = (dropout, bernoulli, poisson, multinomial, permutation, sample, sample_like)
+    meta = (_dropout_type, _like, _like, _multinomial_type, _permutation_type, _sample_type, _sample_like_type)
+    for schema, run, types in zip(_SCHEMAS, real, meta, strict=True):
+        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        name = schema.partition("(")[0]
+        library.impl(name, run, "CompositeExplicitAutograd")
+        library.impl(name, types, "Meta")
+
+
+def generator(key: Tensor, id: int, device: torch.device) -> torch.Generator:
+    """A generator seeded by key and id alone: splitmix64 (Steele, Lea and Flood 2014) over their words."""
+    state = 0
+    for word in (*key.tolist(), id):
+        state = _mix(state ^ (word & _MASK))
+    return torch.Generator(device).manual_seed(state >> 1)  # seeds are signed in places
+
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: int) -> int:
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def dropout(x: Tensor, key: Tensor, p: float, id: int) -> tuple[Tensor, Tensor]:
+    """``x`` with elements zeroed with probability ``p`` and the others scaled by 1/(1-p); and which ones were kept (bool)."""
+    kept = _drawn(torch.empty_like(x, dtype=torch.bool), "bernoulli", [1 - p], key, id)
+    return x * kept * (0.0 if p == 1 else 1 / (1 - p)), kept
+
+
+def bernoulli(p: Tensor, key: Tensor, id: int) -> Tensor:
+    """One with probability ``p``, else zero."""
+    drawn = torch.bernoulli(p.contiguous(), generator=generator(key, id, p.device))
+    return torch.empty_like(p).copy_(drawn)
+
+
+def poisson(rate: Tensor, key: Tensor, id: int) -> Tensor:
+    """Poisson numbers of that rate, elementwise."""
+    drawn = torch.poisson(rate.contiguous(), generator=generator(key, id, rate.device))
+    return torch.empty_like(rate).copy_(drawn)
+
+
+def multinomial(p: Tensor, key: Tensor, samples: int, replacement: bool, id: int) -> Tensor:
+    """Indices drawn from the weights ``p`` [n] or [batch, n]: int64 [samples] or [batch, samples]."""
+    return torch.multinomial(p, samples, replacement, generator=generator(key, id, p.device))
+
+
+def permutation(key: Tensor, n: int, id: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers 0 to n-1 in random order."""
+    return torch.randperm(n, generator=generator(key, id, device), dtype=dtype, device=device)
+
+
+def sample(
+    key: Tensor,
+    size: list[int],
+    distribution: str,
+    parameters: list[Any],
+    id: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """A contiguous tensor of random numbers."""
+    return _drawn(torch.empty(size, dtype=dtype, device=device), distribution, parameters, key, id)
+
+
+def sample_like(
+    x: Tensor, key: Tensor, distribution: str, parameters: list[Any], id: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Random numbers in the shape and strides of ``x``."""
+    return _drawn(torch.empty_like(x, dtype=dtype), distribution, parameters, key, id)
+
+
+def _drawn(out: Tensor, distribution: str, parameters: list[Any], key: Tensor, id: int) -> Tensor:
+    """Fill ``out`` in the order of its elements, whatever its strides."""
+    target = out if out.is_contiguous() else torch.empty_like(out, memory_format=torch.contiguous_format)
+    DISTRIBUTIONS[distribution](target, *parameters, generator=generator(key, id, out.device))
+    return out if target is out else out.copy_(target)
+
+
+def _dropout_type(x: Tensor, key: Tensor, p: float, id: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+
+
+def _like(x: Tensor, key: Tensor, id: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _multinomial_type(p: Tensor, key: Tensor, samples: int, replacement: bool, id: int) -> Tensor:
+    return p.new_empty((*p.shape[:-1], samples), dtype=torch.int64)
+
+
+def _permutation_type(key: Tensor, n: int, id: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(n, dtype=dtype, device=device)
+
+
+def _sample_type(
+    key: Tensor,
+    size: list[int],
+    distribution: str,
+    parameters: list[Any],
+    id: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    return torch.empty(size, dtype=dtype, device=device)
+
+
+def _sample_like_type(
+    x: Tensor, key: Tensor, distribution: str, parameters: list[Any], id: int, *, dtype: torch.dtype | None = None
+) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)

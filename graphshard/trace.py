@@ -1,0 +1,104 @@
+"""Capture: from a model, a loss function and example inputs to a Program for one micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphshard.errors import LossHasParameters, MissingInput, UnsupportedInput
+from graphshard.program import Program
+from graphshard.trace_convert import convert
+from graphshard.trace_joint import LossFn, Mode, Request, trace_joint
+from graphshard.trace_model import describe_params, parameter_names, tensors_of
+
+__all__ = ["Captured", "capture", "describe_params", "input_signature", "parameter_names"]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured program and how its inputs and outputs were flattened.
+
+    BATCH slot "i" is leaf i of (args, kwargs); OUTPUT slot "i" is leaf i of the model's output. Leaves that are no tensors are
+    constants of the program.
+    """
+
+    program: Program
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec | None = None  # of a call
+    output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs
+
+
+def capture(
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    mode: Mode,
+    microbatches: int = 1,
+    group_of: Mapping[str, int] | None = None,
+) -> Captured:
+    """Run ``model`` once on fake tensors; nothing is computed, and the model is left as it was.
+
+    "train": forward and backward, in the model's own training flags, body with gradient carries; the epilogue averages
+    the loss and stores buffers, without an update. "evaluate": forward in evaluation mode. "call": forward in evaluation mode
+    without the loss; the body returns the model's output.
+
+    Args:
+        loss_fn: ``loss_fn(model(x), *targets)``; None: the model returns its loss.
+        args, kwargs: one micro-batch, as given to ``step``; only shapes and dtypes of tensors are read.
+        group_of: parameter name to index of its optimizer group.
+
+    Raises:
+        GraphshardError: the subclass that says what cannot be captured, where in the model, and what to do instead.
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    _check_inputs(leaves)
+    if loss_fn is not None:
+        if not args:
+            raise MissingInput()
+        if isinstance(loss_fn, nn.Module):
+            _check_loss(loss_fn, model)
+    groups = group_of or {}
+    params = {name: replace(p, group=groups.get(name)) for name, p in describe_params(model).items()}
+    tensors = tensors_of(model)
+    joint = trace_joint(Request(model, loss_fn, mode, tuple(leaves), spec), tensors)
+    program = convert(joint, tensors, params, microbatches)
+    return Captured(program, spec, joint.out_spec, joint.output_leaves)
+
+
+def input_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """Equal for arguments that one captured program serves: structure, shapes, dtypes, and values of non-tensors."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    return str(spec), tuple(_key(leaf) for leaf in leaves)
+
+
+def _key(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return (torch.Tensor, tuple(leaf.shape), leaf.dtype)
+    # 1, 1.0 and True are equal, but not the same constant.
+    return (type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf))
+
+
+def _check_inputs(leaves: list[Any]) -> None:
+    for index, leaf in enumerate(leaves):
+        kind = type(leaf).__name__
+        if type(leaf).__module__ == "numpy" and hasattr(leaf, "__array__") and getattr(leaf, "ndim", 0):
+            raise UnsupportedInput(index, kind, "pass a tensor, such as torch.from_numpy(x)")
+        if isinstance(leaf, Tensor):
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                raise UnsupportedInput(index, f"{leaf.layout} tensor", "pass a dense tensor")
+        elif any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
+            raise UnsupportedInput(index, kind, "pass its tensors in a tuple, list or dict, or register it with torch's pytree")
+
+
+def _check_loss(loss_fn: nn.Module, model: nn.Module) -> None:
+    own = {id(p) for p in model.parameters()}
+    for name, parameter in loss_fn.named_parameters():
+        if parameter.requires_grad and id(parameter) not in own:
+            raise LossHasParameters(name)

@@ -1,0 +1,101 @@
+"""What a captured body hands from one micro-batch to the next, and what a step makes of it in the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphshard import fake
+from graphshard.dataflow import is_getitem, is_view
+from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot, info
+from graphshard.rewrite import add_input, call, remove_input, set_outputs
+
+aten = torch.ops.aten
+
+
+@dataclass
+class Carries:
+    """Collects the outputs of a program's graphs; :meth:`finish` sets them."""
+
+    program: Program
+    mode: fake.FakeTensorMode
+    first: dict[Slot, fx.Node] = field(default_factory=dict)  # of the prologue
+    results: dict[Slot, fx.Node] = field(default_factory=dict)  # of the body
+    last: dict[Slot, fx.Node] = field(default_factory=dict)  # of the epilogue
+
+    def loss(self, value: fx.Node) -> None:
+        """Sum the loss over micro-batches; the step returns its mean."""
+        total = self._accumulate("loss", value, Phase.FORWARD)
+        epilogue = self.program.epilogue
+        added = self._accumulator(epilogue, Slot(Role.CARRY, "loss"), total, NodeInfo(phase=Phase.UPDATE))
+        record = NodeInfo(phase=Phase.UPDATE, origin="mean.loss")
+        self.last[Slot(Role.LOSS, "loss")] = _append(epilogue, aten.mul.Tensor, (added, 1 / self.program.microbatches), record)
+
+    def gradient(self, name: str, value: fx.Node) -> None:
+        """Sum the gradient of a parameter over micro-batches. The update reads it."""
+        self._accumulate(f"grad:{name}", value, Phase.BACKWARD)
+
+    def buffer(self, name: str, value: fx.Node) -> None:
+        """A buffer that changes: it starts as it is stored, and the last micro-batch's value is stored."""
+        stored, slot = Slot(Role.BUFFER, name), Slot(Role.CARRY, f"buffer:{name}")
+        body, record = self.program.body, NodeInfo(module=name.rpartition(".")[0])
+        update = replace(record, phase=Phase.UPDATE)
+        like = value.meta["val"]
+        old = body.input_slots.get(stored)
+        carry = self._accumulator(body, slot, like, record)
+        if old is not None:
+            old.replace_all_uses_with(carry)
+            remove_input(body, old)
+            value = carry if value is old else value
+        if like.stride() != carry.meta["val"].stride() or not owns_memory(value):
+            copy = replace(record, origin=f"store.{name}")
+            value = _append(body, aten.clone.default, (value,), copy, memory_format=torch.contiguous_format)
+        self.first[slot] = self._accumulator(self.program.prologue, stored, like, update)
+        self.results[slot] = value
+        self.last[stored] = self._accumulator(self.program.epilogue, slot, like, update)
+
+    def output(self, index: int, value: fx.Node) -> None:
+        """A tensor of the model's output, one for each micro-batch."""
+        self.results[Slot(Role.OUTPUT, str(index))] = value
+
+    def finish(self) -> None:
+        """Set the outputs of the program's graphs."""
+        set_outputs(self.program.prologue, self.first)
+        set_outputs(self.program.body, self.results)
+        set_outputs(self.program.epilogue, self.last)
+
+    def _accumulate(self, name: str, value: fx.Node, phase: Phase) -> Tensor:
+        slot = Slot(Role.CARRY, name)
+        like: Tensor = value.meta["val"]
+        module = name.removeprefix("grad:").rpartition(".")[0]
+        zero = NodeInfo(phase=Phase.UPDATE, module=module, origin=f"zero.{name}")
+        arguments = (list(like.shape), 0.0)
+        self.first[slot] = _append(
+            self.program.prologue, aten.full.default, arguments, zero, dtype=like.dtype, device=like.device
+        )
+        record = NodeInfo(phase=phase, module=module)
+        carry = self._accumulator(self.program.body, slot, like, record)
+        record = replace(record, origin=f"accumulate.{name}")
+        total = _append(self.program.body, aten.add.Tensor, (carry, value), record)
+        assert total.meta["val"].stride() == carry.meta["val"].stride(), f"the sum of {name} has other strides"
+        self.results[slot] = total
+        return like
+
+    def _accumulator(self, section: Section, slot: Slot, like: Tensor, record: NodeInfo) -> fx.Node:
+        """A placeholder for ``slot``, contiguous."""
+        value = fake.tensor(self.mode, like.shape, like.dtype, device=like.device)
+        return add_input(section, slot, value, record, slot.name)
+
+
+def owns_memory(node: fx.Node) -> bool:
+    """Whether the value is an operation's own result, not an input or a view."""
+    producer: Any = node.args[0] if is_getitem(node) else node
+    return producer.op == "call_function" and not is_view(producer)
+
+
+def _append(section: Section, target: Any, args: tuple[Any, ...], record: NodeInfo, **kwargs: Any) -> fx.Node:
+    with section.graph.inserting_before(section.output_node):
+        return call(section.graph, target, args, record, **kwargs)

@@ -1,0 +1,205 @@
+"""From AOTAutograd's joint graph to the body and prologue of a Program."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map_only
+
+from graphshard import fake
+from graphshard.errors import ParameterOutsideModel, ParameterWritten, TensorWithoutValue, UncapturableOperator
+from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section
+from graphshard.rewrite import add_input, call, drop_dead
+from graphshard.trace_carries import Carries, owns_memory
+from graphshard.trace_errors import Line, describe
+from graphshard.trace_joint import LINE, MODULE, Joint, Port
+from graphshard.trace_model import ModelTensors
+from graphshard.trace_random import Sampler
+
+aten = torch.ops.aten
+
+
+def convert(joint: Joint, tensors: ModelTensors, params: Mapping[str, Param], microbatches: int) -> Program:
+    """The Program of one micro-batch's graph: carries added, the epilogue averages the loss and writes buffers.
+
+    Raises:
+        GraphshardError: the subclass that names an operator or a use of a tensor that a Program cannot hold.
+    """
+    body = _Body(joint, tensors)
+    outputs = body.build()
+    trained = {tensors.params[port.index].name for port, _ in outputs if port.kind == "grad"}
+    program = Program(
+        body.section,
+        microbatches=microbatches,
+        params={n: replace(p, has_grad=n in trained) for n, p in params.items()} if joint.trained else dict(params),
+        constants=body.constants,
+    )
+    carries = Carries(program, body.mode)
+    for port, node in outputs:
+        match port.kind:
+            case "result" if joint.out_spec is None:
+                carries.loss(node)
+            case "result":
+                carries.output(joint.output_tensors[port.index], node)
+            case "grad":
+                carries.gradient(tensors.params[port.index].name, node)
+            case "buffer":
+                carries.buffer(tensors.buffers[port.index].name, node)
+            case "param":
+                raise ParameterWritten(tensors.params[port.index].name)
+    carries.finish()
+    drop_dead(program.body)
+    return program
+
+
+@dataclass
+class _Body:
+    """Copies the joint graph node by node."""
+
+    joint: Joint
+    tensors: ModelTensors
+    section: Section = field(default_factory=empty_section)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    made: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def build(self) -> list[tuple[Port, fx.Node]]:
+        """Fill the section; returns what it computes, by what it stands for."""
+        graph = self.section.graph
+        nodes = list(self.joint.module.graph.nodes)
+        self.forward_of = _forward_nodes(nodes)
+        self.known = {id(held.tensor): held for held in self.tensors.all()}
+        self.mode = self.joint.mode
+        self.sampler = Sampler(self.section, self.mode)
+        for node, port in self.joint.inputs.items():
+            if node.users and port.kind in ("param", "buffer", "batch"):
+                self.made[node] = self._input(node, port)
+        with graph.inserting_before(self.section.output_node):
+            for node in nodes:
+                if node.op == "call_function":
+                    self.made[node] = self._operation(node)
+                elif node.op == "get_attr":
+                    self.made[node] = self._constant(node)
+                elif node in self.joint.inputs and self.joint.inputs[node].kind == "tangent":
+                    self.made[node] = self._one(node)
+        results: list[tuple[Port, fx.Node]] = []
+        seen: set[fx.Node] = set()
+        for port, node in self.joint.outputs:
+            if port.kind != "ignored":
+                results.append((port, self._result(self.made[node], seen)))
+                seen.add(results[-1][1])
+        return results
+
+    def _input(self, node: fx.Node, port: Port) -> fx.Node:
+        match port.kind:
+            case "param":
+                name = self.tensors.params[port.index].name
+                slot = Slot(Role.PARAM, name)
+            case "buffer":
+                name = self.tensors.buffers[port.index].name
+                slot = Slot(Role.BUFFER, name)
+            case _:
+                name, slot = f"batch{port.index}", Slot(Role.BATCH, str(port.index))
+        module = name.rpartition(".")[0] if port.kind != "batch" else ""
+        return add_input(self.section, slot, _plain(node.meta["val"]), NodeInfo(module=module), name)
+
+    def _one(self, node: fx.Node) -> fx.Node:
+        """The gradient of the loss with respect to itself."""
+        value = node.meta["val"]
+        record = NodeInfo(phase=Phase.BACKWARD, origin=node.name)
+        return call(self.section.graph, aten.full.default, ([], 1.0), record, dtype=value.dtype, device=value.device)
+
+    def _constant(self, node: fx.Node) -> fx.Node:
+        value = getattr(self.joint.module, str(node.target))
+        where = _where(next(iter(node.users)))
+        if not isinstance(value, Tensor):
+            raise UncapturableOperator("a nested graph", where, "use torch.where and tensor operations instead")
+        assert not isinstance(value, FakeTensor), f"{node.target} is a constant without a value"
+        if id(value) in self.known:
+            raise ParameterOutsideModel(self.known[id(value)].name, where)
+        if value.is_meta:
+            raise TensorWithoutValue(tuple(value.shape), where)
+        for name, other in self.constants.items():
+            if other is value:
+                return self.section.input_slots[Slot(Role.CONSTANT, name)]
+        name = f"c{len(self.constants)}"
+        self.constants[name] = value.detach()
+        kind = fake.tensor(self.mode, value.shape, value.dtype, value.stride(), value.device)
+        return add_input(self.section, Slot(Role.CONSTANT, name), kind, NodeInfo(), name)
+
+    def _operation(self, node: fx.Node) -> fx.Node:
+        target: Any = node.target
+        record = self._record(node)
+        if target is not operator.getitem:
+            self._check(node)
+            random = self.sampler.replace(node, self.made, record, lambda: _where(node))
+            if random is not None:
+                return random
+        copy = self.section.graph.node_copy(node, self.made.__getitem__)
+        copy.meta = {"val": _plain(node.meta["val"]), "info": record}
+        return copy
+
+    def _check(self, node: fx.Node) -> None:
+        target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            instead = "use torch.where and tensor operations instead of control flow and nested functions on graphs"
+            raise UncapturableOperator(str(getattr(target, "name", lambda: target)()), _where(node), instead)
+        if target.namespace not in ("aten", "prims", "graphshard"):
+            instead = "only ATen operators can be part of a program; write it with them"
+            raise UncapturableOperator(str(target), _where(node), instead)
+        if target._schema.is_mutable:
+            raise UncapturableOperator(str(target), _where(node), "use an operator that returns its result")
+
+    def _record(self, node: fx.Node) -> NodeInfo:
+        if node.meta.get("partitioner_tag") != "is_backward":
+            return NodeInfo(module=_module(node), origin=node.name)
+        forward = self.forward_of.get(node.meta.get("seq_nr"))
+        if forward is None:
+            return NodeInfo(phase=Phase.BACKWARD, origin=node.name)
+        return NodeInfo(Phase.BACKWARD, _module(forward), node.name, forward.name)
+
+    def _result(self, result: fx.Node, others: set[fx.Node]) -> fx.Node:
+        """The node to return: not the copy that capture makes of a result, if that is a value of its own."""
+        if result.target is aten.clone.default and not result.users:
+            source: Any = result.args[0]
+            if owns_memory(source) and source not in others:
+                return source  # type: ignore[no-any-return]
+        return result
+
+
+def _forward_nodes(nodes: list[fx.Node]) -> dict[int, fx.Node]:
+    """The forward node of each sequence number.
+
+    It is the first one: autograd counts when it records an operator, and what needs no gradient runs under the number of
+    the operator before it. The last number is that of the copy of the loss, whose backward has no nodes; autograd's own
+    additions of gradients run under it.
+    """
+    found: dict[int, fx.Node] = {}
+    for node in nodes:
+        if node.op == "call_function" and node.meta.get("partitioner_tag") != "is_backward":
+            number = node.meta.get("seq_nr")
+            if number is not None and node.target is not operator.getitem:
+                found.setdefault(number, node)
+    if found:
+        del found[max(found)]
+    return found
+
+
+def _module(node: fx.Node) -> str:
+    path: str = node.meta.get("custom", {}).get(MODULE, "")
+    return path
+
+
+def _where(node: fx.Node) -> str:
+    line: Line | None = node.meta.get("custom", {}).get(LINE)
+    return describe(line, _module(node))
+
+
+def _plain(value: Any) -> Any:
+    """A value without autograd's history."""
+    return tree_map_only(Tensor, lambda t: t.detach() if t.requires_grad else t, value)

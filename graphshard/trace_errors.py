@@ -1,0 +1,76 @@
+"""From an exception during capture to the line of the model that caused it."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import sys
+import sysconfig
+import traceback
+from types import FrameType
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+from graphshard.errors import GraphshardError, ModelFailed, NeedsTensorValue, ShapeNeedsValue, UncapturableOperator
+
+_OURS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
+
+_STDLIB = sysconfig.get_path("stdlib") + os.sep
+
+Line = tuple[str, int]
+"""File and line number of source code."""
+
+
+def is_users(filename: str) -> bool:
+    """Whether code is neither torch's, nor Python's, nor this package's, nor generated."""
+    if filename.startswith("<") or filename.startswith(_OURS):
+        return False
+    return "site-packages" in filename or not filename.startswith(_STDLIB)
+
+
+def calling_line() -> Line | None:
+    """The innermost line of the user's code that is running."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if is_users(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+def describe(line: Line | None, module: str = "") -> str:
+    """``model.py:12: y = x.item()``; without a line, the module."""
+    if line is None:
+        return f"module {module!r}" if module else "the backward pass"
+    code = linecache.getline(*line).strip()
+    return f"{line[0]}:{line[1]}" + (f": {code}" if code else "")
+
+
+def translate(error: Exception, doing: str) -> GraphshardError:
+    """The error to raise for what was raised while the model ran on fake tensors."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    line = (frames[-1].filename, frames[-1].lineno or 0) if frames else None
+    where = describe(line)
+    match error:
+        case DataDependentOutputException():
+            return NeedsTensorValue(where)
+        case DynamicOutputShapeException():
+            return ShapeNeedsValue(str(error.func), where)
+        case UnsupportedOperatorException():
+            return UncapturableOperator(str(error.func), where, "it has no rule for the shape of its result")
+    if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):
+        return NeedsTensorValue(where)
+    return ModelFailed(doing, error, where)
+
+
+_VALUE_SIGNS = (
+    "Cannot access data pointer",
+    ".numpy() is not supported for tensor subclasses",
+    "data-dependent",
+    "aten._local_scalar_dense",
+)

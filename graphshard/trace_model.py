@@ -1,0 +1,216 @@
+"""A model's tensors while it is captured: where each one is, fake ones in their place, and everything put back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from graphshard import fake
+from graphshard.errors import BufferChangesType, UnsupportedParameter
+from graphshard.program import Param
+
+logger = logging.getLogger("graphshard")
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter or buffer: its names, and every dict of the model's modules that holds it, with the key there."""
+
+    tensor: Tensor
+    names: tuple[str, ...]  # the canonical one first
+    places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """All parameters and buffers of a model, each tensor once, in the model's order."""
+
+    params: tuple[Held, ...]
+    buffers: tuple[Held, ...]
+
+    def all(self) -> tuple[Held, ...]:
+        """Parameters, then buffers."""
+        return self.params + self.buffers
+
+
+def tensors_of(model: nn.Module) -> ModelTensors:
+    """Find them.
+
+    Raises:
+        UnsupportedParameter: one is sparse, a tensor subclass, or shares memory with another.
+    """
+    params = _named(model.named_parameters(remove_duplicate=False))
+    buffers = _named((n, b) for n, b in model.named_buffers(remove_duplicate=False) if id(b) not in params)
+    for held in (*params.values(), *buffers.values()):
+        _check(held)
+    _check_memory([*params.values(), *buffers.values()])
+    known = params | buffers
+    for module in model.modules():
+        for values in (module._parameters, module._buffers, module.__dict__):
+            for key, value in values.items():
+                if isinstance(value, Tensor) and id(value) in known:
+                    known[id(value)].places.append((values, key))
+    return ModelTensors(tuple(params.values()), tuple(buffers.values()))
+
+
+def describe_params(model: nn.Module) -> dict[str, Param]:
+    """Every parameter by its canonical name, unused and frozen ones too; tied ones once, with their further names.
+
+    Raises:
+        UnsupportedParameter: one is no dense tensor with memory of its own.
+    """
+    held = tensors_of(model).params
+    return {p.name: Param(p.name, tuple(p.tensor.shape), p.tensor.dtype, p.names[1:], None, p.tensor.requires_grad) for p in held}
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """The id of each Parameter to its canonical name."""
+    return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def _named(pairs: Iterator[tuple[str, Tensor]]) -> dict[int, Held]:
+    names: dict[int, tuple[Tensor, list[str]]] = {}
+    for name, tensor in pairs:
+        names.setdefault(id(tensor), (tensor, []))[1].append(name)
+    return {key: Held(tensor, tuple(found)) for key, (tensor, found) in names.items()}
+
+
+def _check(held: Held) -> None:
+    tensor = held.tensor
+    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        raise UnsupportedParameter(held.name, "has no shape yet (a lazy module); run the model once before compile")
+    plain = type(tensor) is Tensor or isinstance(tensor, (nn.Parameter, nn.Buffer))
+    if not plain or torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+        raise UnsupportedParameter(held.name, f"is a {type(tensor).__name__}")
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        raise UnsupportedParameter(held.name, "is sparse, nested or quantized")
+
+
+def _check_memory(held: Sequence[Held]) -> None:
+    """Two tensors over one memory would become two independent ones."""
+    spans: dict[int, list[tuple[int, int, Held]]] = {}
+    for item in held:
+        tensor = item.tensor
+        if tensor.numel():
+            begin = tensor.storage_offset() * tensor.element_size()
+            reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+            storage = tensor.untyped_storage()._cdata
+            spans.setdefault(storage, []).append((begin, begin + reach * tensor.element_size(), item))
+    for group in spans.values():
+        group.sort(key=lambda span: span[:2])
+        for (_, end, first), (begin, _, second) in zip(group, group[1:], strict=False):
+            if begin < end:
+                problem = f"shares memory with {first.name!r} but is another tensor"
+                raise UnsupportedParameter(second.name, problem + "; to tie them, assign the same Parameter to both")
+
+
+def fake_tensors(held: Sequence[Held], mode: FakeTensorMode, device: torch.device, trained: bool) -> list[Tensor]:
+    """A contiguous fake tensor for each; parameters require a gradient if the real ones do and ``trained``."""
+    made: list[Tensor] = []
+    for item in held:
+        value = fake.tensor(mode, item.tensor.shape, item.tensor.dtype, device=device)
+        if isinstance(item.tensor, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=item.tensor.requires_grad and trained)
+        made.append(value)
+    return made
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device the model's tensors are on; the CPU for a meta model or one without tensors."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def swapped(held: Sequence[Held], values: Sequence[Tensor]) -> Iterator[None]:
+    """The model's modules hold ``values`` meanwhile. A buffer that the model replaces is written to instead.
+
+    Raises:
+        BufferChangesType: on leaving, if a replacement has another shape or dtype.
+    """
+    for item, value in zip(held, values, strict=True):
+        for where, key in item.places:
+            where[key] = value
+    try:
+        yield
+        for item, value in zip(held, values, strict=True):
+            for where, key in item.places:
+                _write_back(item, value, where.get(key))
+    finally:
+        for item in held:
+            for where, key in item.places:
+                where[key] = item.tensor
+
+
+def _write_back(held: Held, given: Tensor, now: Any) -> None:
+    if now is given or isinstance(held.tensor, nn.Parameter):
+        return
+    if not isinstance(now, Tensor) or now.shape != given.shape or now.dtype != given.dtype:
+        raise BufferChangesType(held.name, _type(given), _type(now))
+    given.copy_(now)
+
+
+def _type(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back every attribute of the model's modules afterwards, so that no fake tensor stays behind.
+
+    A number or string that the forward pass changes is worth a warning: a compiled step does not repeat it.
+    """
+    before = [
+        (name, module, dict(module.__dict__), [(d, dict(d)) for d in (module._parameters, module._buffers, module._modules)])
+        for name, module in model.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for name, module, attributes, registered in before:
+            changed = [k for k in attributes if _is_other_number(attributes[k], module.__dict__.get(k))]
+            for key in changed:
+                logger.warning(
+                    "graphshard: the forward pass changes %s from %r to %r; a compiled step keeps using the first value",
+                    f"{name}.{key}".lstrip("."),
+                    attributes[key],
+                    module.__dict__.get(key),
+                )
+            _put_back(module.__dict__, attributes)
+            for values, original in registered:
+                _put_back(values, original)
+
+
+def _is_other_number(old: object, new: object) -> bool:
+    return type(old) in (int, float, bool, str) and type(new) is type(old) and old != new
+
+
+def _put_back(values: dict[str, Any], original: Mapping[str, Any]) -> None:
+    if values.keys() != original.keys() or any(values[k] is not original[k] for k in original):
+        values.clear()
+        values.update(original)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode meanwhile; each module gets its own training flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,177 @@
+"""The structural diff: a node is itself under another name, in another place and in another graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from graphshard import text
+from graphshard.diff import Diff, diff, diff_text
+
+BODY = """
+  %w : f32[4,8] = param "w"
+  %x : f32[2,4] = batch 0
+  %y : f32[2,8] = aten.mm.default(%x, %w) {module=lin}
+  %z : f32[2,8] = aten.relu.default(%y)
+  return output 0 %z
+"""
+
+
+def program(body: str = BODY, header: str = "", others: str = "") -> str:
+    return f'graphshard 1\nparam "w" : f32[4,8]\n{header}\ngraph body {{{body}}}\n{others}'
+
+
+def compare(before: str, after: str) -> Diff:
+    return diff(text.parse(before), text.parse(after))
+
+
+def names(found: Diff) -> dict[str, list[str]]:
+    """Names of the nodes after (of removed ones before), for what is not empty."""
+    lists = {
+        "added": [e.name for e in found.added],
+        "removed": [e.name for e in found.removed],
+        "changed": [c.after.name for c in found.changed],
+        "moved": [c.after.name for c in found.moved],
+        "duplicated": [c.copy.name for c in found.duplicated],
+    }
+    return {key: value for key, value in lists.items() if value}
+
+
+def test_equal_programs_do_not_differ() -> None:
+    found = compare(program(), program())
+    assert not found
+    assert found.render() == "no difference"
+
+
+def test_a_new_name_and_a_new_place_are_no_difference() -> None:
+    renamed = BODY.replace("%y", "%mm_7").replace("{module=lin}", "{module=lin, origin=y}")
+    assert not compare(program(), program(renamed))
+    swapped = """
+  %x : f32[2,4] = batch 0
+  %w : f32[4,8] = param "w"
+  %y : f32[2,8] = aten.mm.default(%x, %w) {module=lin}
+  %z : f32[2,8] = aten.relu.default(%y)
+  return output 0 %z
+"""
+    assert not compare(program(), program(swapped))
+
+
+def test_a_node_put_between_two_others_is_added_and_its_reader_changed() -> None:
+    after = BODY.replace(
+        "%z : f32[2,8] = aten.relu.default(%y)", "%n = aten.neg.default(%y)\n  %z = aten.relu.default(%n)"
+    )
+    found = compare(program(), program(after))
+    assert names(found) == {"added": ["n"], "changed": ["z"]}
+    assert found.changed[0].what == ("self: %y -> %n",)
+    assert found.render() == (
+        "graph body: 1 added, 1 changed\n"
+        "  + %n : f32[2,8] = aten.neg.default(%y)\n"
+        "  ~ %z : f32[2,8] = aten.relu.default(%n)\n"
+        "      self: %y -> %n"
+    )
+
+
+def test_what_is_removed_is_shown_where_it_was() -> None:
+    before = BODY.replace("  %z :", "  %n = aten.neg.default(%y) {stage=1}\n  %z :")
+    lines = compare(program(before), program(BODY + "")).render().splitlines()
+    assert lines == ["graph body: 1 removed", "  - %n : f32[2,8] = aten.neg.default(%y) {stage=1}"]
+
+    first = BODY.replace("  %y :", "  %n = aten.neg.default(%x)\n  %y :")
+    added_later = BODY.replace("  return", "  %e = aten.exp.default(%z)\n  return")
+    lines = compare(program(first), program(added_later)).render().splitlines()
+    assert [line.strip()[:4] for line in lines[1:]] == ["- %n", "+ %e"]
+
+
+def test_another_operator_that_took_over_the_origin_is_a_change() -> None:
+    after = BODY.replace("%z : f32[2,8] = aten.relu.default(%y)", "%g = aten.gelu.default(%y) {origin=z, made_by=swap}")
+    found = compare(program(), program(after.replace("output 0 %z", "output 0 %g")))
+    assert names(found) == {"changed": ["g"]}
+    assert found.changed[0].what == ("operator: aten.relu.default -> aten.gelu.default",)
+
+
+def test_types_constants_and_attributes_that_changed_are_named() -> None:
+    before = BODY.replace("aten.relu.default(%y)", "aten.sum.dim_IntList(%y, [1], True)").replace("%z : f32[2,8]", "%z")
+    after = BODY.replace("aten.relu.default(%y)", "aten.sum.dim_IntList(%y, [0], dtype=f64) {stage=1, tag=save}")
+    found = compare(program(before), program(after.replace("%z : f32[2,8]", "%z")))
+    assert found.changed[0].what == (
+        "dim: [1] -> [0]",
+        "keepdim: True -> default",
+        "dtype: default -> f64",
+        "type: f32[2,1] -> f64[8]",
+        "stage: None -> 1",
+        "tag: None -> save",
+    )
+
+
+def test_a_recomputed_node_is_a_copy_and_not_an_addition() -> None:
+    after = BODY.replace(
+        "  return",
+        "  %y_1 = aten.mm.default(%x, %w) {phase=backward, module=lin, origin=y, made_by=recompute}\n  return",
+    )
+    found = compare(program(), program(after))
+    assert names(found) == {"duplicated": ["y_1"]}
+    assert found.duplicated[0].original.name == "y"
+    assert "copy of %y" in found.render()
+
+
+def test_of_two_copies_the_one_in_the_phase_it_was_is_the_original() -> None:
+    after = BODY.replace(
+        "  %y : f32[2,8] = aten.mm.default(%x, %w) {module=lin}",
+        "  %a = aten.mm.default(%x, %w) {phase=backward, module=lin, origin=y}\n"
+        "  %b = aten.mm.default(%x, %w) {module=lin, origin=y}",
+    ).replace("(%y)", "(%b)")
+    assert names(compare(program(), program(after))) == {"duplicated": ["a"]}
+
+
+def test_a_node_in_another_graph_has_moved() -> None:
+    before = BODY.replace("  %y :", "  %h = aten.full.default([2], 1.0)\n  %y :")
+    prologue = "graph prologue {\n  %h_1 = aten.full.default([2], 1.0) {origin=h}\n  return\n}\n"
+    found = compare(program(before), program(others=prologue))
+    assert names(found) == {"moved": ["h_1"]}
+    assert (found.moved[0].before.section, found.moved[0].after.section) == ("body", "prologue")
+    assert found.render() == (
+        "graph prologue: 1 moved here\n"
+        "  ~ %h_1 : f32[2] = aten.full.default([2], 1.0) {origin=h}\n"
+        "      moved from graph body\n"
+        "      phase: forward -> update"
+    )
+
+
+def test_inputs_and_outputs_are_aligned_by_slot() -> None:
+    after = BODY.replace('param "w"', 'param "v"').replace("return output 0 %z", "return output 0 %y, output 1 %z")
+    found = compare(program(), program(after, header='param "v" : f32[4,8]'))
+    assert names(found) == {"added": ["w", "z"], "removed": ["w"], "changed": ["y", "z"][::-1][:0] + ["y", "y"]}
+    assert [c.what for c in found.changed] == [("mat2: %w -> %w",), ("value: %z -> %y",)]
+    assert "  + return output 1 %z" in found.render().splitlines()
+
+
+def test_the_header_is_compared_line_by_line_without_the_history() -> None:
+    after = program(header='level staged\nmesh dp=2\nhistory "normalize" nodes=2')
+    assert compare(program(), after).header == ("- level captured", "+ mesh dp=2", "+ level staged")
+
+
+def test_one_change_of_many_nodes_is_one_line() -> None:
+    many = "".join(f"  %n_{i} = aten.neg.default(%x) {{ATTRIBUTES}}\n" for i in range(9))
+    before = BODY.replace("  return", many.replace("ATTRIBUTES", "") + "  return")
+    after = BODY.replace("  return", many.replace("ATTRIBUTES", "stage=1") + "  return")
+    found = compare(program(before), program(after))
+    assert len(found.changed) == 9
+    assert found.render() == "graph body: 9 changed\n  ~ 9 nodes: stage: None -> 1 (%n_0, %n_1, %n_2, ..., %n_8)"
+
+
+def test_colour_only_adds_escapes() -> None:
+    import re
+
+    after = BODY.replace("aten.relu.default(%y)", "aten.relu.default(%y) {stage=1}").replace(
+        "  return", "  %n = aten.neg.default(%z)\n  return"
+    )
+    found = compare(program(), program(after))
+    colored = found.render(color=True)
+    assert re.sub(r"\x1b\[\d+m", "", colored) == found.render()
+    assert "\x1b[32m  + %n" in colored
+    assert "\x1b[33m  ~ %z" in colored
+
+
+def test_two_files_are_compared(tmp_path: Path) -> None:
+    (tmp_path / "a.graph").write_text(program())
+    (tmp_path / "b.graph").write_text(program(BODY.replace("relu", "neg")))
+    assert "operator: aten.relu.default -> aten.neg.default" in diff_text(tmp_path / "a.graph", tmp_path / "b.graph")
