@@ -141,7 +141,7 @@ class _StageLowering:
         flush()
         return pieces
 
-    def _finish(self, streams: Iterable[list[_Piece]], section: Section, accumulate: bool) -> None:
+    def _finish(self, streams: Iterable[list[_Piece]], section: Section, accumulators: frozenset[Slot]) -> None:
         """Find what each segment reads and leaves, and emit its code."""
         all_pieces = [piece for stream in streams for piece in stream]
         read_outside: dict[fx.Node, set[int]] = {}
@@ -157,17 +157,25 @@ class _StageLowering:
             outputs = [
                 n for n in nodes if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
             ]
-            code = emit(piece.segment, nodes, outputs, section, accumulate=accumulate, first=False)
+            code = emit(piece.segment, nodes, outputs, section, accumulators=accumulators)
             self.segments[piece.segment] = code.segment
             piece.inputs = code.inputs
             if code.accumulators:
                 piece.first_segment = f"{piece.segment}_first"
-                first = emit(piece.first_segment, nodes, outputs, section, accumulate=accumulate, first=True)
+                first = emit(piece.first_segment, nodes, outputs, section, accumulators=accumulators, first=True)
                 self.segments[piece.first_segment] = first.segment
                 piece.first_inputs = first.inputs
                 self.initialised |= code.accumulators
             assert inside.isdisjoint(piece.inputs)
             piece.outputs = outputs
+
+    def _accumulators(self) -> frozenset[Slot]:
+        """Carries that the prologue sets to zero."""
+        return frozenset(
+            slot
+            for slot, node in self.program.prologue.outputs.items()
+            if slot.role is Role.CARRY and node.target is torch.ops.aten.full.default and node.args[1] == 0
+        )
 
     def _sources(self, piece: _Piece) -> Iterator[fx.Node]:
         if piece.kind == "run":
@@ -299,7 +307,7 @@ class _StageLowering:
             if node.target is gs.transfer.default and node.args[2] == self.stage:
                 receives[self._kind(node, has_weight)].append(node)
         pieces = {kind: self._pieces(nodes, body, f"s{self.stage}_{kind}") for kind, nodes in streams.items()}
-        self._finish(pieces.values(), body, accumulate=True)
+        self._finish(pieces.values(), body, self._accumulators())
         self._collect(body, [n for nodes in streams.values() for n in nodes], self._namer(body, 0))
         produced = {kind: set(nodes) for kind, nodes in streams.items()}
         placeholders = {n for n in body.inputs}
@@ -330,7 +338,7 @@ class _StageLowering:
         unwanted = {n for s, n in section.outputs.items() if s in skip and len(n.users) == 1}
         nodes = [n for n in nodes if n not in unwanted]
         pieces = self._pieces(nodes, section, f"s{self.stage}_{prefix.strip('.')}")
-        self._finish([pieces], section, accumulate=False)
+        self._finish([pieces], section, frozenset())
         name = self._namer(section, None, prefix)
         self._collect(section, nodes, name)
         arriving = [

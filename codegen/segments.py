@@ -33,13 +33,20 @@ class Code:
 
 
 def emit(
-    name: str, nodes: list[fx.Node], outputs: list[fx.Node], section: Section, *, accumulate: bool, first: bool
+    name: str,
+    nodes: list[fx.Node],
+    outputs: list[fx.Node],
+    section: Section,
+    *,
+    accumulators: frozenset[Slot] = frozenset(),
+    first: bool = False,
 ) -> Code:
     """Code for ``nodes``, in order, that returns ``outputs``.
 
-    ``accumulate``: an ``add(carry, value)`` whose carry nobody else reads is done in place; ``first``: it overwrites.
+    ``accumulators``: carries that start at zero. An ``add(carry, value)`` to one that nobody else reads is done in place;
+    ``first``: it overwrites.
     """
-    return _Emitter(name, nodes, outputs, section, accumulate, first).run()
+    return _Emitter(name, nodes, outputs, section, accumulators, first).run()
 
 
 @dataclass
@@ -58,7 +65,7 @@ class _Emitter:
     nodes: list[fx.Node]
     outputs: list[fx.Node]
     section: Section
-    accumulate: bool
+    accumulators: frozenset[Slot]
     first: bool
     lines: list[str] = field(default_factory=list)
     block: set[fx.Node] = field(default_factory=set)  # inside a loop: the vectors it has a block of
@@ -74,7 +81,7 @@ class _Emitter:
                 source = resolve(source)
                 if source not in self.inside and not self._skips(node, source):
                     inputs[source] = None
-        self.items: list[fx.Node | Loop] = list(self.nodes) if self.accumulate else find_loops(self.nodes)
+        self.items: list[fx.Node | Loop] = list(self.nodes) if self.accumulators else find_loops(self.nodes)
         self.last_use = self._last_uses()
         header = [f"def {self.name}(args, coordinates, device):"]
         if inputs:
@@ -99,15 +106,14 @@ class _Emitter:
 
     def _accumulations(self) -> dict[fx.Node, Slot]:
         """``add(carry, value)`` nodes that update their carry in place."""
-        if not self.accumulate:
-            return {}
         found: dict[fx.Node, Slot] = {}
-        written = self.section.outputs
-        for node in self.nodes:
-            if node.target is not aten.add.Tensor or not isinstance(node.args[0], fx.Node):
+        written = self.section.outputs if self.accumulators else {}
+        for node in self.nodes if self.accumulators else ():
+            if node.target is not aten.add.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
                 continue
-            slot = self.section.inputs.get(node.args[0])
-            if slot is not None and slot.role is Role.CARRY and written.get(slot) is node and len(node.args[0].users) == 1:
+            carry = node.all_input_nodes[0]
+            slot = self.section.inputs.get(carry)
+            if slot in self.accumulators and written.get(slot) is node and len(carry.users) == 1:
                 found[node] = slot
         return found
 

@@ -1,6 +1,6 @@
-"""A transformers model, unchanged, trained by a plan: here a small GPT-2 with random weights, all ranks in this process.
+"""A transformers model, unchanged, trained by a plan: a small GPT-2 with random weights, all ranks in this process.
 
-    python examples/huggingface.py --plan zero3:size=2+pp2
+python examples/huggingface.py --plan zero3:size=2+pp2
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import graphshard
 
 
 def make_model() -> GPT2LMHeadModel:
-    """Four layers of width 64 over a vocabulary of 128; its embedding is tied to its head, as always in GPT-2."""
-    config = GPT2Config(vocab_size=128, n_positions=32, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0)
+    """Two layers of width 64 over a vocabulary of 128; its embedding is tied to its head, as always in GPT-2."""
+    config = GPT2Config(vocab_size=128, n_positions=32, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
     return GPT2LMHeadModel(config)
 
 

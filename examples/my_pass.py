@@ -1,7 +1,7 @@
 """A pass of one's own: exact GELU becomes its tanh approximation, in the forward and, alike, in the backward.
 
-A pass is a frozen dataclass. Its fields are its options; ``run`` takes a program and returns one. It sees graphs of ATen
-operators and what the driver tells it of the mesh, never a rank or a device, so it can be tried on text::
+A pass is a frozen dataclass. Its fields are its options; ``run`` takes a program and returns one. It sees graphs of
+ATen operators and what the driver tells it of the mesh, never a rank or a device, so it can be tried on text::
 
     PYTHONPATH=examples graphshard opt FILE.graph --passes "my_pass:TanhGelu"
 """

@@ -29,7 +29,8 @@ import graphshard
 from demo.corpus import Corpus
 from demo.show import Progress, memory_table, pass_table, plot_losses
 from graphshard.compile import Compiled
-from graphshard.errors import GraphshardError
+from graphshard.errors import BatchDoesNotSplit, GraphshardError
+from graphshard.runtime.memory import peak_device_bytes
 
 VOCABULARY = 256  # bytes
 PROMPT = b"def "
@@ -124,6 +125,13 @@ class Ranks:
             torch.cuda.set_device(device)
         return cls(int(os.environ["RANK"]) if launched else 0, world_size, device)
 
+    def gather(self, value: int) -> list[int]:
+        """The value of every rank; nothing where one process is all of them."""
+        values = [0] * (self.world_size or 0)
+        if values:
+            dist.all_gather_object(values, value)
+        return values
+
     def part(self, compiled: Compiled, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """What ``step`` wants of a global batch."""
         if self.world_size is None:
@@ -144,10 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     start = time.perf_counter()
     try:
-        mesh = graphshard.Plan.parse(options.plan).mesh(ranks.world_size)
+        plan = graphshard.Plan.parse(options.plan)
+        mesh = plan.mesh(ranks.world_size)
+        if options.batch % (mesh.dp_size * plan.microbatch_count(mesh)):
+            shape = (options.batch, options.context)
+            raise BatchDoesNotSplit(0, shape, 0, mesh.dp_size, plan.microbatch_count(mesh))
         dp_size = 1 if ranks.world_size is None else mesh.dp_size
         compiled = graphshard.compile(
-            **arguments(options, dp_size), plan=options.plan, device=ranks.device, dump_dir=folder / "dump"
+            **arguments(options, dp_size), plan=plan, device=ranks.device, dump_dir=folder / "dump"
         )
     except GraphshardError as error:
         # The same on every rank: rank 0 says it, and fails for all.
@@ -168,8 +180,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = sample(compiled, options, ranks)
     console.print("[bold]sample:[/]")
     console.print(text, markup=False)
+    resident = ranks.gather(peak_device_bytes(ranks.device))
     if ranks.rank == 0:
-        console.print(memory_table(report, one_device(compiled, options).report()))
+        console.print(memory_table(report, one_device(compiled, options).report(), resident))
         console.print(pass_table(report))
         picture = plot_losses(losses, (before, after), folder / "loss.png")
         console.print(f"metrics  {metrics}\ndump     {folder / 'dump'}", soft_wrap=True)

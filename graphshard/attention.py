@@ -1,7 +1,7 @@
 """``graphshard::attention``: scaled dot-product attention as one operator with its own backward.
 
 A graph holds no kernel of a particular device. The operator chooses when it runs: torch's fused kernels where their
-conditions hold, else the formula. All of them return the same log-sum-exp, so forward and backward need not agree on one.
+conditions hold, else the formula. All return the same log-sum-exp, so forward and backward need not agree on one.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _FORWARD = (
     " -> (Tensor, Tensor)"
 )
 _BACKWARD = (
-    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, bool is_causal,"
-    " float? scale, bool enable_gqa) -> (Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse,"
+    " bool is_causal, float? scale, bool enable_gqa) -> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -68,7 +68,7 @@ def _is_plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
     heads = q.shape[1] % k.shape[1] == 0 if enable_gqa else q.shape[1] == k.shape[1]
     if not heads or not (q.shape[0] == k.shape[0] == v.shape[0]) or k.shape[1:3] != v.shape[1:3]:
         return False
-    return mask is None or (not mask.requires_grad and not is_causal and mask.dim() <= 4)
+    return mask is None or (not mask.requires_grad and not is_causal and mask.dim() in (2, 4))
 
 
 def attention(
@@ -82,8 +82,8 @@ def attention(
         enable_gqa: each key head serves ``heads / key heads`` query heads.
 
     Returns:
-        The result, contiguous if q is, else contiguous in the order [batch, queries, heads, dim]; and the log-sum-exp of each
-        query's scores, [batch, heads, queries], in float32 or the double precision of q.
+        The result, contiguous if q is, else contiguous in the order [batch, queries, heads, dim]; and the log-sum-exp
+        of each query's scores, [batch, heads, queries], in float32 or the double precision of q.
     """
     out, lse = _types(q, k, v, mask, is_causal, scale, enable_gqa)
     k, v = _repeated(k, q, enable_gqa), _repeated(v, q, enable_gqa)
@@ -161,9 +161,7 @@ def _types(
     return out, q.new_empty(batch, heads, queries, dtype=_precise(q.dtype))
 
 
-def _backward_types(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_types(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     def like(x: Tensor) -> Tensor:
         return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
@@ -275,7 +273,5 @@ def _differentiate(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tu
     assert grad_lse is None, "the log-sum-exp is for the backward only"
     if grad is None:
         return (None,) * 7
-    grads = torch.ops.graphshard.attention_backward(
-        grad, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.enable_gqa
-    )
+    grads = torch.ops.graphshard.attention_backward(grad, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.enable_gqa)
     return (*grads, None, None, None, None)

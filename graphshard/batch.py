@@ -30,12 +30,16 @@ class MicroBatch:
 
 
 def split_batch(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], ranks: int, microbatches: int, batch_dims: Mapping[int, int | None]
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    ranks: int,
+    microbatches: int,
+    batch_dims: Mapping[int, int | None],
 ) -> list[list[MicroBatch]]:
     """Micro-batches by data-parallel rank (outermost), then in order.
 
-    Tensors whose dim 0 has the size of the first tensor's dim 0 are split along it; others are repeated. ``batch_dims`` maps the
-    index of a flattened argument to the dim to split instead, or to None to repeat it.
+    Tensors whose dim 0 has the size of the first tensor's dim 0 are split along it; others are repeated. ``batch_dims``
+    maps the index of a flattened argument to the dim to split instead, or to None to repeat it.
 
     Raises:
         BatchDoesNotSplit: a split dim is not a multiple of ``ranks * microbatches``.

@@ -68,7 +68,7 @@ def _dump(options: argparse.Namespace) -> int:
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(20, "is no directory to write the dump to", str(output))
-    _compile(options).dump(output)
+    _compile(options, dump_dir=output)
     print(f"wrote {len(list(output.iterdir()))} files and folders to {output}")
     return 0
 
@@ -139,7 +139,7 @@ def _resize(program: Program, world_size: int) -> Mesh:
     return _remesh(program, Mesh(tuple((axis, size) for axis, size in sizes.items() if size > 1)))
 
 
-def _compile(options: argparse.Namespace) -> Any:
+def _compile(options: argparse.Namespace, **given: Any) -> Any:
     """Compile MODEL without an executor; what the command line says goes before what the factory's dict says."""
     plan = Plan.parse(options.plan) if options.plan is not None else None  # before the slow imports
     from graphshard import factory
@@ -147,7 +147,7 @@ def _compile(options: argparse.Namespace) -> Any:
 
     known = inspect.signature(compile_model).parameters
     arguments = factory.load(options.model, known, meta=options.device == "meta")
-    arguments |= {"executor": "none"}
+    arguments |= {"executor": "none", **given}
     if plan is not None:
         arguments["plan"] = plan
     if options.world_size is not None:

@@ -63,7 +63,7 @@ def downstream(
 
 
 def upstream(nodes: Iterable[fx.Node], stop: Callable[[fx.Node], bool] | None = None) -> set[fx.Node]:
-    """``nodes`` and everything they depend on, placeholders included; the search does not go through a ``stop`` node."""
+    """``nodes`` and what they depend on, placeholders included; the search does not go through a ``stop`` node."""
     found = set(nodes)
     pending = list(found)
     while pending:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from graphshard import text
-from graphshard.program import Program, Section, Slot, info
+from graphshard.alignment import Alignment, Item, without_stage
+from graphshard.program import Program, Slot, info
 from graphshard.text_spelling import spell, spell_slot, spell_target, spell_type, type_of
 
 _ATTRIBUTES = ("phase", "module", "stage", "tag", "layout")
@@ -49,8 +50,8 @@ class Copy:
 
 @dataclass(frozen=True)
 class Diff:
-    """The difference of two programs. ``header``: its lines that came or went, after ``+`` or ``-``. ``moved``: from one
-    graph to another."""
+    """The difference of two programs. ``header``: its lines that came or went, after ``+`` or ``-``. ``moved``: to
+    another graph."""
 
     header: tuple[str, ...] = ()
     added: tuple[Entry, ...] = ()
@@ -112,7 +113,7 @@ class Diff:
 
 def diff(before: Program, after: Program) -> Diff:
     """What has to change in ``before`` to give ``after``; the two share no graphs."""
-    return _Alignment(before, after).diff()
+    return _Comparison(before, after).diff()
 
 
 def diff_text(before: Path | str, after: Path | str, color: bool = False) -> str:
@@ -120,166 +121,105 @@ def diff_text(before: Path | str, after: Path | str, color: bool = False) -> str
     return diff(text.read(before), text.read(after)).render(color)
 
 
-@dataclass(frozen=True)
-class _Item:
-    section: str
-    node: fx.Node
-    index: int
-    slot: Slot | None  # of an input
-
-    @property
-    def identity(self) -> Hashable:
-        """What stays the same through rewrites within a graph."""
-        record = info(self.node)
-        return self.slot or (self.node.target, record.origin or (record.made_by, self.node.name))
-
-
-class _Alignment:
+class _Comparison:
     def __init__(self, before: Program, after: Program) -> None:
         self.programs = before, after
         self.sections = before.sections(), after.sections()
-        self.old, self.new = _items(before), _items(after)
-        self.partner: dict[fx.Node, _Item] = {}  # node after -> what it was before
-        self.successor: dict[fx.Node, _Item] = {}  # and the other way
-        self.copied: dict[fx.Node, _Item] = {}  # node after -> the node before that it is a further copy of
-        self._pair(lambda item: (item.section, item.identity))
-        # A rewrite that puts another operator in a node's place hands the origin on.
-        self._pair(lambda item: (item.section, info(item.node).origin) if _has_origin(item) else None)
-        self._pair(lambda item: item.identity if _has_origin(item) else None)
-        originals = {item.identity: item for item in self.old if _has_origin(item)}
-        for item in self.new:
-            if item.node not in self.partner and item.identity in originals and _has_origin(item):
-                self.copied[item.node] = originals[item.identity]
-
-    def _pair(self, key: Callable[[_Item], Hashable]) -> None:
-        """Align nodes of equal key that are not aligned yet: those of equal name first, then those of equal phase."""
-        groups = defaultdict[Hashable, tuple[list[_Item], list[_Item]]](lambda: ([], []))
-        for side, items, taken in ((0, self.old, self.successor), (1, self.new, self.partner)):
-            for item in items:
-                if item.node not in taken and (value := key(item)) is not None:
-                    groups[value][side].append(item)
-        for old, new in groups.values():
-            if not old:
-                continue
-            for alike in (_same_name, _same_phase, _anything):
-                for item in list(new):
-                    found = next((candidate for candidate in old if alike(candidate, item)), None)
-                    if found is not None:
-                        old.remove(found)
-                        new.remove(item)
-                        self.partner[item.node], self.successor[found.node] = found, item
+        self.alignment = Alignment(before, after)
 
     def diff(self) -> Diff:
         added, changed, moved, duplicated = [], [], [], []
-        for item in self.new:
+        for item in self.alignment.after:
             entry = self._entry(item, 1, item.index)
-            old = self.partner.get(item.node)
-            if item.node in self.copied:
-                original = self.copied[item.node]
+            old = self.alignment.partner.get(item.node)
+            if item.node in self.alignment.copied:
+                original = self.alignment.copied[item.node]
                 duplicated.append(Copy(self._entry(original, 0, original.index), entry))
             elif old is None:
                 added.append(entry)
             else:
-                what = tuple(self._differences(old.node, item.node))
+                what = tuple(self._differences(old, item))
                 change = Change(self._entry(old, 0, item.index), entry, what)
                 if old.section != item.section:
                     moved.append(change)
                 elif what:
                     changed.append(change)
-        removed = []
-        place: dict[str, float] = defaultdict(lambda: -0.5)
-        for item in self.old:
-            heir = self.successor.get(item.node)
-            if heir is None:
-                removed.append(self._entry(item, 0, place[item.section]))
-            elif heir.section == item.section:
-                place[item.section] = heir.index + 0.5
         outputs = self._outputs()
         return Diff(
             tuple(_header(*self.programs)),
             (*added, *outputs.added),
-            (*removed, *outputs.removed),
+            (*self._removed(), *outputs.removed),
             (*changed, *outputs.changed),
             tuple(moved),
             tuple(duplicated),
         )
 
-    def _entry(self, item: _Item, side: int, position: float) -> Entry:
+    def _removed(self) -> Iterable[Entry]:
+        """What has no successor, each placed after the last one before it that has."""
+        place: dict[str, float] = defaultdict(lambda: -0.5)
+        for item in self.alignment.before:
+            heir = self.alignment.successor.get(item.node)
+            if heir is None:
+                yield self._entry(item, 0, place[item.section])
+            elif heir.section == item.section:
+                place[item.section] = heir.index + 0.5
+
+    def _entry(self, item: Item, side: int, position: float) -> Entry:
         section = self.sections[side][item.section]
         return Entry(item.section, item.node.name, text.node_text(item.node, item.section, section), position)
 
-    def _differences(self, old: fx.Node, new: fx.Node) -> Iterable[str]:
-        if old.op == new.op == "call_function" and old.target != new.target:
-            yield f"operator: {spell_target(old.target)} -> {spell_target(new.target)}"
+    def _differences(self, old: Item, new: Item) -> Iterable[str]:
+        if old.slot and new.slot:
+            if old.slot != new.slot:
+                yield f"slot: {spell_slot(old.slot)} -> {spell_slot(new.slot)}"
+        elif old.node.target != new.node.target:
+            yield f"operator: {spell_target(old.node.target)} -> {spell_target(new.node.target)}"
         else:
-            first, second = _arguments(old), _arguments(new)
+            first, second = _arguments(old.node), _arguments(new.node)
             for name in first | second:
-                if name not in first or name not in second:
-                    yield f"{name}: {spell(first[name]) if name in first else 'default'} -> " + (
-                        spell(second[name]) if name in second else "default"
-                    )
-                elif self._key(first[name], before=True) != self._key(second[name], before=False):
-                    yield f"{name}: {spell(first[name])} -> {spell(second[name])}"
-        kinds = [spell_type(type_of(node.meta["val"])) for node in (old, new)]
+                if name not in first or name not in second or not self._same(first[name], second[name]):
+                    yield f"{name}: " + " -> ".join(spell(s[name]) if name in s else "default" for s in (first, second))
+        kinds = [spell_type(type_of(item.node.meta["val"])) for item in (old, new)]
         if kinds[0] != kinds[1]:
             yield f"type: {kinds[0]} -> {kinds[1]}"
         for name in _ATTRIBUTES:
-            values = [getattr(info(node), name) for node in (old, new)]
+            values = [getattr(info(item.node), name) for item in (old, new)]
             if values[0] != values[1]:
-                yield " -> ".join([f"{name}: {_shown(values[0])}", _shown(values[1])])
+                yield f"{name}: " + " -> ".join('""' if value == "" else str(value) for value in values)
 
-    def _key(self, value: Any, before: bool) -> Hashable:
-        """An argument with nodes replaced by what they are before."""
-        if isinstance(value, fx.Node):
-            return value if before or value not in self.partner else self.partner[value].node
-        if isinstance(value, (list, tuple)):
-            return tuple(self._key(item, before) for item in value)
-        return spell(value)
+    def _same(self, old: Any, new: Any) -> bool:
+        """Whether an argument is what it was before."""
+        if isinstance(new, fx.Node):
+            partner = self.alignment.partner.get(new)
+            return partner is not None and partner.node is old
+        if isinstance(new, (list, tuple)) and isinstance(old, (list, tuple)):
+            return len(old) == len(new) and all(map(self._same, old, new))
+        return not isinstance(old, fx.Node) and spell(old) == spell(new)
 
     def _outputs(self) -> Diff:
         added, removed, changed = [], [], []
         for name in _in_order({*self.sections[0], *self.sections[1]}):
             old, new = ((s[name].outputs if name in s else {}) for s in self.sections)
-            end = len(self.sections[1].get(name, Section()).graph.nodes)
-            for index, slot in enumerate(old | new):
-                entries = [
-                    Entry(name, side[slot].name, f"return {spell_slot(slot)} %{side[slot].name}", end + index)
-                    for side in (old, new)
-                    if slot in side
-                ]
-                if slot not in old:
-                    added += entries
-                elif slot not in new:
-                    removed += entries
-                elif self._key(old[slot], before=True) != self._key(new[slot], before=False):
-                    first, second = entries
-                    changed.append(Change(first, second, (f"value: %{first.name} -> %{second.name}",)))
+            end = len(self.sections[1][name].graph.nodes) if name in self.sections[1] else 0
+            # One that only went to another stage is the same output.
+            elsewhere = {without_stage(slot): slot for slot in new if slot not in old}
+            for index, (slot, node) in enumerate(old.items()):
+                before = _output(name, slot, node, end + index)
+                heir = slot if slot in new else elsewhere.pop(without_stage(slot), None)
+                if heir is None:
+                    removed.append(before)
+                    continue
+                what = [f"slot: {spell_slot(slot)} -> {spell_slot(heir)}"] if heir != slot else []
+                what += [] if self._same(node, new[heir]) else [f"value: %{node.name} -> %{new[heir].name}"]
+                if what:
+                    changed.append(Change(before, _output(name, heir, new[heir], end + index), tuple(what)))
+            late = [slot for slot in new if slot in elsewhere.values()]
+            added += [_output(name, slot, new[slot], end + len(old) + i) for i, slot in enumerate(late)]
         return Diff((), tuple(added), tuple(removed), tuple(changed))
 
 
-def _items(program: Program) -> list[_Item]:
-    return [
-        _Item(name, node, index, section.inputs.get(node))
-        for name, section in program.sections().items()
-        for index, node in enumerate(section.graph.nodes)
-        if node.op != "output"
-    ]
-
-
-def _has_origin(item: _Item) -> bool:
-    return item.slot is None and bool(info(item.node).origin)
-
-
-def _same_name(old: _Item, new: _Item) -> bool:
-    return old.node.name == new.node.name
-
-
-def _same_phase(old: _Item, new: _Item) -> bool:
-    return info(old.node).phase == info(new.node).phase
-
-
-def _anything(old: _Item, new: _Item) -> bool:
-    return True
+def _output(section: str, slot: Slot, node: fx.Node, position: float) -> Entry:
+    return Entry(section, node.name, f"return {spell_slot(slot)} %{node.name}", position)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
@@ -288,10 +228,6 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     names = [a.name for a in target._schema.arguments] if isinstance(target, torch._ops.OpOverload) else []
     positional = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(node.args)}
     return positional | node.kwargs
-
-
-def _shown(value: object) -> str:
-    return '""' if value == "" else str(value)
 
 
 def _header(before: Program, after: Program) -> Iterable[str]:

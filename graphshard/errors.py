@@ -388,9 +388,9 @@ class NeedsTensorValue(GraphshardError):
 
     def __init__(self, where: str) -> None:
         super().__init__(
-            f"cannot capture {where}: it needs the value of a tensor (.item(), .tolist(), int(), bool() or an `if` on it), "
-            "which a graph does not have; keep it a tensor (torch.where instead of `if`), or compute the number before "
-            "step and pass it as an argument"
+            f"cannot capture {where}: it needs the value of a tensor (.item(), .tolist(), int(), bool() or an `if` on "
+            "it), which a graph does not have; keep it a tensor (torch.where instead of `if`), or compute the number "
+            "before step and pass it as an argument"
         )
 
 
@@ -416,8 +416,8 @@ class UnknownRandomOperator(GraphshardError):
 
     def __init__(self, operator: str, where: str) -> None:
         super().__init__(
-            f"cannot capture the random operator {operator} in {where}: its numbers would differ from one run to the next; "
-            "use torch.rand, randn, randint, bernoulli, normal, exponential, multinomial or dropout, without a generator"
+            f"cannot capture the random operator {operator} in {where}: its numbers could not be drawn again; use "
+            "torch.rand, randn, randint, bernoulli, normal, exponential, multinomial or dropout, without a generator"
         )
 
 
@@ -434,8 +434,8 @@ class NoLoss(GraphshardError):
 
     def __init__(self, given: object) -> None:
         super().__init__(
-            f"the model returned {type(given).__name__} without a loss; give compile a loss_fn, or return the loss, or an "
-            "object or dict that holds it as loss"
+            f"the model returned {type(given).__name__} without a loss; give compile a loss_fn, or return the loss, or "
+            "an object or dict that holds it as loss"
         )
 
 
@@ -453,8 +453,8 @@ class LossWithoutGradient(GraphshardError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the loss does not depend on any parameter that requires a gradient; check for .detach(), torch.no_grad() and "
-            "requires_grad=False between the parameters and the loss"
+            "the loss does not depend on any parameter that requires a gradient; check for .detach(), torch.no_grad() "
+            "and requires_grad=False between the parameters and the loss"
         )
 
 
@@ -463,7 +463,8 @@ class LossHasParameters(GraphshardError):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"loss_fn has a parameter of its own ({name}), which would not be trained; make the loss a submodule of the model"
+            f"loss_fn has a parameter of its own ({name}), which would not be trained; make the loss a submodule of "
+            "the model"
         )
 
 
@@ -492,8 +493,8 @@ class TensorWithoutValue(GraphshardError):
 
     def __init__(self, shape: tuple[int, ...], where: str) -> None:
         super().__init__(
-            f"{where} uses a tensor of shape {list(shape)} on the meta device that is neither a parameter nor a buffer, so "
-            "nothing can give it a value; register it with register_buffer, or build it inside forward"
+            f"{where} uses a tensor of shape {list(shape)} on the meta device that is neither a parameter nor a "
+            "buffer, so nothing can give it a value; register it with register_buffer, or build it inside forward"
         )
 
 
@@ -508,7 +509,9 @@ class BufferChangesType(GraphshardError):
     """The forward pass replaces a buffer by one of another shape or dtype."""
 
     def __init__(self, name: str, old: str, new: str) -> None:
-        super().__init__(f"the forward pass replaces buffer {name!r}, {old}, by {new}; shapes and dtypes must stay the same")
+        super().__init__(
+            f"the forward pass replaces buffer {name!r}, {old}, by {new}; shapes and dtypes must stay the same"
+        )
 
 
 class UnsupportedInput(GraphshardError):
@@ -523,5 +526,6 @@ class MissingInput(GraphshardError):
 
     def __init__(self) -> None:
         super().__init__(
-            "step was given no positional argument; with a loss_fn, step(x, *targets) computes loss_fn(model(x), *targets)"
+            "step was given no positional argument; with a loss_fn, step(x, *targets) computes "
+            "loss_fn(model(x), *targets)"
         )

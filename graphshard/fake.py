@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_map_only
-
-Mode = FakeTensorMode
 
 
 def new_mode() -> FakeTensorMode:
@@ -52,7 +51,7 @@ def tensor(
 
 
 def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value ``target`` gives for arguments in which nodes stand for their values. Raises what the operator raises."""
+    """The value ``target`` gives; nodes among the arguments stand for their values. Raises what the operator raises."""
     args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
     with mode, torch.no_grad():
         return target(*args, **kwargs)

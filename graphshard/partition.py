@@ -49,7 +49,7 @@ def search(line: Line, stages: int, byte_cost: float, limit_bytes: float = math.
     """The ``stages - 1`` cut positions, ascending; None if there are too few or ``limit_bytes`` cannot be kept.
 
     Minimises the slowest stage, a stage's time being its items' costs and ``byte_cost`` for each byte that crosses its
-    two ends; among the cuts within :data:`SLACK` of that, the bytes that cross.
+    two ends; among the cuts within :data:`SLACK` of that, the bytes that cross; then evens the stages out.
     """
     found = _Search(line, stages, byte_cost)
     return found.cuts(limit_bytes)
@@ -87,8 +87,10 @@ class _Search:
         slowest = self.bottleneck(time)
         if math.isinf(slowest):
             return None
-        sent = torch.where(time <= slowest * (1 + SLACK), self.sent[:, None], math.inf)
-        best, back = torch.where(sent[0].isinf(), math.inf, 0.0), []
+        # Among equal bytes the most even cut: squares of shares of the slowest, all stages together less than a byte.
+        uneven = (time / max(slowest, 1.0)).square() / (2 * self.stages)
+        sent = torch.where(time <= slowest * (1 + SLACK), self.sent[:, None] + uneven, math.inf)
+        best, back = sent[0], []
         for _ in range(self.stages - 1):
             best, chosen = (best[:, None] + sent).min(0)
             back.append(chosen)

@@ -30,10 +30,11 @@ PASSES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Where parameters live, as a first program of a model decided it. Later programs of the same model (evaluation, other
-    shapes) obey it, because they share its storage."""
+    """Where parameters live, as a first program of a model decided it. Later programs of the same model (evaluation,
+    other shapes) obey it, because they share its storage."""
 
-    stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # parameter or buffer to the stages that hold it
+    # Parameter or buffer to the stages that hold it.
+    stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     buckets: Mapping[str, Bucket] = field(default_factory=dict)
 
 
@@ -101,7 +102,7 @@ def load_pass(name: str) -> type[Any]:
 
 
 def parse_passes(text: str) -> list[Pass]:
-    """Passes from ``"zero:stage=3;bucket"``: names joined by ``;``, options ``key=value`` joined by ``,``, list values by ``/``.
+    """Passes from ``"zero:stage=3;bucket"``: names joined by ``;``, options ``key=value`` by ``,``, list values by ``/``.
 
     Raises:
         UnknownPass: a name that is not in the table.
@@ -109,7 +110,9 @@ def parse_passes(text: str) -> list[Pass]:
     """
     result: list[Pass] = []
     for token in filter(None, (part.strip() for part in text.split(";"))):
-        name, _, rest = token.partition(":") if token.count(":") < 2 and "." not in token else (token, "", "")
+        name, _, rest = (
+            token.partition(":") if token.count(":") < 2 and "." not in token.partition(":")[0] else (token, "", "")
+        )
         cls = load_pass(name)
         types_of = typing.get_type_hints(cls)
         fields = {f.name: types_of[f.name] for f in dataclasses.fields(cls)}
@@ -126,7 +129,9 @@ def parse_passes(text: str) -> list[Pass]:
 def _convert(name: str, item: str, value: str, kind: Any) -> Any:
     arguments = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
-        return None if value == "None" else _convert(name, item, value, next(a for a in arguments if a is not type(None)))
+        return (
+            None if value == "None" else _convert(name, item, value, next(a for a in arguments if a is not type(None)))
+        )
     if typing.get_origin(kind) is tuple:
         return tuple(_convert(name, item, part, arguments[0]) for part in value.split("/"))
     if kind is bool and value in ("True", "False"):

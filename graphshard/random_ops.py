@@ -38,13 +38,21 @@ DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {
 
 def register(library: torch.library.Library) -> None:
     """Define the operators in ``library``."""
-    real = (dropout, bernoulli, poisson, multinomial, permutation, sample, sample_like)
-    meta = (_dropout_type, _like, _like, _multinomial_type, _permutation_type, _sample_type, _sample_like_type)
+    real: tuple[Callable[..., Any], ...] = (dropout, bernoulli, poisson, multinomial, permutation, sample, sample_like)
+    meta: tuple[Callable[..., Any], ...] = (
+        _dropout_type,
+        _like,
+        _like,
+        _multinomial_type,
+        _permutation_type,
+        _sample_type,
+        _sample_like_type,
+    )
     for schema, run, types in zip(_SCHEMAS, real, meta, strict=True):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         name = schema.partition("(")[0]
         library.impl(name, run, "CompositeExplicitAutograd")
-        library.impl(name, types, "Meta")
+        torch.library.register_fake(f"graphshard::{name}", types, lib=library)  # key and result differ in device
 
 
 def generator(key: Tensor, id: int, device: torch.device) -> torch.Generator:
@@ -66,7 +74,7 @@ def _mix(x: int) -> int:
 
 
 def dropout(x: Tensor, key: Tensor, p: float, id: int) -> tuple[Tensor, Tensor]:
-    """``x`` with elements zeroed with probability ``p`` and the others scaled by 1/(1-p); and which ones were kept (bool)."""
+    """``x`` with elements zeroed with probability ``p``, others scaled by 1/(1-p); and which were kept (bool)."""
     kept = _drawn(torch.empty_like(x, dtype=torch.bool), "bernoulli", [1 - p], key, id)
     return x * kept * (0.0 if p == 1 else 1 / (1 - p)), kept
 

@@ -47,9 +47,17 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
         "parameters": sum(p.numel for p in plan.params.values()),
         "ranks": ranks,
         "bubble_fraction": simulated.bubble_fraction,
-        "passes": [{"name": r.name, "options": r.options, "seconds": r.seconds, "nodes": r.nodes} for r in program.history],
+        "passes": [
+            {"name": r.name, "options": r.options, "seconds": r.seconds, "nodes": r.nodes} for r in program.history
+        ],
         "buckets": [
-            {"name": b.name, "stage": b.stage, "bytes": b.numel * b.dtype.itemsize, "parts": b.parts, "parameters": len(b.members)}
+            {
+                "name": b.name,
+                "stage": b.stage,
+                "bytes": b.numel * b.dtype.itemsize,
+                "parts": b.parts,
+                "parameters": len(b.members),
+            }
             for b in plan.buckets.values()
         ],
         "stored": sorted({str(b.store) for b in plan.buckets.values()}),
@@ -99,7 +107,9 @@ def explain(data: dict[str, Any]) -> str:
     ]
     width = max((len(p["name"]) for p in data["passes"]), default=0)
     for item in data["passes"]:
-        lines.append(f"  {item['name']:{width}}  {item['nodes']:6} nodes  {item['seconds'] * 1e3:8.1f} ms  {item['options']}".rstrip())
+        milliseconds = item["seconds"] * 1e3
+        lines.append(f"  {item['name']:{width}}  {item['nodes']:6} nodes  {milliseconds:8.1f} ms  {item['options']}")
+        lines[-1] = lines[-1].rstrip()
     lines += ["", "ranks (one per pipeline stage; its data-parallel peers are alike)"]
     seen: set[int] = set()
     for rank in data["ranks"]:
@@ -109,11 +119,15 @@ def explain(data: dict[str, Any]) -> str:
         sent = ", ".join(f"{axis} {human(n)}" for axis, n in rank["sent_bytes"].items()) or "nothing"
         memory = ", ".join(f"{name} {human(n)}" for name, n in rank["memory"].items() if n)
         lines.append(
-            f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}, peak {human(rank['peak_bytes'])} ({memory})"
+            f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}, "
+            f"peak {human(rank['peak_bytes'])} ({memory})"
         )
         if rank["gathers_per_microbatch"]:
-            lines.append(f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch")
+            lines.append(
+                f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch"
+            )
     lines += ["", f"bubble: {data['bubble_fraction']:.1%} of the schedule, by FLOPs", "", "buckets"]
     for bucket in data["buckets"]:
-        lines.append(f"  stage {bucket['stage']}  {human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters  {bucket['name']}")
+        size = f"{human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters"
+        lines.append(f"  stage {bucket['stage']}  {size}  {bucket['name']}")
     return "\n".join(lines) + "\n"

@@ -15,9 +15,25 @@ from graphshard import fake
 from graphshard.program import NodeInfo, Section, Slot, info
 
 
-def call(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], record: NodeInfo, **kwargs: Any) -> fx.Node:
+def arg(node: fx.Node, index: int) -> fx.Node:
+    """The positional argument at ``index``, which is a node."""
+    value = node.args[index]
+    assert isinstance(value, fx.Node), f"argument {index} of {node} is no node"
+    return value
+
+
+def list_arg(node: fx.Node, index: int) -> list[Any]:
+    """The positional argument at ``index``, which is a list: of nodes or of numbers."""
+    value = node.args[index]
+    assert isinstance(value, (list, tuple)), f"argument {index} of {node} is no list"
+    return list(value)
+
+
+def call(
+    graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], record: NodeInfo, **kwargs: Any
+) -> fx.Node:
     """Insert an operation at the graph's insertion point; its value is derived from its arguments'."""
-    node = graph.call_function(target, args, kwargs)
+    node: fx.Node = graph.call_function(target, args, kwargs)
     mode = fake.mode_of([n.meta["val"] for n in node.all_input_nodes]) or fake.graph_mode(graph) or fake.new_mode()
     node.meta["val"] = fake.infer(mode, target, args, kwargs)
     node.meta["info"] = record
@@ -94,7 +110,7 @@ def retype(nodes: Iterable[fx.Node]) -> None:
 
 
 def retype_from(changed: Iterable[fx.Node]) -> None:
-    """Derive again the values of everything whose type follows from the type of one of ``changed``, but not of those."""
+    """Derive again the values of what is behind ``changed``, as far as types do change, but not of those themselves."""
     pending = set(changed)
     for node in next(iter(pending)).graph.nodes if pending else ():
         if node.op == "call_function" and any(source in pending for source in node.all_input_nodes):

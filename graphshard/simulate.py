@@ -35,7 +35,9 @@ def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
                 return
             root = storage.of(ref.microbatch)
         if not users[root]:
-            sizes[root] = (storage.nbytes, storage.category) if storage is not None else sizes.get(root, (0, "workspace"))
+            sizes[root] = (
+                (storage.nbytes, storage.category) if storage is not None else sizes.get(root, (0, "workspace"))
+            )
             live[sizes[root][1]] += sizes[root][0]
         users[root] += 1
         root_of[ref] = root

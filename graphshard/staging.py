@@ -34,6 +34,7 @@ class BodyStaging:
 
     def __init__(self, program: Program, byte_cost: float) -> None:
         self.program, self.body = program, program.body
+        self.inputs, self.outputs = program.body.input_slots, program.body.outputs
         self.places: dict[fx.Node, Place] = {}
         self.roots: dict[fx.Node, set[fx.Node]] = {}  # parameters and buffers that unplaced values are made of
         self._find_unplaced(byte_cost)
@@ -135,11 +136,10 @@ class BodyStaging:
     def _buffer_spans(self) -> dict[str, tuple[int, int]]:
         """First reader and writer of each buffer that changes: one stage holds it, so no cut may fall in between."""
         spans: dict[str, tuple[int, int]] = {}
-        outputs = self.body.outputs
-        for slot, node in self.body.input_slots.items():
+        for slot, node in self.inputs.items():
             if slot.role is Role.CARRY and slot.name.startswith("buffer:"):
                 readers = [self.index[u] for u in node.users if u in self.index]
-                writer = self.index.get(outputs[slot])
+                writer = self.index.get(self.outputs[slot])
                 if readers and writer is not None:
                     spans[slot.name.removeprefix("buffer:")] = (min(readers), writer)
         return spans
@@ -210,15 +210,14 @@ class BodyStaging:
             if node not in self.places:
                 self.places[node] = (self._backward_stage(node),)
         self.holders = holders
-        inputs, outputs = self.body.input_slots, self.body.outputs
         for node, slot in self.body.inputs.items():
             if slot.role is Role.PARAM:
                 self.places[node] = holders.get(slot.name) or self._reading_stages(node)
             elif slot.role is Role.BUFFER:
                 self.places[node] = holders.get(slot.name, ())
-        for slot, node in inputs.items():
+        for slot, node in self.inputs.items():
             if slot.role is Role.CARRY:
-                self.places[node] = self._carry_place(slot, outputs[slot], holders)
+                self.places[node] = self._carry_place(slot, self.outputs[slot], holders)
 
     def _backward_stage(self, node: fx.Node) -> int:
         if is_getitem(node):
@@ -237,21 +236,21 @@ class BodyStaging:
     def _reading_stages(self, root: fx.Node) -> tuple[int, ...]:
         """Stages of the forward operations that read a parameter, and of its gradients."""
         found = {self.stage(node) for node in self.readers.get(root, ())}
-        gradient = self.body.outputs.get(Slot(Role.CARRY, f"grad:{self.body.inputs[root].name}"))
+        gradient = self.outputs.get(Slot(Role.CARRY, f"grad:{self.body.inputs[root].name}"))
         if gradient is not None:
             found |= summand_stages(gradient.args[1], self.places)
         return tuple(sorted(found)) or (0,)
 
     def param_stages(self, name: str) -> tuple[int, ...]:
         """The stages that hold a parameter, ascending; one that nothing reads is on the first."""
-        node = self.body.input_slots.get(Slot(Role.PARAM, name))
+        node = self.inputs.get(Slot(Role.PARAM, name))
         place = self.places[node] if node is not None else self.holders.get(name)
         return place or (0,)
 
     def _carry_place(self, slot: Slot, result: fx.Node, holders: Holders) -> Place:
         kind, _, name = slot.name.partition(":")
         if kind == "grad":
-            param = self.body.input_slots.get(Slot(Role.PARAM, name))
+            param = self.inputs.get(Slot(Role.PARAM, name))
             held = self.places[param] if param is not None else None
             held = held or self.program.params[name].stages
             stages = {nearest(held, stage) for stage in summand_stages(result.args[1], self.places)}

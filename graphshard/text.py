@@ -14,8 +14,8 @@
     }
 
 A node's attributes print where they differ from the default: the phase is ``forward`` in the body and ``update``
-elsewhere, and the origin of a node that no pass made is its own name. Strides print unless contiguous, devices unless
-the CPU. How long a pass took is not part of the text, so that the same program always prints the same.
+elsewhere, and the origin of an operation that no pass made is its own name. Strides print unless contiguous, devices
+unless the CPU. How long a pass took is not part of the text, so that the same program always prints the same.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _attributes(node: fx.Node, section_name: str) -> str:
     record = node.meta.get("info")
     if record is None:
         return ""
-    default = default_info(section_name, node.name, record.made_by)
+    default = default_info(section_name, node, record.made_by)
     words = []
     for name in _FIELDS:
         value = getattr(record, name)

@@ -23,7 +23,7 @@ _ROLES = tuple(map(str, Role))
 class GraphParser:
     """Reads one graph. ``header`` says what parameters, buckets and constants there are."""
 
-    def __init__(self, cursor: Cursor, header: Program, mode: fake.Mode, name: str) -> None:
+    def __init__(self, cursor: Cursor, header: Program, mode: fake.FakeTensorMode, name: str) -> None:
         self.cursor, self.header, self.mode, self.name = cursor, header, mode, name
         self.section = Section()
         self.nodes: dict[str, fx.Node] = {}
@@ -65,7 +65,7 @@ class GraphParser:
             node = self._placeholder(head, name, kind, kind_token)
         # fx renames what would shadow a builtin. It never makes such a name itself, so none can clash with this one.
         node.name = name
-        node.meta["info"] = self._info(name)
+        node.meta["info"] = self._info(node)
         self.nodes[name] = node
 
     def _placeholder(self, head: Token, name: str, kind: Any, at: Token) -> fx.Node:
@@ -189,9 +189,9 @@ class GraphParser:
             return fake.tensor(self.mode, kind.shape, kind.dtype, kind.full_stride, kind.device)
         return value
 
-    def _info(self, name: str) -> NodeInfo:
+    def _info(self, node: fx.Node) -> NodeInfo:
         if not self.cursor.is_mark("{"):
-            return default_info(self.name, name, "")
+            return default_info(self.name, node, "")
         cursor, values = self.cursor, dict[str, Any]()
 
         def label() -> str:
@@ -208,7 +208,7 @@ class GraphParser:
             "made_by": label,
         }
         cursor.items(lambda: cursor.attribute(parsers, "attribute", values), "{", "}", "the attributes")
-        return replace(default_info(self.name, name, values.get("made_by", "")), **values)
+        return replace(default_info(self.name, node, values.get("made_by", "")), **values)
 
 
 def _admits(kind: Any, derived: Any) -> bool:

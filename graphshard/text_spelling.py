@@ -163,10 +163,11 @@ def spell_slot(slot: Slot) -> str:
     return " ".join(words)
 
 
-def default_info(section: str, name: str, made_by: str) -> NodeInfo:
-    """What the text need not say of node ``name``: its phase by the section; a captured node is its own origin."""
+def default_info(section: str, node: fx.Node, made_by: str) -> NodeInfo:
+    """What the text need not say of a node: its phase by the section; a captured operation is its own origin."""
     phase = Phase.FORWARD if section == "body" else Phase.UPDATE
-    return NodeInfo(phase=phase, origin="" if made_by else name, made_by=made_by)
+    captured = node.op == "call_function" and not made_by
+    return NodeInfo(phase=phase, origin=node.name if captured else "", made_by=made_by)
 
 
 def is_stored(value: torch.Tensor) -> bool:

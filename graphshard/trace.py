@@ -12,18 +12,19 @@ from torch.utils import _pytree as pytree
 
 from graphshard.errors import LossHasParameters, MissingInput, UnsupportedInput
 from graphshard.program import Program
+from graphshard.trace_call import LossFn, Mode, Request
 from graphshard.trace_convert import convert
-from graphshard.trace_joint import LossFn, Mode, Request, trace_joint
+from graphshard.trace_joint import trace_joint
 from graphshard.trace_model import describe_params, parameter_names, tensors_of
 
-__all__ = ["Captured", "capture", "describe_params", "input_signature", "parameter_names"]
+__all__ = ["Captured", "LossFn", "Mode", "capture", "describe_params", "input_signature", "parameter_names"]
 
 
 @dataclass(frozen=True)
 class Captured:
     """A captured program and how its inputs and outputs were flattened.
 
-    BATCH slot "i" is leaf i of (args, kwargs); OUTPUT slot "i" is leaf i of the model's output. Leaves that are no tensors are
+    BATCH slot "i" is leaf i of (args, kwargs); OUTPUT slot "i" is leaf i of the model's output. Other leaves are
     constants of the program.
     """
 
@@ -46,8 +47,8 @@ def capture(
     """Run ``model`` once on fake tensors; nothing is computed, and the model is left as it was.
 
     "train": forward and backward, in the model's own training flags, body with gradient carries; the epilogue averages
-    the loss and stores buffers, without an update. "evaluate": forward in evaluation mode. "call": forward in evaluation mode
-    without the loss; the body returns the model's output.
+    the loss and stores buffers, without an update. "evaluate": forward in evaluation mode. "call": that without the
+    loss; the body returns the model's output.
 
     Args:
         loss_fn: ``loss_fn(model(x), *targets)``; None: the model returns its loss.
@@ -68,8 +69,8 @@ def capture(
     params = {name: replace(p, group=groups.get(name)) for name, p in describe_params(model).items()}
     tensors = tensors_of(model)
     joint = trace_joint(Request(model, loss_fn, mode, tuple(leaves), spec), tensors)
-    program = convert(joint, tensors, params, microbatches)
-    return Captured(program, spec, joint.out_spec, joint.output_leaves)
+    program = convert(joint, tensors, params, microbatches, mode == "train")
+    return Captured(program, spec, joint.output.spec, joint.output.leaves)
 
 
 def input_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
@@ -88,13 +89,13 @@ def _key(leaf: Any) -> Hashable:
 def _check_inputs(leaves: list[Any]) -> None:
     for index, leaf in enumerate(leaves):
         kind = type(leaf).__name__
-        if type(leaf).__module__ == "numpy" and hasattr(leaf, "__array__") and getattr(leaf, "ndim", 0):
+        if type(leaf).__module__ == "numpy" and kind == "ndarray":
             raise UnsupportedInput(index, kind, "pass a tensor, such as torch.from_numpy(x)")
         if isinstance(leaf, Tensor):
             if leaf.layout is not torch.strided or leaf.is_nested:
                 raise UnsupportedInput(index, f"{leaf.layout} tensor", "pass a dense tensor")
         elif any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
-            raise UnsupportedInput(index, kind, "pass its tensors in a tuple, list or dict, or register it with torch's pytree")
+            raise UnsupportedInput(index, kind, "pass its tensors in a tuple, list or dict")
 
 
 def _check_loss(loss_fn: nn.Module, model: nn.Module) -> None:

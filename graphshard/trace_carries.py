@@ -10,8 +10,8 @@ from torch import Tensor, fx
 
 from graphshard import fake
 from graphshard.dataflow import is_getitem, is_view
-from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot, info
-from graphshard.rewrite import add_input, call, remove_input, set_outputs
+from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot
+from graphshard.rewrite import add_input, after, call, remove_input, set_outputs
 
 aten = torch.ops.aten
 
@@ -32,7 +32,8 @@ class Carries:
         epilogue = self.program.epilogue
         added = self._accumulator(epilogue, Slot(Role.CARRY, "loss"), total, NodeInfo(phase=Phase.UPDATE))
         record = NodeInfo(phase=Phase.UPDATE, origin="mean.loss")
-        self.last[Slot(Role.LOSS, "loss")] = _append(epilogue, aten.mul.Tensor, (added, 1 / self.program.microbatches), record)
+        share = 1 / self.program.microbatches
+        self.last[Slot(Role.LOSS, "loss")] = _append(epilogue, aten.mul.Tensor, (added, share), record)
 
     def gradient(self, name: str, value: fx.Node) -> None:
         """Sum the gradient of a parameter over micro-batches. The update reads it."""
@@ -79,7 +80,8 @@ class Carries:
         record = NodeInfo(phase=phase, module=module)
         carry = self._accumulator(self.program.body, slot, like, record)
         record = replace(record, origin=f"accumulate.{name}")
-        total = _append(self.program.body, aten.add.Tensor, (carry, value), record)
+        with after(value):  # so that the value is not kept until the end
+            total = call(self.program.body.graph, aten.add.Tensor, (carry, value), record)
         assert total.meta["val"].stride() == carry.meta["val"].stride(), f"the sum of {name} has other strides"
         self.results[slot] = total
         return like

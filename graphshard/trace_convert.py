@@ -13,19 +13,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from graphshard import fake
-from graphshard.errors import ParameterOutsideModel, ParameterWritten, TensorWithoutValue, UncapturableOperator
+from graphshard.errors import (
+    ParameterOutsideModel,
+    ParameterWritten,
+    TensorWithoutValue,
+    UncapturableOperator,
+    UnknownRandomOperator,
+)
 from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section
 from graphshard.rewrite import add_input, call, drop_dead
 from graphshard.trace_carries import Carries, owns_memory
-from graphshard.trace_errors import Line, describe
-from graphshard.trace_joint import LINE, MODULE, Joint, Port
+from graphshard.trace_context import LINE, MODULE
+from graphshard.trace_errors import NO_FUNCTIONS, Line, describe
+from graphshard.trace_joint import Joint, Port
 from graphshard.trace_model import ModelTensors
 from graphshard.trace_random import Sampler
 
 aten = torch.ops.aten
 
 
-def convert(joint: Joint, tensors: ModelTensors, params: Mapping[str, Param], microbatches: int) -> Program:
+def convert(
+    joint: Joint, tensors: ModelTensors, params: Mapping[str, Param], microbatches: int, train: bool
+) -> Program:
     """The Program of one micro-batch's graph: carries added, the epilogue averages the loss and writes buffers.
 
     Raises:
@@ -37,16 +46,16 @@ def convert(joint: Joint, tensors: ModelTensors, params: Mapping[str, Param], mi
     program = Program(
         body.section,
         microbatches=microbatches,
-        params={n: replace(p, has_grad=n in trained) for n, p in params.items()} if joint.trained else dict(params),
+        params={n: replace(p, has_grad=n in trained) for n, p in params.items()} if train else dict(params),
         constants=body.constants,
     )
     carries = Carries(program, body.mode)
     for port, node in outputs:
         match port.kind:
-            case "result" if joint.out_spec is None:
+            case "result" if joint.output.spec is None:
                 carries.loss(node)
             case "result":
-                carries.output(joint.output_tensors[port.index], node)
+                carries.output(joint.output.tensors[port.index], node)
             case "grad":
                 carries.gradient(tensors.params[port.index].name, node)
             case "buffer":
@@ -79,14 +88,17 @@ class _Body:
         for node, port in self.joint.inputs.items():
             if node.users and port.kind in ("param", "buffer", "batch"):
                 self.made[node] = self._input(node, port)
+        tangents = [node for node, port in self.joint.inputs.items() if port.kind == "tangent"]
+        nodes = [node for node in nodes if node not in self.joint.inputs]
         with graph.inserting_before(self.section.output_node):
             for node in nodes:
+                if node.meta.get("partitioner_tag") == "is_backward" and tangents:
+                    tangent = tangents.pop()
+                    self.made[tangent] = self._one(tangent)
                 if node.op == "call_function":
                     self.made[node] = self._operation(node)
                 elif node.op == "get_attr":
                     self.made[node] = self._constant(node)
-                elif node in self.joint.inputs and self.joint.inputs[node].kind == "tangent":
-                    self.made[node] = self._one(node)
         results: list[tuple[Port, fx.Node]] = []
         seen: set[fx.Node] = set()
         for port, node in self.joint.outputs:
@@ -117,8 +129,10 @@ class _Body:
     def _constant(self, node: fx.Node) -> fx.Node:
         value = getattr(self.joint.module, str(node.target))
         where = _where(next(iter(node.users)))
+        if isinstance(value, torch.Generator):
+            raise UnknownRandomOperator("that is given a generator", where)
         if not isinstance(value, Tensor):
-            raise UncapturableOperator("a nested graph", where, "use torch.where and tensor operations instead")
+            raise UncapturableOperator("a nested graph", where, NO_FUNCTIONS)
         assert not isinstance(value, FakeTensor), f"{node.target} is a constant without a value"
         if id(value) in self.known:
             raise ParameterOutsideModel(self.known[id(value)].name, where)
@@ -147,8 +161,7 @@ class _Body:
     def _check(self, node: fx.Node) -> None:
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
-            instead = "use torch.where and tensor operations instead of control flow and nested functions on graphs"
-            raise UncapturableOperator(str(getattr(target, "name", lambda: target)()), _where(node), instead)
+            raise UncapturableOperator(str(getattr(target, "name", lambda: target)()), _where(node), NO_FUNCTIONS)
         if target.namespace not in ("aten", "prims", "graphshard"):
             instead = "only ATen operators can be part of a program; write it with them"
             raise UncapturableOperator(str(target), _where(node), instead)
@@ -172,21 +185,21 @@ class _Body:
         return result
 
 
-def _forward_nodes(nodes: list[fx.Node]) -> dict[int, fx.Node]:
+def _forward_nodes(nodes: list[fx.Node]) -> dict[int | None, fx.Node]:
     """The forward node of each sequence number.
 
-    It is the first one: autograd counts when it records an operator, and what needs no gradient runs under the number of
-    the operator before it. The last number is that of the copy of the loss, whose backward has no nodes; autograd's own
-    additions of gradients run under it.
+    It is the first one: autograd counts when it records an operator, and what needs no gradient runs under the number
+    of the operator before it. The last number is that of the copy of the loss, whose backward has no nodes; autograd's
+    own additions of gradients run under it.
     """
-    found: dict[int, fx.Node] = {}
+    found: dict[int | None, fx.Node] = {}
     for node in nodes:
         if node.op == "call_function" and node.meta.get("partitioner_tag") != "is_backward":
             number = node.meta.get("seq_nr")
             if number is not None and node.target is not operator.getitem:
                 found.setdefault(number, node)
     if found:
-        del found[max(found)]
+        del found[max(number for number in found if number is not None)]
     return found
 
 

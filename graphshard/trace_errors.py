@@ -7,6 +7,7 @@ import os
 import sys
 import sysconfig
 import traceback
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from graphshard.errors import GraphshardError, ModelFailed, NeedsTensorValue, ShapeNeedsValue, UncapturableOperator
 
-_OURS = tuple(os.path.dirname(os.path.abspath(file)) + os.sep for file in (torch.__file__, __file__))
+_OURS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
 
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 
@@ -47,7 +48,7 @@ def describe(line: Line | None, module: str = "") -> str:
     """``model.py:12: y = x.item()``; without a line, the module."""
     if line is None:
         return f"module {module!r}" if module else "the backward pass"
-    code = linecache.getline(*line).strip()
+    code = linecache.getline(*line).strip()[:100]
     return f"{line[0]}:{line[1]}" + (f": {code}" if code else "")
 
 
@@ -55,7 +56,7 @@ def translate(error: Exception, doing: str) -> GraphshardError:
     """The error to raise for what was raised while the model ran on fake tensors."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     line = (frames[-1].filename, frames[-1].lineno or 0) if frames else None
-    where = describe(line)
+    where = describe(line) if line is not None else "the backward pass, or in torch itself"
     match error:
         case DataDependentOutputException():
             return NeedsTensorValue(where)
@@ -63,6 +64,8 @@ def translate(error: Exception, doing: str) -> GraphshardError:
             return ShapeNeedsValue(str(error.func), where)
         case UnsupportedOperatorException():
             return UncapturableOperator(str(error.func), where, "it has no rule for the shape of its result")
+    if type(error).__module__.startswith("torch._dynamo"):
+        return UncapturableOperator("a function that works on functions (such as torch.cond)", where, NO_FUNCTIONS)
     if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):
         return NeedsTensorValue(where)
     return ModelFailed(doing, error, where)
@@ -74,3 +77,5 @@ _VALUE_SIGNS = (
     "data-dependent",
     "aten._local_scalar_dense",
 )
+
+NO_FUNCTIONS = "use torch.where on the results of both branches, or a Python loop of fixed length"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from graphshard import fake
 from graphshard.errors import BufferChangesType, UnsupportedParameter
 from graphshard.program import Param
-
-logger = logging.getLogger("graphshard")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,10 @@ def describe_params(model: nn.Module) -> dict[str, Param]:
         UnsupportedParameter: one is no dense tensor with memory of its own.
     """
     held = tensors_of(model).params
-    return {p.name: Param(p.name, tuple(p.tensor.shape), p.tensor.dtype, p.names[1:], None, p.tensor.requires_grad) for p in held}
+    return {
+        p.name: Param(p.name, tuple(p.tensor.shape), p.tensor.dtype, p.names[1:], None, p.tensor.requires_grad)
+        for p in held
+    }
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -88,7 +89,7 @@ def _named(pairs: Iterator[tuple[str, Tensor]]) -> dict[int, Held]:
 
 def _check(held: Held) -> None:
     tensor = held.tensor
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if nn.parameter.is_lazy(tensor):
         raise UnsupportedParameter(held.name, "has no shape yet (a lazy module); run the model once before compile")
     plain = type(tensor) is Tensor or isinstance(tensor, (nn.Parameter, nn.Buffer))
     if not plain or torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
@@ -103,13 +104,13 @@ def _check_memory(held: Sequence[Held]) -> None:
     for item in held:
         tensor = item.tensor
         if tensor.numel():
-            begin = tensor.storage_offset() * tensor.element_size()
+            begin = int(tensor.storage_offset()) * tensor.element_size()
             reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
             storage = tensor.untyped_storage()._cdata
-            spans.setdefault(storage, []).append((begin, begin + reach * tensor.element_size(), item))
+            spans.setdefault(storage, []).append((begin, begin + int(reach) * tensor.element_size(), item))
     for group in spans.values():
         group.sort(key=lambda span: span[:2])
-        for (_, end, first), (begin, _, second) in zip(group, group[1:], strict=False):
+        for (_, end, first), (begin, _, second) in pairwise(group):
             if begin < end:
                 problem = f"shares memory with {first.name!r} but is another tensor"
                 raise UnsupportedParameter(second.name, problem + "; to tie them, assign the same Parameter to both")
@@ -168,34 +169,29 @@ def _type(value: Any) -> str:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back every attribute of the model's modules afterwards, so that no fake tensor stays behind.
-
-    A number or string that the forward pass changes is worth a warning: a compiled step does not repeat it.
-    """
+def unchanged(model: nn.Module, changes: set[str]) -> Iterator[None]:
+    """Put back every attribute of the model's modules afterwards, so that no fake tensor stays behind and each of
+    capture's runs sees the same model. Numbers and strings that were changed are described in ``changes``."""
     before = [
-        (name, module, dict(module.__dict__), [(d, dict(d)) for d in (module._parameters, module._buffers, module._modules)])
+        (
+            name,
+            module,
+            dict(module.__dict__),
+            [(d, dict(d)) for d in (module._parameters, module._buffers, module._modules)],
+        )
         for name, module in model.named_modules()
     ]
     try:
         yield
     finally:
         for name, module, attributes, registered in before:
-            changed = [k for k in attributes if _is_other_number(attributes[k], module.__dict__.get(k))]
-            for key in changed:
-                logger.warning(
-                    "graphshard: the forward pass changes %s from %r to %r; a compiled step keeps using the first value",
-                    f"{name}.{key}".lstrip("."),
-                    attributes[key],
-                    module.__dict__.get(key),
-                )
+            for key, old in attributes.items():
+                new = module.__dict__.get(key)
+                if type(old) in (int, float, bool, str) and type(new) is type(old) and old != new:
+                    changes.add(f"{name}.{key}".lstrip(".") + f" from {old!r} to {new!r}")
             _put_back(module.__dict__, attributes)
             for values, original in registered:
                 _put_back(values, original)
-
-
-def _is_other_number(old: object, new: object) -> bool:
-    return type(old) in (int, float, bool, str) and type(new) is type(old) and old != new
 
 
 def _put_back(values: dict[str, Any], original: Mapping[str, Any]) -> None:

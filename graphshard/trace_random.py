@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_flatten
 
 import graphshard.ops  # noqa: F401  (defines the operators)
 from graphshard import fake
@@ -36,7 +38,6 @@ _FROM_TENSOR: dict[object, tuple[str, tuple[str | float, ...]]] = {
     aten.uniform.default: ("uniform", ("from", "to")),
     aten.normal_functional.default: ("normal", ("mean", "std")),
     aten.bernoulli.p: ("bernoulli", ("p",)),
-    getattr(aten.random, "from"): ("integers", ("from", "to")),
     aten.random.to: ("integers", (0, "to")),
     aten.exponential.default: ("exponential", ("lambd",)),
     aten.geometric.default: ("geometric", ("p",)),
@@ -45,13 +46,13 @@ _FROM_TENSOR: dict[object, tuple[str, tuple[str | float, ...]]] = {
 }
 
 
+@dataclass
 class Sampler:
     """Replaces random operators of one section; counts them, which gives each its id."""
 
-    def __init__(self, section: Section, key_mode: Any) -> None:
-        self.section = section
-        self.mode = key_mode
-        self.count = 0
+    section: Section
+    mode: fake.FakeTensorMode
+    count: int = 0
 
     def replace(
         self, node: fx.Node, made: Mapping[fx.Node, fx.Node], record: NodeInfo, where: Callable[[], str]
@@ -67,49 +68,53 @@ class Sampler:
         given = _arguments(node)
         if given.get("dropout_p") == 0.0:
             return None  # attention is tagged random for its dropout
-        if given.get("generator") is not None:
-            raise UnknownRandomOperator(f"{target} with a generator", where())
         given = {name: made.get(value, value) if isinstance(value, fx.Node) else value for name, value in given.items()}
-        value: Any = node.meta["val"]
-        plan = self._plan(target, given, value)
-        if plan is None:
+        result = self._drawn(target, given, node.meta["val"], record)
+        if result is None or _strides(result) != _strides(node):
             raise UnknownRandomOperator(str(target), where())
-        operator, before, after, options = plan
-        id = self.count
-        self.count += 1
-        return call(self.section.graph, operator, (*before, *after, id), record, **options)
+        return result
 
-    def _plan(
-        self, target: object, given: dict[str, Any], value: Any
-    ) -> tuple[Any, tuple[Any, ...], tuple[Any, ...], dict[str, Any]] | None:
-        """Operator, arguments up to the key, those after it, and keyword arguments."""
-        if target is aten.native_dropout.default:
-            return gs.dropout.default, (given["input"], self._key()), (given["p"],), {}
-        if target is aten.bernoulli.default:
-            return gs.bernoulli.default, (given["self"], self._key()), (), {}
-        if target is aten.poisson.default:
-            return gs.poisson.default, (given["self"], self._key()), (), {}
-        if target is aten.multinomial.default:
-            options = (given["num_samples"], given["replacement"])
-            return gs.multinomial.default, (given["self"], self._key()), options, {}
-        assert isinstance(value, Tensor)
-        kind = {"dtype": value.dtype, "device": value.device}
-        if target is aten.randperm.default:
-            return gs.permutation.default, (self._key(),), (given["n"],), kind
+    def _drawn(self, target: object, given: dict[str, Any], value: Any, record: NodeInfo) -> fx.Node | None:
+        """The same distribution, drawn with the key; ``given`` holds all arguments by name."""
+        match target:
+            case aten.native_dropout.default:
+                return self._emit(record, gs.dropout.default, (given["input"], self._key(), given["p"]))
+            case aten.bernoulli.default:
+                return self._emit(record, gs.bernoulli.default, (given["self"], self._key()))
+            case aten.poisson.default:
+                return self._emit(record, gs.poisson.default, (given["self"], self._key()))
+            case aten.multinomial.default:
+                how = (given["num_samples"], given["replacement"])
+                return self._emit(record, gs.multinomial.default, (given["self"], self._key(), *how))
+            case aten.randperm.default:
+                return self._emit(record, gs.permutation.default, (self._key(), given["n"]), **_type(value))
+            case aten.bernoulli.Tensor:
+                expanded = replace(record, origin=f"{record.origin}.p")
+                p = call(self.section.graph, aten.expand.default, (given["p"], list(value.shape)), expanded)
+                return self._emit(record, gs.bernoulli.default, (p, self._key()))
+            case aten.normal.Tensor_float | aten.normal.float_Tensor | aten.normal.Tensor_Tensor:
+                return self._shifted(given["mean"], given["std"], value, record)
         if target in _FROM_TENSOR:
-            distribution, parameters = _bound(_FROM_TENSOR[target], given)
-            source = given["self"]
-            if None in parameters:
-                return None
-            if torch.empty_like(source.meta["val"]).stride() == value.stride():
-                kind.pop("device")
-                return gs.sample_like.default, (source, self._key()), (distribution, parameters), kind
-        elif target in _FROM_SIZE:
-            distribution, parameters = _bound(_FROM_SIZE[target], given)
-        else:
-            return None
-        assert value.is_contiguous(), f"{target} with strides {value.stride()}"
-        return gs.sample.default, (self._key(),), (list(value.shape), distribution, parameters), kind
+            source = (given["self"], self._key(), *_bound(_FROM_TENSOR[target], given))
+            return self._emit(record, gs.sample_like.default, source, dtype=value.dtype)
+        if target in _FROM_SIZE:
+            drawn = (self._key(), list(value.shape), *_bound(_FROM_SIZE[target], given))
+            return self._emit(record, gs.sample.default, drawn, **_type(value))
+        return None
+
+    def _shifted(self, mean: Any, deviation: Any, value: Tensor, record: NodeInfo) -> fx.Node:
+        """Normal numbers whose mean or standard deviation is a tensor."""
+        graph = self.section.graph
+        arguments = (self._key(), list(value.shape), "normal", [0.0, 1.0])
+        drawn = replace(record, origin=f"{record.origin}.noise")
+        noise = self._emit(drawn, gs.sample.default, arguments, **_type(value))
+        scaled = call(graph, aten.mul.Tensor, (noise, deviation), replace(record, origin=f"{record.origin}.scaled"))
+        return call(graph, aten.add.Tensor, (scaled, mean), record)
+
+    def _emit(self, record: NodeInfo, operator: Any, arguments: tuple[Any, ...], **options: Any) -> fx.Node:
+        """Insert a keyed operator, whose last argument is its id."""
+        self.count += 1
+        return call(self.section.graph, operator, (*arguments, self.count - 1), record, **options)
 
     def _key(self) -> fx.Node:
         found = self.section.input_slots.get(_KEY)
@@ -117,6 +122,14 @@ class Sampler:
             value = fake.tensor(self.mode, (4,), torch.int64)
             found = add_input(self.section, _KEY, value, NodeInfo(), "key")
         return found
+
+
+def _strides(node: fx.Node) -> list[object]:
+    return [(value.dtype, value.stride()) for value in tree_flatten(node.meta["val"])[0]]
+
+
+def _type(value: Tensor) -> dict[str, Any]:
+    return {"dtype": value.dtype, "device": value.device}
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

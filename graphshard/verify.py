@@ -156,7 +156,9 @@ def _check_gathers(body: Section, where: str) -> None:
             continue
         for reader in _readers(node):
             if info(reader).phase is not Phase.FORWARD:
-                rule = f"gathered parameter %{node.name} is kept from forward to backward, where %{reader.name} reads it"
+                rule = (
+                    f"gathered parameter %{node.name} is kept from forward to backward, where %{reader.name} reads it"
+                )
                 _fail(rule, node, where)
 
 
@@ -172,4 +174,3 @@ def _readers(gather: fx.Node) -> set[fx.Node]:
             if user.target is torch.ops._c10d_functional.wait_tensor.default or is_view(user):
                 stack.append(user)
     return found
-

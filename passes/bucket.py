@@ -19,7 +19,7 @@ from graphshard import fake
 from graphshard.dataflow import downstream
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, NodeInfo, Phase, Program, Role, Section, Slot, info
-from graphshard.rewrite import add_input, call, remove_input, replace_input, retype, set_outputs
+from graphshard.rewrite import add_input, arg, call, list_arg, remove_input, replace_input, retype, set_outputs
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -43,7 +43,9 @@ class BucketCollectives:
         groups = _obeyed(program, given) if given else _chosen(program)
         for merged, members in groups:
             _Merge(program, merged, members).run()
-        program.buckets = {b.name: b for b in sorted(program.buckets.values(), key=lambda b: (b.stage, _order(program)(b)))}
+        position = _order(program)
+        ordered = sorted(program.buckets.values(), key=lambda b: (b.stage, position(b)))
+        program.buckets = {b.name: b for b in ordered}
         return program
 
 
@@ -227,10 +229,10 @@ class _Merge:
             dropped += [mapping[node] for node in own]
             gone = set(mapping.values())
             for norm in {user for node in gone for user in node.users if _is_norm(user)}:
-                norm.args = ([n for n in norm.args[0] if n not in gone],)  # type: ignore[union-attr]
+                norm.args = ([n for n in list_arg(norm, 0) if n not in gone],)
         renamed = {slot: self._slot(slot) for slot in _outputs_of(section, first).values()}
         set_outputs(section, {renamed.get(slot, slot): node for slot, node in outputs.items()})
-        for node in reversed(sorted(dropped)):
+        for node in sorted(dropped, reverse=True):
             section.graph.erase_node(node)
         for other in self.members[1:]:
             for node in _inputs_of(section, other).values():
@@ -291,11 +293,11 @@ class _Merge:
                 continue
             record = self._record(info(group[0]))
             with body.graph.inserting_before(group[0]):
-                gathered = call(body.graph, group[0].target, (new, *group[0].args[1:]), record)  # type: ignore[arg-type]
+                gathered = call(body.graph, c10d.all_gather_into_tensor.default, (new, *group[0].args[1:]), record)
                 whole = call(body.graph, c10d.wait_tensor.default, (gathered,), record)
             for old in group:
                 (waited,) = old.users
-                self._move_views(list(waited.users), whole, owner[old.args[0]])  # type: ignore[index]
+                self._move_views(list(waited.users), whole, owner[arg(old, 0)])
                 body.graph.erase_node(waited)
                 body.graph.erase_node(old)
         for node, old_bucket in stored:
@@ -305,9 +307,10 @@ class _Merge:
 
     def _move_views(self, views: Iterable[fx.Node], whole: fx.Node, bucket: Bucket) -> None:
         for view in views:
-            assert view.target is aten.as_strided.default, f"{view} reads a bucket otherwise than as a view of a parameter"
+            assert view.target is aten.as_strided.default, f"{view} reads a bucket otherwise than as a parameter's view"
             _, size, stride, offset = view.args
-            view.args = (whole, size, stride, offset + self.offsets[bucket.members[0][0]])  # type: ignore[operator]
+            assert isinstance(offset, int)
+            view.args = (whole, size, stride, offset + self.offsets[bucket.members[0][0]])
 
     def _record(self, record: NodeInfo) -> NodeInfo:
         return replace(record, made_by="bucket", module=_block(self.merged.members[0][0]) or record.module)
@@ -323,9 +326,9 @@ class _Merge:
         offsets: list[int] = []
         for slot, bucket, _ in found:
             pack = chains[slot][-1]
-            parts += pack.args[0]  # type: ignore[arg-type]
+            parts += list_arg(pack, 0)
             base = self.offsets[bucket.members[0][0]]
-            offsets += [base + offset for offset in pack.args[1]]  # type: ignore[union-attr,operator]
+            offsets += [base + offset for offset in list_arg(pack, 1)]
         last = max(added for _, _, added in found)
         late = any(info(chain[-1]).phase is Phase.WEIGHT for chain in chains.values())
         slot, bucket, added = found[0]
@@ -338,7 +341,8 @@ class _Merge:
         with body.graph.inserting_before(last):
             flat = call(body.graph, gs.pack.default, (parts, offsets, self.merged.numel), record)
             for link in reversed(chains[slot][:-1]):  # reduce-scatter and its wait
-                flat = call(body.graph, link.target, (flat, *link.args[1:]), record)  # type: ignore[arg-type]
+                assert callable(link.target)
+                flat = call(body.graph, link.target, (flat, *link.args[1:]), record)
             total = call(body.graph, aten.add.Tensor, (new, flat), record)
         results: dict[Slot, fx.Node] = {}
         for s, node in body.outputs.items():
@@ -355,7 +359,7 @@ class _Merge:
 
 def _gradient_chain(added: fx.Node) -> list[fx.Node]:
     """From what ``add(carry, …)`` adds back to the pack: wait and reduce-scatter, if any, then the pack."""
-    chain: list[fx.Node] = [added.args[1]]  # type: ignore[list-item]
+    chain = [arg(added, 1)]
     while chain[-1].target is not gs.pack.default:
-        chain.append(chain[-1].args[0])  # type: ignore[arg-type]
+        chain.append(arg(chain[-1], 0))
     return chain

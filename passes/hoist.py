@@ -1,15 +1,15 @@
 """Loop-invariant code motion for ZeRO-3: gathers out of the micro-batch loop, their reductions with them.
 
-By default a bucket is gathered in forward and again in backward, per micro-batch: least memory, most traffic. Every bucket
-that fits the budget is gathered once per step in the prologue instead, and its gradients are accumulated whole and
-reduced once in the epilogue. Where that does not fit but the gathered parameter alone does, only the gather moves.
+By default a bucket is gathered in forward and again in backward, per micro-batch: least memory, most traffic. Every
+bucket that fits the budget is gathered once per step in the prologue instead, and its gradients are accumulated whole
+and reduced once in the epilogue. Where that does not fit but the gathered parameter alone does, only the gather moves.
 Parameters do not change within a step, so the result is the same.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -17,7 +17,7 @@ from torch import fx
 from graphshard import fake
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, Level, NodeInfo, Phase, Program, Role, Slot, info
-from graphshard.rewrite import add_input, call, drop_dead, first_operation, remove_input, retype, set_outputs
+from graphshard.rewrite import add_input, arg, call, drop_dead, first_operation, remove_input, retype, set_outputs
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -69,7 +69,8 @@ def _hoist_gather(program: Program, bucket: Bucket) -> bool:
 
     stored = add_input(prologue, store, shard.meta["val"], replace(info(shard), phase=Phase.UPDATE), bucket.name)
     with prologue.graph.inserting_before(prologue.output_node):
-        gathered = call(prologue.graph, gathers[0].target, (stored, *gathers[0].args[1:]), record)  # type: ignore[arg-type]
+        target = c10d.all_gather_into_tensor.default
+        gathered = call(prologue.graph, target, (stored, *gathers[0].args[1:]), record)
         whole = call(prologue.graph, c10d.wait_tensor.default, (gathered,), record)
     set_outputs(prologue, prologue.outputs | {carried: whole})
 
@@ -90,11 +91,10 @@ def _hoist_reduction(program: Program, bucket: Bucket) -> bool:
     body, prologue = program.body, program.prologue
     carry = Slot(Role.CARRY, f"grad:{bucket.name}", stage=bucket.stage)
     added = body.outputs.get(carry)
-    wait: Any = None if added is None else added.args[1]
-    if added is None or wait.target is not c10d.wait_tensor.default:
+    if added is None or (wait := arg(added, 1)).target is not c10d.wait_tensor.default:
         return False
-    scatter: fx.Node = wait.args[0]
-    pack: Any = scatter.args[0]
+    scatter = arg(wait, 0)
+    pack = arg(scatter, 0)
     accumulator = body.input_slots[carry]
     accumulator.meta["val"] = _whole(accumulator, bucket)
     added.args = (accumulator, pack)
@@ -104,7 +104,7 @@ def _hoist_reduction(program: Program, bucket: Bucket) -> bool:
 
     zeros = prologue.outputs[carry]
     with prologue.graph.inserting_before(zeros):
-        larger = call(prologue.graph, zeros.target, ([bucket.numel], *zeros.args[1:]), info(zeros), **zeros.kwargs)  # type: ignore[arg-type]
+        larger = call(prologue.graph, aten.full.default, ([bucket.numel], 0.0), info(zeros), **zeros.kwargs)
     zeros.replace_all_uses_with(larger)
     prologue.graph.erase_node(zeros)
 
@@ -114,7 +114,8 @@ def _hoist_reduction(program: Program, bucket: Bucket) -> bool:
         gradient.meta["val"] = _whole(gradient, bucket)
         record = NodeInfo(phase=Phase.UPDATE, stage=bucket.stage, module=info(scatter).module, made_by="hoist")
         with section.graph.inserting_before(first_operation(section.graph)):
-            reduced = call(section.graph, scatter.target, (gradient, *scatter.args[1:]), record)  # type: ignore[arg-type]
+            target = c10d.reduce_scatter_tensor.default
+            reduced = call(section.graph, target, (gradient, *scatter.args[1:]), record)
             reduced = call(section.graph, c10d.wait_tensor.default, (reduced,), record)
         for reader in readers:
             reader.replace_input_with(gradient, reduced)

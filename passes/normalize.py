@@ -15,7 +15,7 @@ from graphshard.analysis import weight_views
 from graphshard.dataflow import is_view
 from graphshard.pipeline import Context
 from graphshard.program import Level, Phase, Program, Section, info, set_info, val
-from graphshard.rewrite import call, clone, drop_dead, replace_node, retype_from
+from graphshard.rewrite import call, clone, drop_dead, retype, retype_from
 
 aten = torch.ops.aten
 
@@ -78,7 +78,9 @@ def _neighbours(body: Section) -> list[tuple[str, str, str]]:
     result = []
     for node in body.nodes():
         if info(node).phase is Phase.FORWARD:
-            reader = next((info(u).origin for u in node.users if u.op != "output" and info(u).phase is Phase.FORWARD), "")
+            reader = next(
+                (info(u).origin for u in node.users if u.op != "output" and info(u).phase is Phase.FORWARD), ""
+            )
             source = next((info(s).origin for s in node.all_input_nodes if s.op != "placeholder"), "")
             result.append((info(node).origin, reader, source))
     return result
@@ -102,15 +104,14 @@ def _type(node: fx.Node) -> tuple[Any, ...]:
     return (tuple(value.shape), value.stride(), value.dtype, value.device)
 
 
-def _substitute(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], changed: list[fx.Node]) -> fx.Node:
-    """``target(*args)`` in the place of ``node``."""
+def _become(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], changed: list[fx.Node]) -> fx.Node:
+    """Turn ``node`` into ``target(*args)``."""
     before = _type(node)
-    with node.graph.inserting_before(node):
-        new = call(node.graph, target, args, info(node))
-    replace_node(node, new)
-    if _type(new) != before:
-        changed.append(new)
-    return new
+    node.target, node.args, node.kwargs = target, args, {}
+    retype([node])
+    if _type(node) != before:
+        changed.append(node)
+    return node
 
 
 def _canonical(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
@@ -122,7 +123,7 @@ def _canonical(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
         return node
     if not _can_view(node.args[0], size, node):
         return node
-    return _substitute(node, aten.view.default, (node.args[0], size), changed)
+    return _become(node, aten.view.default, (node.args[0], size), changed)
 
 
 def _can_view(source: Any, size: list[int], like: fx.Node) -> bool:
@@ -144,7 +145,7 @@ def _merge_reshapes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
     source, size = inner.args[0], list(val(node).shape)
     if not _can_view(source, size, node):
         return node
-    return _substitute(node, aten.view.default, (source, size), changed)
+    return _become(node, aten.view.default, (source, size), changed)
 
 
 def _merge_permutes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
@@ -160,10 +161,10 @@ def _merge_permutes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
         node.replace_all_uses_with(source)
         return source  # type: ignore[no-any-return]
     if len(total) == 2:
-        return _substitute(node, aten.t.default, (source,), changed)
+        return _become(node, aten.t.default, (source,), changed)
     if len(moved) == 2:
-        return _substitute(node, aten.transpose.int, (source, *moved), changed)
-    return _substitute(node, aten.permute.default, (source, total), changed)
+        return _become(node, aten.transpose.int, (source, *moved), changed)
+    return _become(node, aten.permute.default, (source, total), changed)
 
 
 def _permutation(node: fx.Node) -> list[int]:

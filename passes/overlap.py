@@ -1,7 +1,7 @@
 """Start communication early and wait for it late, within a micro-batch.
 
-The gather of the next bucket is in flight while the current one computes; a reduce-scatter is waited for when the next one
-starts. Across micro-batches, where only the schedule knows what runs next, codegen/order.py does the same.
+The gather of the next bucket is in flight while the current one computes; a reduce-scatter is waited for when the next
+one starts. Across micro-batches, where only the schedule knows what runs next, codegen/order.py does the same.
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def _prefetch_gathers(body: Section, stage: int, phase: Phase) -> None:
 
 
 def _wait_late(body: Section, stage: int) -> None:
-    reductions = [
-        n for n in body.nodes() if n.target is c10d.reduce_scatter_tensor.default and info(n).stage == stage
-    ]
+    reductions = [n for n in body.nodes() if n.target is c10d.reduce_scatter_tensor.default and info(n).stage == stage]
     for current, following in pairwise(reductions):
         if info(current).phase is not info(following).phase:
             continue
@@ -76,9 +74,12 @@ def _wait_late(body: Section, stage: int) -> None:
 
 def _start_first_then_sink(section: Section) -> None:
     """Collectives on what is there already start first, everything else moves down to its first reader."""
-    starts = [n for n in section.nodes() if n.target in _STARTS and all(i.op == "placeholder" for i in n.all_input_nodes)]
-    for node in starts:
-        first_operation(section.graph).prepend(node) if node is not first_operation(section.graph) else None
+    starts = [
+        n for n in section.nodes() if n.target in _STARTS and all(i.op == "placeholder" for i in n.all_input_nodes)
+    ]
+    for node in reversed(starts):
+        if node is not (first := first_operation(section.graph)):
+            first.prepend(node)
     chosen = set(starts)
     for node in reversed(list(section.nodes())):
         if node not in chosen and node.users:

@@ -90,8 +90,10 @@ def _place_body(program: Program, staging: BodyStaging) -> None:
     body, places = program.body, staging.places
     for name, param in program.params.items():
         program.params[name] = replace(param, stages=staging.param_stages(name))
-    for slot in [s for s in body.output_slots if s.role is Role.CARRY and s.name.startswith("grad:")]:
-        stages = places[body.input_slots[slot]]
+    for slot, node in staging.inputs.items():
+        if slot.role is not Role.CARRY or not slot.name.startswith("grad:"):
+            continue
+        stages = places[node]
         held = program.params[slot.name.removeprefix("grad:")].stages
         if stages is not None and len(stages) > 1:
             split_sum(body, slot, stages, places, partial(nearest, held))
@@ -132,13 +134,12 @@ def _split_convolutions(body: Section, places: dict[fx.Node, Place]) -> None:
         picks = [user for user in node.users if user.args[1] != 0]
         if not mask[0] or not picks or len(picks) == len(node.users):
             continue
-        with body.graph.inserting_before(node.next):
+        with body.graph.inserting_before(min(picks)):
             late = clone(node, lambda n: n, made_by="pipeline-cut")
         node.args, late.args = (*node.args[:10], [True, False, False]), (*node.args[:10], [False, *mask[1:]])
         places[late] = places[node]
         for pick in picks:
             pick.replace_input_with(node, late)
-            late.append(pick)
         retype([node, late])
 
 

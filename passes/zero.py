@@ -1,7 +1,7 @@
 """ZeRO: shard optimizer state (1), gradients (2) and parameters (3) over the data-parallel axis; 0 replicates.
 
 Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", sections 5 and 6. Every
-parameter becomes a flat bucket of its own; the pass ``bucket`` merges them. Where a stage differs from the next is which
+parameter becomes a flat bucket of its own; the pass ``bucket`` merges them. A stage differs from the next in which
 values are shards and which graph holds the collective:
 
 ====== ============== ================================= =====================================
@@ -19,7 +19,7 @@ stage  parameters     gradients                         update
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -30,7 +30,18 @@ from graphshard.errors import OptimizerNotElementwise
 from graphshard.mesh import DATA_AXES
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, Level, NodeInfo, Param, Phase, Program, Role, Section, Slot, info, set_info
-from graphshard.rewrite import add_input, after, call, first_operation, remove_input, replace_input, retype, set_outputs
+from graphshard.rewrite import (
+    add_input,
+    after,
+    arg,
+    call,
+    first_operation,
+    list_arg,
+    remove_input,
+    replace_input,
+    retype,
+    set_outputs,
+)
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -42,7 +53,7 @@ _ALLOWED = (aten.full_like.default, aten.zeros_like.default, aten.ones_like.defa
 
 @dataclass(frozen=True)
 class Zero:
-    """Insert the storage and the collectives of data parallelism; ``stage`` is the ZeRO stage, 0 plain data parallelism."""
+    """Insert the storage and the collectives of data parallelism; ``stage`` is the ZeRO stage, 0 plain replication."""
 
     stage: int = 3
     name: ClassVar[str] = "zero"
@@ -100,7 +111,9 @@ class _Sharding:
         store = Role.SHARD if stage == 3 else Role.FLAT
         members = ((slot.name, 0),)
         self.bucket = Bucket(name, self.param.dtype, numel, members, self.axis, self.parts, slot.stage, store)
-        self.record = NodeInfo(phase=Phase.UPDATE, stage=slot.stage, module=slot.name.rpartition(".")[0], made_by="zero")
+        self.record = NodeInfo(
+            phase=Phase.UPDATE, stage=slot.stage, module=slot.name.rpartition(".")[0], made_by="zero"
+        )
 
         self.carry = Slot(Role.CARRY, f"grad:{slot.name}", stage=slot.stage)
 
@@ -155,8 +168,8 @@ class _Sharding:
     def _gradient(self, carry: Slot) -> None:
         body, per_microbatch = self.program.body, self.zero >= 2
         old, added = body.input_slots[carry], body.outputs[carry]
-        assert added.target is aten.add.Tensor and added.args[0] is old, f"{carry} is not accumulated by add(carry, gradient)"
-        gradient: Any = added.args[1]
+        assert added.target is aten.add.Tensor and added.args[0] is old, f"{carry} is not accumulated by add(carry, …)"
+        gradient = arg(added, 1)
         record = replace(self.record, phase=info(added).phase)
         value = self._flat(old, sharded=per_microbatch)
         accumulator = replace_input(body, old, self.accumulator, value, f"grad.{self.bucket.name}")
@@ -195,7 +208,9 @@ class _Sharding:
     def examine(self, section: Section) -> None:
         """Find the update's operators and whether they may run on flat storage, before anything of it is rewritten."""
         inputs = section.input_slots
-        self.states = [s for s in inputs if s.role is Role.STATE and s.name == self.slot.name and s.stage == self.slot.stage]
+        self.states = [
+            s for s in inputs if s.role is Role.STATE and s.name == self.slot.name and s.stage == self.slot.stage
+        ]
         own = [inputs[s] for s in (self.carry, self.slot, *self.states) if s in inputs]
         self.cone = downstream(own, stop=_is_norm)
         offending = next((n for n in self.cone if not (is_pointwise(n) or n.target in _ALLOWED)), None)
@@ -216,10 +231,10 @@ class _Sharding:
         inputs, outputs, sharded = section.input_slots, dict(section.outputs), self.zero >= 1
         for node in cone:  # created at the parameter's shape: make it follow the parameter's value instead
             for source in node.all_input_nodes:
-                if source.target in _CREATION and list(source.args[0]) == list(self.param.shape) and self.param.shape:  # type: ignore[arg-type,call-overload]
+                if self._is_created(source):
                     self._create_like(section, source, next(n for n in (inputs.get(self.slot), inputs[carry]) if n))
         for slot, node in outputs.items():  # states that start as constants are not downstream of anything
-            if node.target in _CREATION and self._owns(slot) and list(node.args[0]) == list(self.param.shape) and self.param.shape:  # type: ignore[arg-type,call-overload]
+            if self._owns(slot) and self._is_created(node):
                 self._create_like(section, node, inputs[carry])
         outputs = dict(section.outputs)
 
@@ -289,7 +304,7 @@ class _Sharding:
             set_info(norm, layout=f"{self.axis}:partial")
 
     def _update_whole(self, section: Section, carry: Slot) -> list[fx.Node]:
-        """The update on whole parameters, for an optimizer that is not elementwise: views of the bucket in, packed out."""
+        """The update on whole parameters, for an optimizer that is not elementwise: a view of the bucket, packed again."""
         inputs, graph = section.input_slots, section.graph
         shape, stride = list(self.param.shape), _contiguous(self.param.shape)
         readers = list(inputs[carry].users)
@@ -327,9 +342,12 @@ class _Sharding:
             return replace(slot, name=f"grad:{self.bucket.name}")
         return replace(slot, name=self.bucket.name)
 
+    def _is_created(self, node: fx.Node) -> bool:
+        """Whether ``node`` makes a tensor of the parameter's shape out of nothing. A scalar needs no change."""
+        return node.target in _CREATION and self.param.shape != () and tuple(list_arg(node, 0)) == self.param.shape
+
     def _create_like(self, section: Section, node: fx.Node, like: fx.Node) -> None:
-        fill = {aten.full.default: None, aten.ones.default: 1}.get(node.target, 0)  # type: ignore[arg-type]
-        fill = node.args[1] if fill is None else fill  # type: ignore[assignment]
+        fill = node.args[1] if node.target is aten.full.default else int(node.target is aten.ones.default)
         dtype = node.meta["val"].dtype
         with section.graph.inserting_before(node):
             new = call(section.graph, aten.full_like.default, (like, fill), info(node), dtype=dtype)

@@ -9,8 +9,8 @@
     # CHECK-COUNT-2: all_gather{{.*}}"dp"         as CHECK, two times; {{ }} holds a regular expression
     # RUN-ERROR: zero:stage=4                     the passes refuse the input: CHECK looks at the error message
 
-Blanks count as one. A file may have several RUN lines; each is a test, with the CHECK lines up to the next RUN. One with
-nothing behind it only reads and prints the file.
+Blanks count as one. A file may have several RUN lines; each is a test, with the CHECK lines up to the next RUN. A RUN
+with nothing behind it only reads and prints the file.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def run(path: Path, case: Case) -> None:
     Raises:
         CaseError: the command fails, or should and does not, or a CHECK does not hold.
     """
-    passes, *options = re.split(r"\s+(?=--)", case.command)
+    passes, *options = re.split(r"(?:\s+|^)(?=--)", case.command)
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(["opt", str(path), "--passes", passes, *" ".join(options).split()])

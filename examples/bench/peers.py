@@ -134,7 +134,9 @@ def pipeline(sizes: Sizes, *, schedule: str, dp: int = 1) -> Step:
     if dp > 1:
         for module in modules:
             _shard(module, mesh["dp"], reshard=False)
-    made: list[Any] = [PipelineStage(m, i, parts, torch.device("cpu"), group=group) for i, m in zip(held, modules, strict=True)]
+    made: list[Any] = [
+        PipelineStage(m, i, parts, torch.device("cpu"), group=group) for i, m in zip(held, modules, strict=True)
+    ]
     optimizer = _adamw(p for m in modules for p in m.parameters())
     count = sizes.microbatches(dp)
     runner: Schedule1F1B | ScheduleZBVZeroBubble

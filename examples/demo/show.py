@@ -68,29 +68,54 @@ class Progress:
             self._file.write(json.dumps(record) + "\n")
 
 
-def memory_table(report: Mapping[str, Any], one_device: Mapping[str, Any]) -> Table:
-    """Peak bytes of every rank by what they hold, beside those of a single device that does the same step."""
+def memory_table(report: Mapping[str, Any], one_device: Mapping[str, Any], resident: Sequence[int]) -> Table:
+    """Peak bytes by what they are, a column for every set of like ranks, beside one device that does the same step.
+
+    ``resident``: what was measured of each rank, everything included; empty: nothing was.
+    """
     single = one_device["ranks"][0]
-    names = sorted(
-        {name for rank in [*report["ranks"], single] for name, size in rank["memory"].items() if size},
-        key=lambda name: -single["memory"].get(name, 0),
-    )
-    table = Table(title="peak memory in MB, by the plan")
-    table.add_column("rank", no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("peak", justify="right", style="bold")
-    table.add_column("of one device", justify="right")
-    for rank in report["ranks"]:
-        table.add_row(*_memory_row(f"{rank['rank']} (stage {rank['stage']})", rank, names, single["peak_bytes"]))
+    columns = [(f"rank {_ranges(ranks)}", account, ranks) for account, ranks in _alike(report["ranks"])]
+    columns.append(("one device", single, []))
+    table = Table(title="peak memory, MB")
+    table.add_column("by the plan", no_wrap=True)
+    for title, _, _ in columns:
+        table.add_column(title, justify="right")
+    names = {name for _, account, _ in columns for name, size in account["memory"].items() if size}
+    for name in sorted(names, key=lambda name: (-single["memory"].get(name, 0), name)):
+        table.add_row(name, *(_megabytes(account["memory"].get(name, 0)) for _, account, _ in columns))
     table.add_section()
-    table.add_row(*_memory_row("one device", single, names, single["peak_bytes"]))
+    table.add_row("peak", *(_megabytes(account["peak_bytes"]) for _, account, _ in columns), style="bold")
+    table.add_row(
+        "of one device", *(f"{account['peak_bytes'] / single['peak_bytes']:.0%}" for _, account, _ in columns)
+    )
+    if resident:
+        largest = (max((resident[rank] for rank in ranks), default=None) for _, _, ranks in columns)
+        table.add_row("measured, all of it", *("" if size is None else _megabytes(size) for size in largest))
     return table
 
 
-def _memory_row(label: str, rank: Mapping[str, Any], names: Sequence[str], whole: int) -> list[str]:
-    parts = [f"{rank['memory'].get(name, 0) / 1e6:.1f}" for name in names]
-    return [label, *parts, f"{rank['peak_bytes'] / 1e6:.1f}", f"{rank['peak_bytes'] / whole:.0%}"]
+def _alike(ranks: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], list[int]]]:
+    """Ranks with the same account of memory, together."""
+    found: list[tuple[Mapping[str, Any], list[int]]] = []
+    for rank in ranks:
+        like = next((members for account, members in found if account["memory"] == rank["memory"]), None)
+        if like is None:
+            found.append((rank, [rank["rank"]]))
+        else:
+            like.append(rank["rank"])
+    return found
+
+
+def _ranges(ranks: Sequence[int]) -> str:
+    """``0-3`` of 0, 1, 2, 3; ``0, 2`` of 0, 2."""
+    first, last = ranks[0], ranks[-1]
+    if len(ranks) > 1 and list(ranks) == list(range(first, last + 1)):
+        return f"{first}-{last}"
+    return ", ".join(map(str, ranks))
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:.1f}"
 
 
 def pass_table(report: Mapping[str, Any]) -> Table:

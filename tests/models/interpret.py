@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ def check_type(node: fx.Node, actual: Any) -> None:
 
 
 def step(
-    program: Program, stored: Mapping[Slot, Tensor], microbatches: list[Mapping[Slot, Tensor]], seed: int = 0
+    program: Program, stored: Mapping[Slot, Tensor], microbatches: Sequence[Mapping[Slot, Tensor]], seed: int = 0
 ) -> tuple[dict[Slot, Tensor], list[dict[Slot, Tensor]]]:
     """One step: the epilogue's outputs and the remaining carries, and each micro-batch's other outputs."""
     constants = {Slot(Role.CONSTANT, name): value for name, value in program.constants.items()}

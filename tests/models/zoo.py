@@ -1,12 +1,14 @@
 """Models to capture and train: tiny, deterministic, every size an argument.
 
 Each builder returns ``(model, batch, loss_fn)``: ``compiled.step(*batch[0], **batch[1])`` with that loss function. The
-batch's ``rows`` split into micro-batches. Dropout is off unless asked for, so that a step can be compared with eager training.
+batch's ``rows`` split into micro-batches. Dropout is off unless asked for, so that a step can be compared with eager
+training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,11 +30,11 @@ class MLP(nn.Module):
     def __init__(self, width: int, hidden: int, classes: int, depth: int, dropout: float) -> None:
         super().__init__()
         sizes = [width, *[hidden] * depth, classes]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:  # type: ignore[union-attr]
+        for layer in self.layers[:-1]:
             x = self.dropout(F.gelu(layer(x)))
         result: Tensor = self.layers[-1](x)
         return result
@@ -116,6 +118,7 @@ class Nested(nn.Module):
         self.unused = nn.Linear(width, 2)
         self.frozen = nn.Parameter(torch.randn(width), requires_grad=False)
         self.table = torch.linspace(-1, 1, width)
+        self.steps: Tensor
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def forward(self, pair: tuple[Tensor, dict[str, Tensor]], *, scale: float, target: Tensor) -> dict[str, Tensor]:
@@ -137,7 +140,9 @@ def _floats(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=_generator(seed))
 
 
-def mlp(rows: int = 8, width: int = 8, hidden: int = 16, classes: int = 5, depth: int = 3, dropout: float = 0.0) -> Case:
+def mlp(
+    rows: int = 8, width: int = 8, hidden: int = 16, classes: int = 5, depth: int = 3, dropout: float = 0.0
+) -> Case:
     torch.manual_seed(0)
     batch = (_floats(rows, width), _ids(classes, rows))
     return MLP(width, hidden, classes, depth, dropout), (batch, {}), F.cross_entropy
@@ -185,8 +190,8 @@ def gpt2(
 
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=depth, n_head=2, bos_token_id=0, eos_token_id=0,
-        resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+        vocab_size=vocabulary, n_positions=length, n_embd=width, n_layer=depth, n_head=2,
+        bos_token_id=0, eos_token_id=0, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
     )  # fmt: skip
     ids = _ids(vocabulary, rows, length)
     return GPT2LMHeadModel(config).train(), ((), {"input_ids": ids, "labels": ids}), None
@@ -231,7 +236,7 @@ def t5(
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    config = T5Config(
+    config = T5Config(  # type: ignore[call-arg]
         vocab_size=vocabulary, d_model=width, d_kv=8, d_ff=2 * width, num_layers=depth, num_heads=2,
         dropout_rate=dropout, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
     )  # fmt: skip
@@ -243,7 +248,7 @@ def vit(rows: int = 8, size: int = 8, width: int = 16, depth: int = 2, classes: 
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
-    config = ViTConfig(
+    config = ViTConfig(  # type: ignore[call-arg]
         hidden_size=width, num_hidden_layers=depth, num_attention_heads=2, intermediate_size=2 * width,
         image_size=size, patch_size=size // 2, num_labels=classes,
         hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
@@ -256,7 +261,7 @@ def resnet(rows: int = 8, size: int = 32, width: int = 8, depth: int = 1, classe
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    config = ResNetConfig(
+    config = ResNetConfig(  # type: ignore[call-arg]
         embedding_size=width, hidden_sizes=[width, 2 * width], depths=[depth, depth], layer_type="basic",
         num_labels=classes,
     )  # fmt: skip

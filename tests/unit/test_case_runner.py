@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from case_runner import CaseError, cases, check, run
 
 OUTPUT = "one\ntwo   two\nthree = f(1)\ntwo four\n"

@@ -139,9 +139,19 @@ def test_a_node_in_another_graph_has_moved() -> None:
 def test_inputs_and_outputs_are_aligned_by_slot() -> None:
     after = BODY.replace('param "w"', 'param "v"').replace("return output 0 %z", "return output 0 %y, output 1 %z")
     found = compare(program(), program(after, header='param "v" : f32[4,8]'))
-    assert names(found) == {"added": ["w", "z"], "removed": ["w"], "changed": ["y", "z"][::-1][:0] + ["y", "y"]}
+    assert names(found) == {"added": ["w", "z"], "removed": ["w"], "changed": ["y", "y"]}
     assert [c.what for c in found.changed] == [("mat2: %w -> %w",), ("value: %z -> %y",)]
     assert "  + return output 1 %z" in found.render().splitlines()
+
+
+def test_what_only_went_to_another_stage_is_not_replaced() -> None:
+    after = BODY.replace('param "w"', 'param "w" @1 {stage=1}').replace("output 0 %z", "output 0 @1 %z")
+    found = compare(program(), program(after))
+    assert [(c.after.name, c.what) for c in found.changed] == [
+        ("w", ('slot: param "w" -> param "w" @1', "stage: None -> 1")),
+        ("z", ("slot: output 0 -> output 0 @1",)),
+    ]
+    assert names(found).keys() == {"changed"}
 
 
 def test_the_header_is_compared_line_by_line_without_the_history() -> None:

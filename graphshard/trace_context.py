@@ -1,0 +1,124 @@
+"""What must hold while a model is captured, all of it undone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.fx.traceback
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+from graphshard import attention, fake
+from graphshard.trace_errors import calling_line
+from graphshard.trace_model import evaluating
+
+MODULE, LINE = "graphshard.module", "graphshard.line"
+"""Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
+
+
+@contextlib.contextmanager
+def capturing(model: nn.Module, train: bool) -> Iterator[None]:
+    """Around the whole capture of ``model``, in its own mode if ``train``, else in evaluation mode."""
+    with (
+        warnings.catch_warnings(),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(train),
+        contextlib.nullcontext() if train else evaluating(model),
+        fake.compiling(),  # libraries ask this before they look at values of tensors
+        torch.fx.traceback.preserve_node_meta(),
+        _fast_path_off(),
+        _quiet("torch._subclasses.fake_tensor"),  # it logs what it raises
+        _module_paths(model),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Around a call of the model: nodes are marked with module and line, and attention becomes one operator."""
+    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _Calls():
+        yield
+
+
+@contextlib.contextmanager
+def _fast_path_off() -> Iterator[None]:
+    """nn.TransformerEncoder's fused kernels for inference are no part of a portable graph."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    log = logging.getLogger(name)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+
+
+@contextlib.contextmanager
+def _module_paths(model: nn.Module) -> Iterator[None]:
+    """Nodes made inside a module's call are marked with its path."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    entered: list[contextlib.AbstractContextManager[None]] = []
+
+    def enter(module: nn.Module, *_: object) -> None:
+        if id(module) in paths:
+            entered.append(torch.fx.traceback.annotate({MODULE: paths[id(module)]}))
+            entered[-1].__enter__()
+
+    def leave(module: nn.Module, *_: object) -> None:
+        if id(module) in paths and entered:
+            entered.pop().__exit__(None, None, None)
+
+    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        while entered:
+            entered.pop().__exit__(None, None, None)
+
+
+class _Calls(TorchFunctionMode):
+    """Sees every torch function the model calls: notes the line, and makes attention one operator."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        custom = torch.fx.traceback.current_meta.get("custom")
+        if custom is not None:
+            custom[LINE] = calling_line()
+        if func is _ATTENTION:
+            return attention.scaled_dot_product_attention(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_ATTENTION = F.scaled_dot_product_attention
+
+
+@contextlib.contextmanager
+def _attention_replaced() -> Iterator[None]:
+    """torch's own Python code (nn.MultiheadAttention) calls attention where the mode above does not see it."""
+
+    def replacement(*args: Any, **kwargs: Any) -> Tensor:
+        return attention.scaled_dot_product_attention(_ATTENTION, *args, **kwargs)
+
+    F.scaled_dot_product_attention = replacement
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = _ATTENTION

@@ -1,0 +1,245 @@
+"""A captured program computes what eager training computes: loss, gradients and buffers over two micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from graphshard.program import Phase, Role, Slot, info
+from graphshard.trace import Captured, Mode, capture
+from graphshard.verify import verify
+from models import interpret, zoo
+
+SMALLER: dict[str, dict[str, int]] = {"t5": {"depth": 1}, "bert": {"depth": 1}, "vit": {"depth": 1}}
+TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
+    torch.float32: {"rtol": 1e-5, "atol": 1e-5},
+    torch.float64: {"rtol": 1e-9, "atol": 1e-12},
+}
+MICROBATCHES = 2
+MODES: tuple[Mode, ...] = ("evaluate", "call")
+
+
+def case(name: str, dtype: torch.dtype, **sizes: Any) -> tuple[nn.Module, list[zoo.Batch], Any]:
+    """A model and its batch, cut into micro-batches, in ``dtype``."""
+    model, batch, loss_fn = zoo.MODELS[name](**SMALLER.get(name, {}), **sizes)
+    batch = tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch)
+    leaves, spec = tree_flatten(batch)
+    rows = [[x.chunk(MICROBATCHES)[i] if isinstance(x, Tensor) else x for x in leaves] for i in range(MICROBATCHES)]
+    return model.to(dtype), [tree_unflatten(row, spec) for row in rows], loss_fn
+
+
+def slots_of(batch: zoo.Batch) -> dict[Slot, Tensor]:
+    leaves = tree_flatten(batch)[0]
+    return {Slot(Role.BATCH, str(i)): leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+
+
+def stored(model: nn.Module) -> dict[Slot, Tensor]:
+    params = {Slot(Role.PARAM, name): p.detach().clone() for name, p in model.named_parameters()}
+    return params | {Slot(Role.BUFFER, name): b.clone() for name, b in model.named_buffers()}
+
+
+def eager_loss(model: nn.Module, batch: zoo.Batch, loss_fn: Any) -> Tensor:
+    args, kwargs = batch
+    if loss_fn is not None:
+        result: Tensor = loss_fn(model(args[0]), *args[1:])
+        return result
+    output = model(*args, **kwargs)
+    return output if isinstance(output, Tensor) else output["loss"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_parity(name: str, dtype: torch.dtype) -> None:
+    model, parts, loss_fn = case(name, dtype)
+    captured = capture(model, loss_fn, *parts[0], mode="train", microbatches=MICROBATCHES)
+    verify(captured.program)
+    before = stored(model)
+    results, _ = interpret.step(captured.program, before, [slots_of(part) for part in parts])
+
+    losses = [eager_loss(model, part, loss_fn) for part in parts]
+    torch.stack(losses).sum().backward()
+    close = TOLERANCE[dtype]
+    torch.testing.assert_close(results[Slot(Role.LOSS, "loss")], torch.stack(losses).mean().detach(), **close)
+    for path, parameter in model.named_parameters():
+        gradient = results.get(Slot(Role.CARRY, f"grad:{path}"))
+        assert captured.program.params[path].has_grad == (parameter.grad is not None) == (gradient is not None), path
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradient, parameter.grad, **close, msg=f"{path}: {{}}".format)
+    for path, buffer in model.named_buffers():
+        after = results.get(Slot(Role.BUFFER, path), before[Slot(Role.BUFFER, path)])
+        torch.testing.assert_close(after, buffer, **close)
+
+
+@pytest.mark.parametrize("name", ["mlp", "convnet", "encoder", "nested", "gpt2"])
+def test_evaluation_and_call(name: str) -> None:
+    model, parts, loss_fn = case(name, torch.float64)
+    model.train()
+    model.get_submodule(next(path for path, _ in model.named_children())).eval()  # a mixture, to be given back
+    flags = [module.training for module in model.modules()]
+    programs = {mode: capture(model, loss_fn, *parts[0], mode=mode) for mode in MODES}
+    assert [module.training for module in model.modules()] == flags
+
+    before = stored(model)
+    model.eval()
+    with torch.no_grad():
+        loss = eager_loss(model, parts[0], loss_fn)
+        args, kwargs = parts[0]
+        expected = model(args[0]) if loss_fn is not None else model(*args, **kwargs)
+    for captured in programs.values():
+        verify(captured.program)
+        assert all(info(node).phase is Phase.FORWARD for node in captured.program.body.nodes())
+        assert set(captured.program.params) == {path for path, _ in model.named_parameters()}
+    results, _ = interpret.step(programs["evaluate"].program, before, [slots_of(parts[0])])
+    torch.testing.assert_close(results[Slot(Role.LOSS, "loss")], loss)
+    _, outputs = interpret.step(programs["call"].program, before, [slots_of(parts[0])])
+    check_output(programs["call"], outputs[0], expected)
+
+
+def check_output(captured: Captured, outputs: dict[Slot, Tensor], expected: Any) -> None:
+    """The output tensors, put where they belong, are the model's output but for its caches."""
+    assert captured.out_spec is not None
+    leaves = list(captured.output_leaves)
+    for slot, value in outputs.items():
+        leaves[int(slot.name)] = value
+    result = captured.out_spec.unflatten(leaves)
+    assert type(result) is type(expected)
+    wanted = tree_flatten(expected)[0]
+    assert len(wanted) == len(leaves)
+    for have, want in zip(leaves, wanted, strict=True):
+        if isinstance(want, Tensor):
+            torch.testing.assert_close(have, want)
+
+
+def test_tied_weights_are_one_parameter() -> None:
+    model, parts, loss_fn = case("gpt", torch.float32)
+    program = capture(model, loss_fn, *parts[0], mode="train").program
+    assert program.params["tokens.weight"].aliases == ("head.weight",)
+    assert "head.weight" not in program.params
+    read = [slot.name for slot in program.body.inputs.values() if slot.role is Role.PARAM]
+    assert read.count("tokens.weight") == 1
+    assert "head.weight" not in read
+
+
+def test_gradients_are_accumulated_onto_the_carry() -> None:
+    model, parts, loss_fn = case("gpt", torch.float32)
+    body = capture(model, loss_fn, *parts[0], mode="train").program.body
+    inputs = body.input_slots
+    for slot, node in body.outputs.items():
+        assert node.target is torch.ops.aten.add.Tensor
+        assert node.args[0] is inputs[slot]
+
+
+def test_nodes_know_their_module_and_what_they_differentiate() -> None:
+    model, parts, loss_fn = case("gpt", torch.float32)
+    body = capture(model, loss_fn, *parts[0], mode="train").program.body
+    origins = {info(node).origin: node for node in body.nodes()}
+    assert len(origins) == sum(1 for _ in body.nodes())
+    attention = [node for node in body.nodes() if node.target is torch.ops.graphshard.attention.default]
+    assert [info(node).module for node in attention] == ["h.0.attention", "h.1.attention"]
+    for node in body.nodes():
+        record = info(node)
+        assert record.phase in (Phase.FORWARD, Phase.BACKWARD)
+        if record.phase is Phase.BACKWARD and record.forward in origins:
+            assert info(origins[record.forward]).phase is Phase.FORWARD
+            assert info(origins[record.forward]).module == record.module
+    backward = [node for node in body.nodes() if node.target is torch.ops.graphshard.attention_backward.default]
+    assert {info(node).forward for node in backward} == {info(node).origin for node in attention}
+    # What only sums gradients differentiates nothing.
+    loose = {n.target for n in body.nodes() if info(n).phase is Phase.BACKWARD and not info(n).forward}
+    assert loose == {torch.ops.aten.add.Tensor, torch.ops.aten.full.default}
+
+
+def test_meta_model_is_captured_without_memory() -> None:
+    with torch.device("meta"):
+        model, (args, kwargs), loss_fn = zoo.llama(rows=1, length=512, vocabulary=32000, width=2048, heads=16)
+    program = capture(model, loss_fn, args, kwargs, mode="train").program
+    verify(program)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert {val.device.type for val in (node.meta["val"] for node in program.body.inputs)} == {"cpu"}
+
+
+def test_model_is_left_as_it_was() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.last: Tensor | None = None
+            self.count: Tensor
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert self.last is None, "capture runs the model on a model that was run before"
+            self.last = self.linear(x)
+            self.count = self.count + 1
+            return self.last.sum()
+
+    model = Remembers()
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    capture(model, None, (torch.zeros(2, 4),), {}, mode="train")
+    assert model.last is None
+    assert all(model.get_parameter(n) is t for n, t in tensors.items() if isinstance(t, nn.Parameter))
+    assert model.count is tensors["count"]
+    assert not model._forward_hooks
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert not torch.compiler.is_compiling()
+
+
+def test_dropout_differs_between_microbatches_and_repeats_with_the_key() -> None:
+    model, parts, loss_fn = case("gpt", torch.float32, dropout=0.2)
+    program = capture(model, loss_fn, *parts[0], mode="train").program
+    verify(program)
+    same = [slots_of(parts[0])] * 2
+    first, _ = interpret.step(program, stored(model), same, seed=1)
+    again, _ = interpret.step(program, stored(model), same, seed=1)
+    other, _ = interpret.step(program, stored(model), same, seed=2)
+    one, _ = interpret.step(program, stored(model), same[:1], seed=1)
+    assert all(torch.equal(first[slot], again[slot]) for slot in first)
+    loss = Slot(Role.CARRY, "loss")
+    assert first[loss] != other[loss]
+    assert first[loss] != 2 * one[loss]
+
+
+def test_the_backward_uses_the_mask_of_the_forward() -> None:
+    class Dropped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(64) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(self.weight * x, 0.5).sum()
+
+    model = Dropped()
+    x = torch.ones(64)
+    program = capture(model, None, (x,), {}, mode="train").program
+    results, _ = interpret.step(program, stored(model), [{Slot(Role.BATCH, "0"): x}])
+    gradient = results[Slot(Role.CARRY, "grad:weight")]
+    assert set(gradient.tolist()) == {0.0, 2.0}
+    torch.testing.assert_close((gradient * model.weight).sum(), results[Slot(Role.LOSS, "loss")])
+
+
+def test_random_operators_are_numbered() -> None:
+    model, parts, loss_fn = case("gpt", torch.float32, dropout=0.1)
+    body = capture(model, loss_fn, *parts[0], mode="train").program.body
+    ids = [node.args[-1] for node in body.nodes() if node.target is torch.ops.graphshard.dropout.default]
+    assert ids == list(range(len(ids)))
+    assert len(ids) == 6
+
+
+def test_transformer_encoder_in_evaluation_mode_does_not_take_the_fast_path() -> None:
+    model, parts, loss_fn = case("encoder", torch.float32)
+    program = capture(model, loss_fn, *parts[0], mode="call").program
+    targets = {str(node.target) for node in program.body.nodes()}
+    assert "graphshard.attention.default" in targets
+    assert not any("_transformer_encoder" in target or "_native_multi_head" in target for target in targets)
+
+
+def test_a_constant_is_lifted_with_its_value() -> None:
+    model, parts, loss_fn = case("nested", torch.float32)
+    program = capture(model, loss_fn, *parts[0], mode="train").program
+    names = [slot.name for slot in program.body.inputs.values() if slot.role is Role.CONSTANT]
+    assert sorted(names) == sorted(program.constants)
+    assert any(torch.equal(value, model.table) for value in program.constants.values())  # type: ignore[arg-type]

@@ -1,0 +1,251 @@
+"""What cannot be captured is refused with the line of the model, and nothing is left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphshard import errors
+from graphshard.trace import capture, describe_params, input_signature
+
+
+class Model(nn.Module):
+    """A linear layer, then ``after(self, y)``."""
+
+    def __init__(self, after: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.after = after
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self, self.linear(x))
+
+
+def item(_: Model, y: Tensor) -> Any:
+    return y * y.max().item()
+
+
+def branch(_: Model, y: Tensor) -> Tensor:
+    return y if y.sum() > 0 else -y
+
+
+def to_list(_: Model, y: Tensor) -> Any:
+    return y * y.tolist()[0][0]
+
+
+def to_numpy(_: Model, y: Tensor) -> Tensor:
+    return y * float(y.detach().numpy()[0, 0])
+
+
+def select(_: Model, y: Tensor) -> Tensor:
+    return y[y > 0]
+
+
+def unique(_: Model, y: Tensor) -> Tensor:
+    return torch.unique(y)
+
+
+def conditional(_: Model, y: Tensor) -> Tensor:
+    result: Tensor = torch.cond(y.sum() > 0, torch.sin, torch.cos, (y,))
+    return result
+
+
+def random_relu(_: Model, y: Tensor) -> Tensor:
+    return F.rrelu(y, training=True)
+
+
+def own_generator(_: Model, y: Tensor) -> Tensor:
+    return y * torch.rand(6, generator=torch.Generator())
+
+
+def mismatch(_: Model, y: Tensor) -> Tensor:
+    return y @ torch.ones(3, 3)
+
+
+def written(model: Model, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        model.linear.weight.mul_(0.5)
+    return y
+
+
+HIDDEN = nn.Linear(6, 6)
+
+
+def elsewhere(model: Model, y: Tensor) -> Tensor:
+    result: Tensor = y @ model.weights[0]  # type: ignore[index]
+    return result
+
+
+BY_LINE = [
+    (item, errors.NeedsTensorValue, "y.max().item()"),
+    (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
+    (to_list, errors.NeedsTensorValue, "y.tolist()"),
+    (to_numpy, errors.NeedsTensorValue, ".numpy()"),
+    (select, errors.ShapeNeedsValue, "y[y > 0]"),
+    (unique, errors.ShapeNeedsValue, "torch.unique(y)"),
+    (conditional, errors.UncapturableOperator, "torch.cond("),
+    (random_relu, errors.UnknownRandomOperator, "F.rrelu("),
+    (own_generator, errors.UnknownRandomOperator, "torch.rand(6"),
+    (mismatch, errors.ModelFailed, "torch.ones(3, 3)"),
+]
+
+
+@pytest.mark.parametrize("mode", ["train", "call"])
+@pytest.mark.parametrize(("after", "kind", "code"), BY_LINE, ids=[after.__name__ for after, _, _ in BY_LINE])
+def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: Any) -> None:
+    model = Model(after)
+    weight = model.linear.weight
+    with pytest.raises(kind) as caught:
+        capture(model, lambda y, t: (y - t).square().mean(), (torch.ones(4, 6), torch.ones(6)), {}, mode=mode)
+    message = str(caught.value)
+    assert f"test_refused.py:{after.__code__.co_firstlineno + 1}" in message
+    assert code in message
+    assert "\n" not in message
+    assert model.linear.weight is weight
+    assert model.training
+    assert not torch.compiler.is_compiling()
+    assert F.scaled_dot_product_attention.__module__ != "graphshard.trace_context"
+
+
+def refused(model: nn.Module, loss_fn: Any = F.mse_loss, args: Any = None, **kwargs: Any) -> errors.GraphshardError:
+    args = (torch.ones(4, 6), torch.ones(4, 6)) if args is None else args
+    with pytest.raises(errors.GraphshardError) as caught:
+        capture(model, loss_fn, args, kwargs, mode="train")
+    return caught.value
+
+
+def test_parameter_written_in_forward() -> None:
+    error = refused(Model(written))
+    assert isinstance(error, errors.ParameterWritten)
+    assert "'linear.weight'" in str(error)
+
+
+def test_parameter_in_a_list() -> None:
+    model = Model(elsewhere)
+    model.weights = [model.linear.weight]  # type: ignore[assignment]
+    error = refused(model)
+    assert isinstance(error, errors.ParameterOutsideModel)
+    assert "'linear.weight'" in str(error)
+    assert "model.weights[0]" in str(error)
+
+
+def test_tensor_without_value() -> None:
+    with torch.device("meta"):
+        model = Model(lambda m, y: y + m.table)
+        model.table = torch.ones(6)
+    assert isinstance(refused(model), errors.ModelFailed | errors.TensorWithoutValue)
+
+
+def test_parameters_that_share_memory() -> None:
+    model = Model(lambda m, y: m.other(y))
+    model.other = nn.Linear(6, 6)
+    model.other.weight = nn.Parameter(model.linear.weight.detach())
+    error = refused(model)
+    assert isinstance(error, errors.UnsupportedParameter)
+    assert "'linear.weight'" in str(error)
+    assert "assign the same Parameter" in str(error)
+
+
+def test_lazy_parameter() -> None:
+    assert isinstance(refused(nn.LazyLinear(6)), errors.UnsupportedParameter)
+
+
+def test_buffer_that_grows() -> None:
+    def grow(model: Any, y: Tensor) -> Tensor:
+        model.seen = torch.cat([model.seen, model.seen])
+        return y
+
+    model = Model(grow)
+    model.register_buffer("seen", torch.ones(2))
+    error = refused(model)
+    assert isinstance(error, errors.BufferChangesType)
+    assert "[2]" in str(error)
+    assert "[4]" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("after", "loss_fn", "kind"),
+    [
+        (lambda m, y: y, lambda y, t: y, errors.LossNotScalar),
+        (lambda m, y: y, lambda y, t: y.sum() > 0, errors.LossNotScalar),
+        (lambda m, y: y, lambda y, t: 1.0, errors.LossNotScalar),
+        (lambda m, y: y.detach(), F.mse_loss, errors.LossWithoutGradient),
+    ],
+)
+def test_what_is_no_loss(after: Any, loss_fn: Any, kind: type[Exception]) -> None:
+    assert isinstance(refused(Model(after), loss_fn), kind)
+
+
+def test_model_without_a_loss() -> None:
+    error = refused(Model(lambda m, y: {"logits": y}), None, (torch.ones(4, 6),))
+    assert isinstance(error, errors.NoLoss)
+    assert "loss_fn" in str(error)
+
+
+def test_loss_function_with_parameters() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, y: Tensor, t: Tensor) -> Any:
+            return (self.scale * y - t).square().mean()
+
+    error = refused(Model(lambda m, y: y), Scaled())
+    assert isinstance(error, errors.LossHasParameters)
+    assert "scale" in str(error)
+
+
+def test_step_without_input() -> None:
+    assert isinstance(refused(Model(lambda m, y: y), F.mse_loss, ()), errors.MissingInput)
+
+
+def test_numpy_input() -> None:
+    error = refused(Model(lambda m, y: y), F.mse_loss, (np.ones((4, 6)), torch.ones(4, 6)))
+    assert isinstance(error, errors.UnsupportedInput)
+    assert "torch.from_numpy" in str(error)
+
+
+def test_a_number_that_forward_changes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def count(model: Any, y: Tensor) -> Tensor:
+        model.calls += 1
+        return y * model.calls
+
+    model = Model(count)
+    model.calls = 0  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING, "graphshard"):
+        capture(model, F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode="train")
+    assert model.calls == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "graphshard: the forward pass changes calls from 0 to 1; a compiled step repeats the first"
+    ]
+
+
+def test_describe_params_lists_every_parameter_once() -> None:
+    model = Model(lambda m, y: y)
+    model.tied = nn.Linear(6, 6, bias=False)
+    model.tied.weight = model.linear.weight
+    model.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+    params = describe_params(model)
+    assert list(params) == [name for name, _ in model.named_parameters()]
+    assert params["linear.weight"].aliases == ("tied.weight",)
+    assert not params["frozen"].has_grad
+
+
+def test_input_signature() -> None:
+    x = torch.ones(2, 3)
+
+    def key(*args: Any, **kwargs: Any) -> Any:
+        return input_signature(args, kwargs)
+
+    assert key(x, flag=True) == key(torch.zeros(2, 3), flag=True)
+    assert hash(key({"a": [x]})) == hash(key({"a": [x]}))
+    different = [key(x), key(x.double()), key(x[:1]), key((x,)), key(x, 1), key(x, 1.0), key(x, True), key(x=x)]
+    assert len(set(different)) == len(different)

@@ -1,0 +1,81 @@
+"""The benchmark's own arithmetic: which steps count, what a row has to send, how stages are cut."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from model import Sizes, batch_of, cut_points, make_part
+from rows import GROUPS, ROWS, rows_of
+from run import compare, summarize
+
+SIZES = Sizes(layers=3, width=16, heads=2, vocabulary=32, sequence=8, batch=8, microbatch=2)
+PARAMETERS = 1000
+
+
+def step(seconds: float, foreign: float) -> dict[str, float]:
+    return {"seconds": seconds, "foreign_cpu_seconds": foreign, "own_cpu_seconds": seconds, "loopback_bytes": 10}
+
+
+def measured(*steps: dict[str, float], losses: list[float]) -> dict[str, Any]:
+    memory = {"peak_rss_bytes": [5, 7], "setup_peak_rss_bytes": [9, 9]}
+    return {"steps": list(steps), "losses": losses, "ready_seconds": 1.0, "report": {}, **memory}
+
+
+def test_disturbed_steps_are_left_out() -> None:
+    cores = os.cpu_count() or 1
+    runs = [measured(step(1.0, 0.0), step(9.0, 9.0 * cores), step(3.0, 0.01), losses=[1.0, 1.5])]
+    row = summarize("FSDP2", runs, [1.0, 1.25], SIZES, PARAMETERS, foreign=0.03)
+    assert (row["seconds"], row["steps_kept"], row["disturbed"]) == (2.0, 2, False)
+    assert (row["loss_difference"], row["peak_rss_bytes"]) == (0.25, 7)
+
+
+def test_a_row_without_quiet_steps_counts_all_and_says_so() -> None:
+    runs = [measured(step(2.0, 1e6), step(4.0, 1e6), losses=[1.0])]
+    row = summarize("DDP", runs, [], SIZES, PARAMETERS, foreign=0.03)
+    assert (row["seconds"], row["disturbed"], row["loss_difference"]) == (3.0, True, None)
+
+
+def test_the_faster_peer_is_compared() -> None:
+    rows = [
+        {"name": name, "seconds": seconds, "peak_rss_bytes": 4}
+        for name, seconds in (("FSDP2", 4.0), ("FSDP2 no sync", 3.0), ("graphshard zero3", 2.4))
+    ]
+    result = compare(GROUPS["zero3"][0], rows)
+    assert result is not None
+    assert (result["peer"], result["ratio"]) == ("FSDP2 no sync", pytest.approx(0.8))
+    assert compare(GROUPS["dp"][0], rows) is None
+
+
+def test_least_bytes() -> None:
+    whole = PARAMETERS * 4
+    assert ROWS["graphshard zero3"].least_bytes(SIZES, PARAMETERS) == 3 * 2 * whole / 2
+    assert ROWS["DDP"].least_bytes(SIZES, PARAMETERS) == 2 * whole / 2
+    hidden = SIZES.microbatch * SIZES.sequence * SIZES.width * 4
+    assert ROWS["torch 1F1B"].least_bytes(SIZES, PARAMETERS) == 4 * hidden  # one of two ranks sends, each way
+    assert ROWS["eager"].least_bytes(SIZES, PARAMETERS) == 0
+
+
+def test_every_row_is_in_a_group() -> None:
+    assert {name for group in GROUPS for name in rows_of(group)} == set(ROWS)
+
+
+def test_parts_make_up_the_model() -> None:
+    x, _ = batch_of(SIZES, 0)
+    cuts = cut_points(SIZES, 2)
+    out = x
+    for begin, end in itertools.pairwise(cuts):
+        out = make_part(SIZES, begin, end)(out)
+    assert torch.equal(out, make_part(SIZES)(x))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_no_stage_is_empty(parts: int) -> None:
+    for vocabulary in (1, 10_000):
+        cuts = cut_points(Sizes(layers=3, width=16, vocabulary=vocabulary), parts)
+        assert (cuts[0], cuts[-1]) == (0, 3)
+        assert all(begin < end for begin, end in itertools.pairwise(cuts))
