@@ -53,7 +53,24 @@ def find_loops(nodes: list[fx.Node]) -> list[fx.Node | Loop]:
         else:
             current = None
             result.append(node)
-    return [item.nodes[0] if isinstance(item, Loop) and len(item.nodes) == 1 else item for item in result]
+    return [part for item in result for part in (_components(item) if isinstance(item, Loop) else [item])]
+
+
+def _components(loop: Loop) -> list[fx.Node | Loop]:
+    """Chains that share no vector, a loop each: more than one would only compete for the cache."""
+    owner: dict[fx.Node, int] = {}
+    groups: dict[int, list[fx.Node]] = {}
+    for index, node in enumerate(loop.nodes):
+        related = [n for n in (node, *node.all_input_nodes) if _is_vector(n, loop.numel)]
+        joined = sorted({owner[n] for n in related if n in owner})
+        target = joined[0] if joined else index
+        for other in joined[1:]:
+            groups[target] += groups.pop(other)
+            owner.update({n: target for n, g in owner.items() if g == other})
+        groups.setdefault(target, []).append(node)
+        owner.update(dict.fromkeys(related, target))
+    parts = [Loop(loop.numel, sorted(nodes)) for nodes in groups.values()]
+    return [part.nodes[0] if len(part.nodes) == 1 else part for part in parts]
 
 
 def _vector_length(node: fx.Node) -> int:
@@ -76,20 +93,30 @@ def _independent(node: fx.Node, loop: Loop) -> bool:
 
 
 def overwritten(loop: Loop, section: Section, returned: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Outputs of the loop to the input whose storage they may take: the old value of the same slot, read nowhere else."""
+    """Outputs of the loop to the input whose storage they take: the old value of the same slot, else any that dies here."""
     inside = set(loop.nodes)
-    slots: dict[Slot, fx.Node] = {
-        section.inputs[n]: n
-        for n in loop.inputs()
-        if n in section.inputs
-        and section.inputs[n].role in (Role.FLAT, Role.SHARD, Role.STATE)
-        and all(user in inside for user in n.users)
-    }
+    dying = [n for n in loop.inputs() if all(user in inside for user in n.users) and n not in returned and _owns_storage(n, section)]
+    slots: dict[Slot, fx.Node] = {section.inputs[n]: n for n in dying if n in section.inputs}
     written = {node: slot for slot, node in section.outputs.items()}
-    pairs = ((node, slots.get(written[node])) for node in loop.outputs(returned) if node in written)
-    return {
-        node: old for node, old in pairs if old is not None and val(node).dtype == val(old).dtype
-    }
+    outputs = loop.outputs(returned)
+    result = {n: slots[written[n]] for n in outputs if n in written and written[n] in slots}
+    free = [n for n in dying if n not in result.values() and section.inputs.get(n, _CARRY).role is Role.CARRY]
+    for node in outputs:
+        old = next((n for n in free if val(n).dtype == val(node).dtype), None)
+        if node not in result and old is not None:
+            result[node] = old
+            free.remove(old)
+    return {node: old for node, old in result.items() if val(node).dtype == val(old).dtype}
+
+
+_CARRY = Slot(Role.CARRY, "")
+
+
+def _owns_storage(node: fx.Node, section: Section) -> bool:
+    """A slot's value, or what a collective left: not a view of something else."""
+    if node in section.inputs:
+        return section.inputs[node].role in (Role.FLAT, Role.SHARD, Role.STATE, Role.CARRY)
+    return node.target is torch.ops._c10d_functional.wait_tensor.default
 
 
 def write_loop(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.loops import Loop, find_loops, write_loop
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.execution import Segment
@@ -49,6 +50,9 @@ def emit(
     return _Emitter(name, nodes, outputs, section, accumulators, first).run()
 
 
+Item = fx.Node | Loop | FusedAdam
+
+
 @dataclass
 class _Destination:
     """A flat buffer that a pack fills."""
@@ -81,7 +85,7 @@ class _Emitter:
                 source = resolve(source)
                 if source not in self.inside and not self._skips(node, source):
                     inputs[source] = None
-        self.items: list[fx.Node | Loop] = list(self.nodes) if self.accumulators else find_loops(self.nodes)
+        self.items: list[Item] = list(self.nodes) if self.accumulators else self._loops()
         self.last_use = self._last_uses()
         header = [f"def {self.name}(args, coordinates, device):"]
         if inputs:
@@ -91,6 +95,8 @@ class _Emitter:
         for item in self.items:
             if isinstance(item, Loop):
                 self._loop(item)
+            elif isinstance(item, FusedAdam):
+                self._adam(item)
             else:
                 self._node(item)
             dead = [n.name for n in self.last_use.get(item, []) if n in self.defined or n in inputs]
@@ -145,18 +151,32 @@ class _Emitter:
         """The first micro-batch does not read the accumulator."""
         return self.first and node in self.accumulated and source is node.args[0]
 
-    def _last_uses(self) -> dict[fx.Node | Loop, list[fx.Node]]:
+    def _loops(self) -> list[Item]:
+        """Long pointwise chains as loops, and updates that torch has a kernel for as that."""
+        result: list[Item] = []
+        for item in find_loops(self.nodes):
+            adam = find_adam(item.nodes, self.section) if isinstance(item, Loop) else None
+            if adam is None or not isinstance(item, Loop):
+                result.append(item)
+                continue
+            rest = [node for node in item.nodes if node not in adam.nodes]
+            result += [Loop(item.numel, rest), adam] if rest else [adam]
+        return result
+
+    def _last_uses(self) -> dict[Item, list[fx.Node]]:
         """Which values are dead after each item."""
-        last: dict[fx.Node, fx.Node | Loop] = {}
+        last: dict[fx.Node, Item] = {}
         self.defined: set[fx.Node] = set()
         for item in self.items:
-            for node in item.nodes if isinstance(item, Loop) else [item]:
+            for node in [item] if isinstance(item, fx.Node) else item.nodes:
                 for source in node.all_input_nodes:
                     last[resolve(source)] = item
                 last.setdefault(node, item)
+            if isinstance(item, FusedAdam):
+                last |= dict.fromkeys((item.step, item.lr), item)
         aliases = {n: n.args[0] for n in self.accumulated if not self.first}
         kept = set(self.outputs) | {aliases[n] for n in self.outputs if n in aliases}
-        result: dict[fx.Node | Loop, list[fx.Node]] = {}
+        result: dict[Item, list[fx.Node]] = {}
         for node, item in last.items():
             if node not in kept and node not in self.placed:
                 result.setdefault(item, []).append(node)
@@ -191,6 +211,20 @@ class _Emitter:
         self.lines += [f"    {line}" for line in write_loop(loop, self.section, returned, self._name, self._call)]
         self.block = set()
         self.defined |= set(loop.outputs(returned))
+
+    def _adam(self, adam: FusedAdam) -> None:
+        states = ", ".join(f"[{self._name(n)}]" for n in (adam.param, adam.gradient, adam.exp_avg, adam.exp_avg_sq))
+        step, lr = (f"{self._name(n)}.to(torch.float32)" for n in (adam.step, adam.lr))
+        options = f"beta1={adam.beta1}, beta2={adam.beta2}, weight_decay={adam.weight_decay}, eps={adam.eps}"
+        self._line(
+            f"torch._fused_adamw_({states}, [], [{step}], lr={lr}, {options}, amsgrad=False, maximize=False)"
+        )
+        for new, old in (
+            (adam.new_param, adam.param),
+            (adam.new_exp_avg, adam.exp_avg),
+            (adam.new_exp_avg_sq, adam.exp_avg_sq),
+        ):
+            self._define(new, self._name(old))
 
     def _name(self, node: fx.Node) -> str:
         return resolve(node).name

@@ -491,10 +491,10 @@ class ParameterOutsideModel(GraphshardError):
 class TensorWithoutValue(GraphshardError):
     """A tensor on the meta device that is neither parameter nor buffer."""
 
-    def __init__(self, shape: tuple[int, ...], where: str) -> None:
+    def __init__(self, where: str) -> None:
         super().__init__(
-            f"{where} uses a tensor of shape {list(shape)} on the meta device that is neither a parameter nor a "
-            "buffer, so nothing can give it a value; register it with register_buffer, or build it inside forward"
+            f"{where} uses a tensor on the meta device that is neither a parameter nor a buffer, so nothing can give it "
+            "a value; register it with register_buffer, or build it inside forward"
         )
 
 
@@ -529,3 +529,11 @@ class MissingInput(GraphshardError):
             "step was given no positional argument; with a loss_fn, step(x, *targets) computes "
             "loss_fn(model(x), *targets)"
         )
+
+
+class UnsupportedModule(GraphshardError):
+    """A module whose forward is not Python code that can run on fake tensors."""
+
+    def __init__(self, path: str, kind: str, instead: str) -> None:
+        where = f"module {path!r}" if path else "the model"
+        super().__init__(f"{where} is a {kind}; {instead}")

@@ -48,7 +48,8 @@ class Placer:
                 place = self.places[node]
                 self._copy(node, None if place is None else (place or (0,))[0])
         drop_dead(self.section)
-        retype_from(n for n in self.transfers if val(n).stride() != val(n.all_input_nodes[0]).stride())
+        left = [n for n in self.transfers if n.users]
+        retype_from(n for n in left if val(n).stride() != val(n.all_input_nodes[0]).stride())
 
     def at(self, node: fx.Node, stage: int | None) -> fx.Node:
         """The node that has the value of ``node`` on ``stage``; None: on every stage."""

@@ -31,6 +31,7 @@ def capturing(model: nn.Module, train: bool) -> Iterator[None]:
         torch.inference_mode(False),
         torch.set_grad_enabled(train),
         contextlib.nullcontext() if train else evaluating(model),
+        torch.compiler.set_stance("force_eager"),  # what torch.compile decorates runs as it is written
         fake.compiling(),  # libraries ask this before they look at values of tensors
         torch.fx.traceback.preserve_node_meta(),
         _fast_path_off(),

@@ -137,7 +137,7 @@ class _Body:
         if id(value) in self.known:
             raise ParameterOutsideModel(self.known[id(value)].name, where)
         if value.is_meta:
-            raise TensorWithoutValue(tuple(value.shape), where)
+            raise TensorWithoutValue(where)
         for name, other in self.constants.items():
             if other is value:
                 return self.section.input_slots[Slot(Role.CONSTANT, name)]

@@ -17,7 +17,14 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 
-from graphshard.errors import GraphshardError, ModelFailed, NeedsTensorValue, ShapeNeedsValue, UncapturableOperator
+from graphshard.errors import (
+    GraphshardError,
+    ModelFailed,
+    NeedsTensorValue,
+    ShapeNeedsValue,
+    TensorWithoutValue,
+    UncapturableOperator,
+)
 
 _OURS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
 
@@ -64,6 +71,8 @@ def translate(error: Exception, doing: str) -> GraphshardError:
             return ShapeNeedsValue(str(error.func), where)
         case UnsupportedOperatorException():
             return UncapturableOperator(str(error.func), where, "it has no rule for the shape of its result")
+    if "meta" in str(error) and "device" in str(error) and isinstance(error, RuntimeError):
+        return TensorWithoutValue(where)
     if type(error).__module__.startswith("torch._dynamo"):
         return UncapturableOperator("a function that works on functions (such as torch.cond)", where, NO_FUNCTIONS)
     if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):

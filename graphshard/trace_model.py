@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphshard import fake
-from graphshard.errors import BufferChangesType, UnsupportedParameter
+from graphshard.errors import BufferChangesType, UnsupportedModule, UnsupportedParameter
 from graphshard.program import Param
 
 
@@ -42,12 +42,24 @@ class ModelTensors:
         return self.params + self.buffers
 
 
+_PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
 def tensors_of(model: nn.Module) -> ModelTensors:
     """Find them.
 
     Raises:
-        UnsupportedParameter: one is sparse, a tensor subclass, or shares memory with another.
+        UnsupportedModule: a module is TorchScript, or distributes the model itself.
+        UnsupportedParameter: a tensor is sparse, a tensor subclass, or shares memory with another.
     """
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModule(path, kind, "compile the Python module it was made from")
+        if kind in _PARALLEL:
+            raise UnsupportedModule(
+                path, kind, "compile the module inside it, and say how to distribute it in the plan"
+            )
     params = _named(model.named_parameters(remove_duplicate=False))
     buffers = _named((n, b) for n, b in model.named_buffers(remove_duplicate=False) if id(b) not in params)
     for held in (*params.values(), *buffers.values()):

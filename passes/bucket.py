@@ -339,10 +339,10 @@ class _Merge:
             body, replace(target, key="merging"), self._flat(carry, bucket), info(carry), f"grad.{self.merged.name}"
         )
         with body.graph.inserting_before(last):
-            flat = call(body.graph, gs.pack.default, (parts, offsets, self.merged.numel), record)
+            flat = call(body.graph, gs.pack.default, (parts, offsets, self.merged.numel), replace(record, origin=""))
             for link in reversed(chains[slot][:-1]):  # reduce-scatter and its wait
                 assert callable(link.target)
-                flat = call(body.graph, link.target, (flat, *link.args[1:]), record)
+                flat = call(body.graph, link.target, (flat, *link.args[1:]), replace(record, origin=""))
             total = call(body.graph, aten.add.Tensor, (new, flat), record)
         results: dict[Slot, fx.Node] = {}
         for s, node in body.outputs.items():

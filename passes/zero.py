@@ -67,16 +67,63 @@ class Zero:
             for param in program.params.values()
             for stage in param.stages
         ]
-        for sharding in shardings:
-            sharding.body()
+        _shard_body(program, shardings)
         for section in program.updates():
-            for sharding in shardings:
-                sharding.examine(section)
-            changed = [node for sharding in shardings for node in sharding.update(section)]
-            retype(downstream(changed))  # once all are flat: replicas of a tied weight are added to one another
+            _shard_update(section, shardings)
             _average_loss(program, section)
         program.level = Level.SHARDED
         return program
+
+
+# The signature of a section is taken once and given back once: with every parameter, the time would be quadratic.
+
+
+def _shard_body(program: Program, shardings: list[_Sharding]) -> None:
+    inputs, totals, zeros = program.body.input_slots, program.body.outputs, program.prologue.outputs
+    for sharding in shardings:
+        sharding.body(inputs, totals, zeros)
+    for section, made in (
+        (program.body, {s.carry: s.total for s in shardings if s.total is not None}),
+        (program.prologue, {s.carry: s.zeros for s in shardings if s.zeros is not None}),
+    ):
+        accumulators = {s.carry: s.accumulator for s in shardings if s.carry in made}
+        outputs = section.outputs
+        set_outputs(section, {accumulators.get(slot, slot): made.get(slot, node) for slot, node in outputs.items()})
+        for slot in made:
+            section.graph.erase_node(outputs[slot])
+
+
+def _shard_update(section: Section, shardings: list[_Sharding]) -> None:
+    inputs = section.input_slots
+    states: dict[tuple[str, int], list[Slot]] = {}
+    for slot in inputs:
+        if slot.role is Role.STATE:
+            states.setdefault((slot.name, slot.stage), []).append(slot)
+    for sharding in shardings:
+        sharding.examine(inputs, states.get((sharding.slot.name, sharding.slot.stage), []))
+    active = [sharding for sharding in shardings if sharding.carry in inputs]
+    owners: dict[tuple[Role, str, int], _Sharding] = {}
+    for sharding in reversed(active):  # the first stage that holds a tied weight hands out its gradient
+        name, stage = sharding.slot.name, sharding.slot.stage
+        owners |= {(Role.PARAM, name, stage): sharding, (Role.STATE, name, stage): sharding}
+        owners |= {(Role.OUTPUT, f"grad:{name}", held): sharding for held in sharding.param.stages}
+
+    def owner(slot: Slot) -> _Sharding | None:
+        return owners.get((slot.role, slot.name, slot.stage))
+
+    for sharding in active:
+        sharding.follow_shape(section, inputs)
+    for slot, node in section.outputs.items():  # states that start as constants are not downstream of anything
+        if (sharding_or_none := owner(slot)) is not None:
+            sharding_or_none.start_flat(section, node, inputs)
+    changed = [node for sharding in active for node in sharding.update(section, inputs)]
+    results: dict[Slot, fx.Node] = {}
+    for slot, node in section.outputs.items():
+        found = owner(slot)
+        new_slot, new_node = (slot, node) if found is None else found.result(section, slot, node)
+        results[new_slot] = new_node
+    set_outputs(section, results)
+    retype(downstream(changed))  # once all are flat: replicas of a tied weight are added to one another
 
 
 def _average_loss(program: Program, section: Section) -> None:
@@ -117,12 +164,17 @@ class _Sharding:
 
         self.carry = Slot(Role.CARRY, f"grad:{slot.name}", stage=slot.stage)
 
-    def body(self) -> None:
-        """Storage, gathers and the reduction of gradients, where it is per micro-batch."""
+    def body(self, inputs: dict[Slot, fx.Node], totals: dict[Slot, fx.Node], zeros: dict[Slot, fx.Node]) -> None:
+        """Storage, gathers and the reduction of gradients, where it is per micro-batch.
+
+        Given are the body's inputs and outputs and the prologue's outputs; ``total`` and ``zeros`` replace the carry's.
+        """
         self.program.buckets[self.bucket.name] = self.bucket
-        self._parameter_reads()
-        if self.carry in self.program.body.input_slots:
-            self._gradient(self.carry)
+        self.total: fx.Node | None = None
+        self.zeros: fx.Node | None = None
+        self._parameter_reads(inputs.get(self.slot))
+        if self.carry in inputs:
+            self._gradient(inputs[self.carry], totals[self.carry], zeros[self.carry])
 
     @property
     def store(self) -> Slot:
@@ -139,9 +191,8 @@ class _Sharding:
         numel = self.bucket.shard_numel if sharded else self.bucket.numel
         return fake.tensor(value.fake_mode, [numel], value.dtype, device=value.device)
 
-    def _parameter_reads(self) -> None:
+    def _parameter_reads(self, old: fx.Node | None) -> None:
         body = self.program.body
-        old = body.input_slots.get(self.slot)
         if old is None:
             return
         placed = replace(info(old), layout=f"{self.axis}:flat" if self.zero == 3 else "")
@@ -165,10 +216,9 @@ class _Sharding:
         assert not old.users, f"{self.slot} is read outside the phases of the body"
         remove_input(body, old)
 
-    def _gradient(self, carry: Slot) -> None:
+    def _gradient(self, old: fx.Node, added: fx.Node, zeros: fx.Node) -> None:
         body, per_microbatch = self.program.body, self.zero >= 2
-        old, added = body.input_slots[carry], body.outputs[carry]
-        assert added.target is aten.add.Tensor and added.args[0] is old, f"{carry} is not accumulated by add(carry, …)"
+        assert added.target is aten.add.Tensor and added.args[0] is old, f"{self.carry} is not accumulated by add(carry, …)"
         gradient = arg(added, 1)
         record = replace(self.record, phase=info(added).phase)
         value = self._flat(old, sharded=per_microbatch)
@@ -177,21 +227,13 @@ class _Sharding:
             flat = call(body.graph, gs.pack.default, ([gradient], [0], self.bucket.numel), record)
             if per_microbatch:
                 flat = self._reduce_scatter(body, flat, record)
-            total = call(body.graph, aten.add.Tensor, (accumulator, flat), replace(record, origin=info(added).origin))
-        outputs = {self.accumulator if s == carry else s: total if s == carry else n for s, n in body.outputs.items()}
-        set_outputs(body, outputs)
-        body.graph.erase_node(added)
+            total = replace(record, origin=info(added).origin)
+            self.total = call(body.graph, aten.add.Tensor, (accumulator, flat), total)
 
         prologue = self.program.prologue
-        zeros = prologue.outputs[carry]
         with prologue.graph.inserting_before(zeros):
             options = {"dtype": value.dtype, "device": value.device}
-            flat_zeros = call(prologue.graph, aten.full.default, (list(value.shape), 0.0), info(zeros), **options)
-        outputs = {
-            self.accumulator if s == carry else s: flat_zeros if s == carry else n for s, n in prologue.outputs.items()
-        }
-        set_outputs(prologue, outputs)
-        prologue.graph.erase_node(zeros)
+            self.zeros = call(prologue.graph, aten.full.default, (list(value.shape), 0.0), info(zeros), **options)
 
     def _reduce_scatter(self, section: Section, flat: fx.Node, record: NodeInfo) -> fx.Node:
         if self.parts == 1:
@@ -205,12 +247,9 @@ class _Sharding:
     def _wait(self, section: Section, pending: fx.Node, record: NodeInfo) -> fx.Node:
         return call(section.graph, c10d.wait_tensor.default, (pending,), record)
 
-    def examine(self, section: Section) -> None:
+    def examine(self, inputs: dict[Slot, fx.Node], states: list[Slot]) -> None:
         """Find the update's operators and whether they may run on flat storage, before anything of it is rewritten."""
-        inputs = section.input_slots
-        self.states = [
-            s for s in inputs if s.role is Role.STATE and s.name == self.slot.name and s.stage == self.slot.stage
-        ]
+        self.states = states
         own = [inputs[s] for s in (self.carry, self.slot, *self.states) if s in inputs]
         self.cone = downstream(own, stop=_is_norm)
         offending = next((n for n in self.cone if not (is_pointwise(n) or n.target in _ALLOWED)), None)
@@ -218,30 +257,43 @@ class _Sharding:
         if offending is not None and self.zero > 0 and self.parts > 1:
             raise OptimizerNotElementwise(str(offending.target), self.slot.name)
 
-    def update(self, section: Section) -> list[fx.Node]:
-        """Rewrite the update; returns the nodes whose type changed, for what is behind them to be typed again."""
-        if self.carry not in section.input_slots:
-            return []
-        if self.elementwise:
-            return self._update_flat(section, self.carry, self.states, self.cone)
-        return self._update_whole(section, self.carry)
-
-    def _update_flat(self, section: Section, carry: Slot, states: list[Slot], cone: list[fx.Node]) -> list[fx.Node]:
-        """The update on flat storage: elementwise, so the same operators on other shapes."""
-        inputs, outputs, sharded = section.input_slots, dict(section.outputs), self.zero >= 1
-        for node in cone:  # created at the parameter's shape: make it follow the parameter's value instead
+    def follow_shape(self, section: Section, inputs: dict[Slot, fx.Node]) -> None:
+        """What is created at the parameter's shape follows the parameter's value, which becomes flat, instead."""
+        for node in self.cone if self.elementwise else ():
             for source in node.all_input_nodes:
                 if self._is_created(source):
-                    self._create_like(section, source, next(n for n in (inputs.get(self.slot), inputs[carry]) if n))
-        for slot, node in outputs.items():  # states that start as constants are not downstream of anything
-            if self._owns(slot) and self._is_created(node):
-                self._create_like(section, node, inputs[carry])
-        outputs = dict(section.outputs)
+                    self._create_like(section, source, inputs.get(self.slot) or inputs[self.carry])
 
+    def start_flat(self, section: Section, node: fx.Node, inputs: dict[Slot, fx.Node]) -> None:
+        """The same for a result that is a constant."""
+        if self.elementwise and self._is_created(node):
+            self._create_like(section, node, inputs[self.carry])
+
+    def update(self, section: Section, inputs: dict[Slot, fx.Node]) -> list[fx.Node]:
+        """Rewrite the update; returns the nodes whose type changed, for what is behind them to be typed again."""
+        if self.elementwise:
+            return self._update_flat(section, inputs)
+        self._update_whole(section, inputs)
+        return []
+
+    def result(self, section: Section, slot: Slot, node: fx.Node) -> tuple[Slot, fx.Node]:
+        """Where the update's result ``slot`` goes instead, and what goes there."""
+        with section.graph.inserting_before(section.output_node):
+            if slot == self.slot and not self.elementwise:
+                return self.store, call(section.graph, gs.pack.default, ([node], [0], self.bucket.numel), self.record)
+            if slot == self.slot and self.zero in (1, 2) and self.parts > 1:
+                args = (node, self.parts, self.axis)
+                gathered = call(section.graph, c10d.all_gather_into_tensor.default, args, self.record)
+                node = self._wait(section, gathered, self.record)
+        return self._renamed(slot) if self.elementwise else slot, node
+
+    def _update_flat(self, section: Section, inputs: dict[Slot, fx.Node]) -> list[fx.Node]:
+        """The update on flat storage: elementwise, so the same operators on other shapes."""
+        carry, sharded = self.carry, self.zero >= 1
         changed: list[fx.Node] = []
         new_gradient = self._reduced_gradient(section, inputs[carry])
         changed.append(new_gradient)
-        for slot in states:
+        for slot in self.states:
             old = inputs[slot]
             whole = tuple(old.meta["val"].shape) == self.param.shape and slot.key != "step"
             value = self._flat(old, sharded) if whole else old.meta["val"]
@@ -258,16 +310,6 @@ class _Sharding:
             remove_input(section, old)
             changed.append(stored)
         self._reduce_norms(section, new_gradient)
-        results: dict[Slot, fx.Node] = {}
-        for slot, node in section.outputs.items():
-            if slot == self.slot and self.zero in (1, 2) and self.parts > 1:
-                with section.graph.inserting_before(section.output_node):
-                    gathered = call(
-                        section.graph, c10d.all_gather_into_tensor.default, (node, self.parts, self.axis), self.record
-                    )
-                    node = self._wait(section, gathered, self.record)
-            results[self._renamed(slot) if self._owns(slot) else slot] = node
-        set_outputs(section, results)
         return changed
 
     def _reduced_gradient(self, section: Section, old: fx.Node) -> fx.Node:
@@ -283,8 +325,13 @@ class _Sharding:
                 node = self._all_reduce(section, node, self.axis, record)
             if self.replicas > 1:
                 node = self._all_reduce(section, node, "dp", record)
-            if self.parts * self.replicas > 1:
-                node = call(section.graph, aten.mul.Tensor, (node, 1.0 / (self.parts * self.replicas)), record)
+            ranks = self.parts * self.replicas
+            means = [r for r in readers if r.target is aten.mul.Tensor and isinstance(r.args[1], float)]
+            if ranks > 1 and means == readers:
+                for mean in means:  # the mean over micro-batches: divide by both numbers at once
+                    mean.args = (mean.args[0], mean.args[1] / ranks)  # type: ignore[operator]
+            elif ranks > 1:
+                node = call(section.graph, aten.mul.Tensor, (node, 1.0 / ranks), record)
         for reader in readers:
             reader.replace_input_with(accumulated, node)
         return node
@@ -329,11 +376,6 @@ class _Sharding:
             results[slot] = node
         set_outputs(section, results)
         return []
-
-    def _owns(self, slot: Slot) -> bool:
-        if slot.role is Role.OUTPUT:
-            return slot.name == f"grad:{self.slot.name}"
-        return slot.role in (Role.PARAM, Role.STATE) and slot.name == self.slot.name and slot.stage == self.slot.stage
 
     def _renamed(self, slot: Slot) -> Slot:
         if slot.role is Role.PARAM:

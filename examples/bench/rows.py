@@ -46,7 +46,7 @@ class Row:
     def world(self) -> int:
         return self.dp * self.pp
 
-    def least_bytes(self, sizes: Sizes, parameters: int) -> float:
+    def minimum_bytes(self, sizes: Sizes, parameters: int) -> float:
         """What a rank has to send a step, mean over ranks; a crossing sends a hidden state on and its gradient back."""
         m = sizes.microbatches(self.dp)
         moved = (self.gathers(m) + self.reduces(m)) * (self.dp - 1) / self.dp * parameters / self.pp

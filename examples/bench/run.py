@@ -191,7 +191,7 @@ def summarize(
         "ready_seconds": _median(run["ready_seconds"] for run in runs),
         "sent_bytes": report.get("sent_bytes"),
         "loopback_bytes": _median(s["loopback_bytes"] for s in kept) / row.world,
-        "least_bytes": row.least_bytes(sizes, parameters),
+        "minimum_bytes": row.minimum_bytes(sizes, parameters),
         "gathers_per_microbatch": report.get("gathers_per_microbatch", row.gathers(m) / m),
         "loss": runs[-1]["losses"][-1],
         "loss_difference": max(off, default=None),

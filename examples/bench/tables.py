@@ -9,11 +9,15 @@ from rich.table import Table
 
 
 def row_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """One line a row; a star marks times of which no step was undisturbed. Gathers are per micro-batch."""
-    caption = "sent: mean of the ranks; graphshard's as planned, others' as the loopback device counts"
+    """One line a row; a star marks times of which no step was undisturbed."""
+    caption = (
+        "MB sent: mean of the ranks, graphshard's as planned, others' as the loopback device counts it. "
+        "The minimum is for the gathers a row is meant to do; one at a micro-batch's turning point may be saved. "
+        "Gathers: of a parameter, per micro-batch."
+    )
     table = Table(title="per step", caption=caption)
     table.add_column("row", no_wrap=True)
-    for title in ("ranks", "median s", "kept", "RSS GB", "sent MB", "least MB", "gathers", "loss off"):
+    for title in ("ranks", "median s", "kept", "GB RSS", "MB sent", "minimum", "gathers", "loss off"):
         table.add_column(title, justify="right", no_wrap=title in ("median s", "loss off"))
     for row in rows:
         sent = row["sent_bytes"] if row["sent_bytes"] is not None else row["loopback_bytes"]
@@ -25,7 +29,7 @@ def row_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['steps_kept']}/{row['steps']}",
             f"{row['peak_rss_bytes'] / 1e9:.2f}",
             f"{sent / 1e6:.1f}" if several else "",
-            f"{row['least_bytes'] / 1e6:.1f}" if several else "",
+            f"{row['minimum_bytes'] / 1e6:.1f}" if several else "",
             f"{row['gathers_per_microbatch']:.2f}" if row["gathers_per_microbatch"] else "",
             "" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}",
         )

@@ -237,6 +237,20 @@ def test_transformer_encoder_in_evaluation_mode_does_not_take_the_fast_path() ->
     assert not any("_transformer_encoder" in target or "_native_multi_head" in target for target in targets)
 
 
+def test_a_function_under_torch_compile_is_captured_as_it_is_written() -> None:
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        @torch.compile  # type: ignore[untyped-decorator]
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).relu().sum()  # type: ignore[no-any-return]
+
+    program = capture(Compiled(), None, (torch.zeros(2, 4),), {}, mode="train").program
+    assert torch.ops.aten.relu.default in {node.target for node in program.body.nodes()}
+
+
 def test_a_constant_is_lifted_with_its_value() -> None:
     model, parts, loss_fn = case("nested", torch.float32)
     program = capture(model, loss_fn, *parts[0], mode="train").program

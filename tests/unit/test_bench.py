@@ -51,13 +51,13 @@ def test_the_faster_peer_is_compared() -> None:
     assert compare(GROUPS["dp"][0], rows) is None
 
 
-def test_least_bytes() -> None:
+def test_minimum_bytes() -> None:
     whole = PARAMETERS * 4
-    assert ROWS["graphshard zero3"].least_bytes(SIZES, PARAMETERS) == 3 * 2 * whole / 2
-    assert ROWS["DDP"].least_bytes(SIZES, PARAMETERS) == 2 * whole / 2
+    assert ROWS["graphshard zero3"].minimum_bytes(SIZES, PARAMETERS) == 3 * 2 * whole / 2
+    assert ROWS["DDP"].minimum_bytes(SIZES, PARAMETERS) == 2 * whole / 2
     hidden = SIZES.microbatch * SIZES.sequence * SIZES.width * 4
-    assert ROWS["torch 1F1B"].least_bytes(SIZES, PARAMETERS) == 4 * hidden  # one of two ranks sends, each way
-    assert ROWS["eager"].least_bytes(SIZES, PARAMETERS) == 0
+    assert ROWS["torch 1F1B"].minimum_bytes(SIZES, PARAMETERS) == 4 * hidden  # one of two ranks sends, each way
+    assert ROWS["eager"].minimum_bytes(SIZES, PARAMETERS) == 0
 
 
 def test_every_row_is_in_a_group() -> None:
