@@ -6,6 +6,7 @@ Only here is the interleaving of micro-batches known: 1F1B runs F3, B1, F4, and 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from graphshard.execution import Instruction, Op, Ref, match_waits
 
@@ -19,8 +20,12 @@ def order(
     first_epilogue: list[Instruction] | None,
 ) -> tuple[list[Instruction], list[Instruction], list[Instruction], list[Instruction] | None]:
     """The same instructions in the order they are issued in, with WAITs of sends, hand-overs and FREEs in place."""
-    body = _post_receives_early(body)
-    body = _wait_for_sends(body)
+    body, epilogue, first_epilogue = _reduce_early(body, epilogue, first_epilogue)
+    actions = _by_action(body)
+    _gather_ahead(actions)
+    _accumulate_late(actions)
+    _post_receives_early(actions)
+    body = _wait_for_sends([ins for action in actions for ins in action])
     epilogue = _wait_for_sends(epilogue)
     first_epilogue = None if first_epilogue is None else _wait_for_sends(first_epilogue)
     # Both epilogues read what the body leaves: a carry lives until the last read in either.
@@ -39,21 +44,86 @@ def _boundary(instructions: list[Instruction]) -> int:
     return next((i for i, ins in enumerate(instructions) if ins.action != "prologue"), len(instructions))
 
 
-def _post_receives_early(body: list[Instruction]) -> list[Instruction]:
-    """Post the receives of an action before the action ahead of it runs: the transfer hides behind that."""
+def _by_action(body: list[Instruction]) -> list[list[Instruction]]:
     actions: list[list[Instruction]] = []
     for ins in body:
-        if not actions or actions[-1][0].action != ins.action:
+        if not actions or actions[-1][-1].action != ins.action:
             actions.append([])
         actions[-1].append(ins)
-    result: list[Instruction] = []
-    posted = [ins for ins in actions[0] if ins.op is Op.RECV] if actions else []
-    result += posted
+    return actions
+
+
+def _reduce_early(
+    body: list[Instruction], epilogue: list[Instruction], first_epilogue: list[Instruction] | None
+) -> tuple[list[Instruction], list[Instruction], list[Instruction] | None]:
+    """Start reducing a gradient when the last micro-batch has added to it, while the rest of its backward runs.
+
+    Both epilogues wait for the one reduction: what the first-step epilogue calls it is renamed.
+    """
+    written = {ref: index for index, ins in enumerate(body) if ins.op is Op.RUN for ref in ins.outputs}
+    moved: dict[int, list[Instruction]] = {}
+    renamed: dict[Ref, Ref] = {}
+    kept: list[Instruction] = []
+    for ins in epilogue:
+        twin = ins if first_epilogue is None else next((t for t in first_epilogue if _same_reduction(ins, t)), None)
+        if twin is None or ins.op is not Op.REDUCE or ins.axis == "pp" or ins.inputs[0] not in written:
+            kept.append(ins)
+            continue
+        at = written[ins.inputs[0]]
+        moved.setdefault(at, []).append(replace(ins, action=body[at].action))
+        renamed[twin.outputs[0]] = ins.outputs[0]
+    if first_epilogue is not None:
+        rest = [t for t in first_epilogue if not (t.op is Op.REDUCE and t.outputs[0] in renamed)]
+        first_epilogue = [_renamed(ins, renamed) for ins in rest]
+    body = [after for index, ins in enumerate(body) for after in (ins, *moved.get(index, ()))]
+    return body, kept, first_epilogue
+
+
+def _same_reduction(a: Instruction, b: Instruction) -> bool:
+    return a.op is b.op is Op.REDUCE and (a.name, a.inputs, a.axis) == (b.name, b.inputs, b.axis)
+
+
+def _renamed(ins: Instruction, names: dict[Ref, Ref]) -> Instruction:
+    inputs, outputs = (tuple(names.get(ref, ref) for ref in refs) for refs in (ins.inputs, ins.outputs))
+    return replace(ins, inputs=inputs, outputs=outputs)
+
+
+def _gather_ahead(actions: list[list[Instruction]]) -> None:
+    """Start the first gather of an action while the last bucket of the action before it computes."""
+    for current, following in pairwise(actions):
+        first = next((ins for ins in following if ins.op is Op.GATHER), None)
+        if first is None:
+            continue
+        gathered = {ins.outputs[0] for ins in current if ins.op is Op.GATHER}
+        waits = [i for i, ins in enumerate(current) if ins.op is Op.WAIT and ins.inputs[0] in gathered]
+        following.remove(first)
+        current.insert(waits[-1] + 1 if waits else 0, first)
+
+
+def _accumulate_late(actions: list[list[Instruction]]) -> None:
+    """The last reduce-scatter of an action is waited for in the next one, behind its first segment."""
+    for current, following in pairwise(actions):
+        if len(current) < 2 or current[-2].op is not Op.WAIT or current[-1].op is not Op.RUN:
+            continue
+        wait, run = current[-2:]
+        reduced = {ins.outputs[0] for ins in current if ins.op is Op.REDUCE}
+        others = set(run.inputs) | set(run.outputs)
+        behind = next((i for i, ins in enumerate(following) if ins.op is Op.RUN), None)
+        if wait.inputs[0] not in reduced or wait.inputs[0] not in run.inputs or behind is None:
+            continue
+        if others & {ref for ins in following[: behind + 1] for ref in (*ins.inputs, *ins.outputs)}:
+            continue
+        following[behind + 1 : behind + 1] = [wait, run]
+        del current[-2:]
+
+
+def _post_receives_early(actions: list[list[Instruction]]) -> None:
+    """Post the receives of an action before the action ahead of it runs: the transfer hides behind that."""
+    receives = [[ins for ins in action if ins.op is Op.RECV] for action in actions]
     for index, action in enumerate(actions):
-        if index + 1 < len(actions):
-            result += [ins for ins in actions[index + 1] if ins.op is Op.RECV]
-        result += [ins for ins in action if ins.op is not Op.RECV]
-    return result
+        posted = receives[index] if index == 0 else []
+        posted = posted + (receives[index + 1] if index + 1 < len(actions) else [])
+        action[:] = posted + [ins for ins in action if ins.op is not Op.RECV]
 
 
 def _wait_for_sends(instructions: list[Instruction]) -> list[Instruction]:

@@ -85,7 +85,7 @@ def attention(
         The result, contiguous if q is, else contiguous in the order [batch, queries, heads, dim]; and the log-sum-exp
         of each query's scores, [batch, heads, queries], in float32 or the double precision of q.
     """
-    out, lse = _types(q, k, v, mask, is_causal, scale, enable_gqa)
+    out, lse = _types(q.to("meta"), k, v, mask, is_causal, scale, enable_gqa)
     k, v = _repeated(k, q, enable_gqa), _repeated(v, q, enable_gqa)
     bias = _bias(mask, q)
     match _kernel(q, k, v, bias, is_causal):
@@ -119,7 +119,7 @@ def attention_backward(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each contiguous in the order [batch, sequence, heads, dim]."""
-    like = _backward_types(grad, q, k, v, mask, out, lse, is_causal, scale, enable_gqa)
+    like = _backward_types(grad, q.to("meta"), k.to("meta"), v.to("meta"))
     heads = k.shape[1]
     k, v = _repeated(k, q, enable_gqa), _repeated(v, q, enable_gqa)
     bias = _bias(mask, q)
@@ -169,11 +169,11 @@ def _backward_types(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: obje
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
-    """``value`` with the strides of ``like``; copied only if elements have to move."""
+    """``value`` with the strides of ``like``, a meta tensor; copied only if elements have to move."""
     pairs = zip(value.shape, value.stride(), like.stride(), strict=True)
     if all(have == want for size, have, want in pairs if size > 1):
         return value if value.stride() == like.stride() else value.as_strided(like.shape, like.stride())
-    return like.copy_(value)
+    return torch.empty_like(like, device=value.device).copy_(value)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

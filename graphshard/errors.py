@@ -493,8 +493,8 @@ class TensorWithoutValue(GraphshardError):
 
     def __init__(self, where: str) -> None:
         super().__init__(
-            f"{where} uses a tensor on the meta device that is neither a parameter nor a buffer, so nothing can give it "
-            "a value; register it with register_buffer, or build it inside forward"
+            f"{where} uses a tensor on the meta device that is neither a parameter nor a buffer, so nothing can give "
+            "it a value; register it with register_buffer, or build it inside forward"
         )
 
 

@@ -8,13 +8,16 @@ import importlib.util
 import time
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
+
 from graphshard.errors import PassOptionError, UnknownPass
 from graphshard.mesh import Mesh
-from graphshard.program import Bucket, PassRecord, Program
+from graphshard.program import Bucket, PassRecord, Phase, Program, info
 from graphshard.verify import verify
 
 PASSES: Mapping[str, str] = {
@@ -73,16 +76,45 @@ def run_passes(
     verify(program)
     if observe is not None:
         observe(0, "capture", program)
+    before = _census(program)
     for index, item in enumerate(passes, 1):
         start = time.perf_counter()
         program = item.run(program, ctx)
         seconds = time.perf_counter() - start
         verify(program, after=item.name)
-        nodes = sum(1 for section in program.sections().values() for _ in section.nodes())
-        program.history += (PassRecord(item.name, _options(item), seconds, nodes),)
+        after = _census(program)
+        changes = {what: after[what] - before[what] for what in after | before if after[what] != before[what]}
+        program.history += (PassRecord(item.name, _options(item), seconds, after["nodes"], changes),)
+        before = after
         if observe is not None:
             observe(index, item.name, program)
     return program
+
+
+_COUNTED = {
+    "all_gather_into_tensor": "all-gathers",
+    "reduce_scatter_tensor": "reduce-scatters",
+    "all_reduce": "all-reduces",
+    "transfer": "transfers",
+    "stage_sum": "sums over stages",
+    "stage_broadcast": "broadcasts over stages",
+    "as_strided": "views of buckets",
+}
+
+
+def _census(program: Program) -> Counter[str]:
+    """How many there are of what passes are about, all graphs."""
+    result: Counter[str] = Counter(buckets=len(program.buckets))
+    for section in program.sections().values():
+        for node in section.nodes():
+            result["nodes"] += 1
+            if isinstance(node.target, torch._ops.OpOverload):
+                name = node.target._schema.name.rpartition("::")[2]
+                result[_COUNTED.get(name, "")] += 1
+            if info(node).phase is Phase.WEIGHT:
+                result["nodes of phase weight"] += 1
+    del result[""]
+    return result
 
 
 def load_pass(name: str) -> type[Any]:

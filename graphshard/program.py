@@ -6,7 +6,7 @@ The three graphs are the three places where work can happen in a step: ``prologu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import prod
@@ -170,6 +170,7 @@ class PassRecord:
     options: str
     seconds: float
     nodes: int  # operations after it, all graphs
+    changes: Mapping[str, int] = field(default_factory=dict, compare=False)  # what there is more or less of since it ran
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from graphshard import analysis
@@ -27,7 +28,9 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
                 "memory": memory.at_peak,
                 "sent_bytes": sent_bytes(plan, rank, first=False),
                 "flops": sum(flops[stage].values()) * plan.microbatches,
+                "collectives": _communications(plan, stage),
                 "gathers_per_microbatch": _gathers(plan, stage),
+                "peak_action": memory.peak_action,
             }
         )
     ranks: list[dict[str, Any]] = []
@@ -48,7 +51,14 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
         "ranks": ranks,
         "bubble_fraction": simulated.bubble_fraction,
         "passes": [
-            {"name": r.name, "options": r.options, "seconds": r.seconds, "nodes": r.nodes} for r in program.history
+            {
+                "name": r.name,
+                "options": r.options,
+                "seconds": r.seconds,
+                "nodes": r.nodes,
+                "changes": dict(r.changes),
+            }
+            for r in program.history
         ],
         "buckets": [
             {
@@ -72,6 +82,13 @@ def stage_flops(program: Program) -> list[dict[Phase, int]]:
         if stage is not None:
             result[stage][info(node).phase] += analysis.flops(node)
     return result
+
+
+def _communications(plan: ExecutionPlan, stage: int) -> dict[str, int]:
+    """How many collectives, sends and receives a rank of ``stage`` starts in a step, by kind."""
+    started = (ins for ins in plan.stages[stage].step() if ins.op in (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV))
+    counts = Counter(ins.name if ins.op in (Op.GATHER, Op.REDUCE) else ins.op.lower() for ins in started)
+    return dict(sorted(counts.items()))
 
 
 def _gathers(plan: ExecutionPlan, stage: int) -> float:
@@ -105,11 +122,11 @@ def explain(data: dict[str, Any]) -> str:
         "",
         "passes",
     ]
-    width = max((len(p["name"]) for p in data["passes"]), default=0)
+    width = max((len(p["name"]) + len(p["options"]) + 3 for p in data["passes"]), default=0)
     for item in data["passes"]:
-        milliseconds = item["seconds"] * 1e3
-        lines.append(f"  {item['name']:{width}}  {item['nodes']:6} nodes  {milliseconds:8.1f} ms  {item['options']}")
-        lines[-1] = lines[-1].rstrip()
+        title = item["name"] + (f" ({item['options']})" if item["options"] else "")
+        changes = ", ".join(f"{count:+} {what}" for what, count in item["changes"].items()) or "no change of kind"
+        lines.append(f"  {title:{width}}  {item['nodes']:6} nodes  {item['seconds'] * 1e3:8.1f} ms  {changes}")
     lines += ["", "ranks (one per pipeline stage; its data-parallel peers are alike)"]
     seen: set[int] = set()
     for rank in data["ranks"]:
@@ -122,6 +139,8 @@ def explain(data: dict[str, Any]) -> str:
             f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}, "
             f"peak {human(rank['peak_bytes'])} ({memory})"
         )
+        started = ", ".join(f"{count} {name.replace('_', '-')}" for name, count in rank["collectives"].items())
+        lines.append(f"           starts {started or 'no communication'} a step")
         if rank["gathers_per_microbatch"]:
             lines.append(
                 f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch"

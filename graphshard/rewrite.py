@@ -43,7 +43,7 @@ def call(
 def after(node: fx.Node) -> AbstractContextManager[Any]:
     """Insert right after ``node``; after the last placeholder if ``node`` is one."""
     if node.op == "placeholder":
-        return node.graph.inserting_before(first_operation(node.graph))
+        return node.graph.inserting_before(_operation_after(node))
     return node.graph.inserting_before(node.next)
 
 
@@ -52,11 +52,20 @@ def first_operation(graph: fx.Graph) -> fx.Node:
     return next(n for n in graph.nodes if n.op != "placeholder")
 
 
+def _operation_after(node: fx.Node) -> fx.Node:
+    while node.op == "placeholder":
+        node = node.next
+    return node
+
+
 def add_input(section: Section, slot: Slot, value: torch.Tensor, record: NodeInfo, name: str | None = None) -> fx.Node:
-    """A new placeholder, last of the placeholders, that reads ``slot``; ``value`` is its fake tensor."""
-    assert slot not in section.input_slots, f"{slot} is an input already"
+    """A new placeholder, last of the placeholders, that reads ``slot``; ``value`` is its fake tensor.
+
+    ``slot`` must be new to the section, which the driver's verification checks.
+    """
     graph = section.graph
-    with graph.inserting_before(first_operation(graph)):
+    last = next(reversed(section.inputs), None)  # from there it is never far, however many inputs there are
+    with graph.inserting_before(first_operation(graph) if last is None else _operation_after(last)):
         node = graph.placeholder(name or slot.name)
     node.meta["val"], node.meta["info"] = value, record
     section.inputs[node] = slot

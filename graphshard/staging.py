@@ -39,12 +39,16 @@ class BodyStaging:
         self.roots: dict[fx.Node, set[fx.Node]] = {}  # parameters and buffers that unplaced values are made of
         self._find_unplaced(byte_cost)
         forward = [n for n in self.body.nodes() if info(n).phase is Phase.FORWARD and n not in self.places]
-        self.followers = [n for n in forward if self._follows(n)]
-        following = set(self.followers)
-        self.line = [n for n in forward if n not in following]
-        self.index = {node: i for i, node in enumerate(self.line)}
-        for node in self.followers:
-            self.index[node] = max((self.index[s] for s in node.all_input_nodes if s in self.index), default=0)
+        serving = self._serving_buffers(forward)
+        self.line: list[fx.Node] = []
+        self.index: dict[fx.Node, int] = {}
+        for node in forward:
+            sources = [self.index[s] for s in node.all_input_nodes if s in self.index]
+            if sources and (node in serving or self._follows(node)):
+                self.index[node] = max(sources)
+            else:
+                self.index[node] = len(self.line)
+                self.line.append(node)
         self.origins: dict[str, fx.Node] = {}
         for node in forward:
             self.origins.setdefault(info(node).origin, node)
@@ -90,6 +94,15 @@ class BodyStaging:
         if is_getitem(node) or node.target is aten.as_strided.default:
             return True
         return any(self.body.inputs.get(s) == _LOSS for s in node.all_input_nodes)
+
+    def _serving_buffers(self, forward: list[fx.Node]) -> set[fx.Node]:
+        """Operations whose results only become buffers; capture may put them at the end, far from what they read."""
+        stored = {node for slot, node in self.outputs.items() if slot.name.startswith("buffer:")}
+        found: set[fx.Node] = set()
+        for node in reversed(forward):
+            if all(user in found or (user.op == "output" and node in stored) for user in node.users):
+                found.add(node)
+        return found
 
     # The line to cut
 

@@ -6,17 +6,19 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.fx.traceback
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 
 from graphshard import attention, fake
-from graphshard.trace_errors import calling_line
+from graphshard.errors import UncapturableOperator
+from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_model import evaluating
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
@@ -44,7 +46,7 @@ def capturing(model: nn.Module, train: bool) -> Iterator[None]:
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
     """Around a call of the model: nodes are marked with module and line, and attention becomes one operator."""
-    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _Calls():
+    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), _Calls():
         yield
 
 
@@ -92,6 +94,21 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
             handle.remove()
         while entered:
             entered.pop().__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def _no_higher_order() -> Iterator[None]:
+    """Operators on functions (torch.cond, flex_attention) are refused where the model calls them."""
+
+    def refuse(operator: HigherOrderOperator, *args: object, **kwargs: object) -> NoReturn:
+        raise UncapturableOperator(operator.name(), describe(calling_line()), NO_FUNCTIONS)
+
+    before = HigherOrderOperator.__call__
+    HigherOrderOperator.__call__ = refuse  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        HigherOrderOperator.__call__ = before  # type: ignore[method-assign]
 
 
 class _Calls(TorchFunctionMode):

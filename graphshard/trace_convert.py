@@ -82,7 +82,7 @@ class _Body:
         graph = self.section.graph
         nodes = list(self.joint.module.graph.nodes)
         self.forward_of = _forward_nodes(nodes)
-        self.known = {id(held.tensor): held for held in self.tensors.all()}
+        self.known = {_memory(held.tensor): held for held in self.tensors.all() if held.tensor.numel()}
         self.mode = self.joint.mode
         self.sampler = Sampler(self.section, self.mode)
         for node, port in self.joint.inputs.items():
@@ -134,8 +134,8 @@ class _Body:
         if not isinstance(value, Tensor):
             raise UncapturableOperator("a nested graph", where, NO_FUNCTIONS)
         assert not isinstance(value, FakeTensor), f"{node.target} is a constant without a value"
-        if id(value) in self.known:
-            raise ParameterOutsideModel(self.known[id(value)].name, where)
+        if _memory(value) in self.known:
+            raise ParameterOutsideModel(self.known[_memory(value)].name, where)
         if value.is_meta:
             raise TensorWithoutValue(where)
         for name, other in self.constants.items():
@@ -201,6 +201,10 @@ def _forward_nodes(nodes: list[fx.Node]) -> dict[int | None, fx.Node]:
     if found:
         del found[max(number for number in found if number is not None)]
     return found
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _module(node: fx.Node) -> str:

@@ -73,8 +73,6 @@ def translate(error: Exception, doing: str) -> GraphshardError:
             return UncapturableOperator(str(error.func), where, "it has no rule for the shape of its result")
     if "meta" in str(error) and "device" in str(error) and isinstance(error, RuntimeError):
         return TensorWithoutValue(where)
-    if type(error).__module__.startswith("torch._dynamo"):
-        return UncapturableOperator("a function that works on functions (such as torch.cond)", where, NO_FUNCTIONS)
     if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):
         return NeedsTensorValue(where)
     return ModelFailed(doing, error, where)

@@ -57,9 +57,7 @@ def tensors_of(model: nn.Module) -> ModelTensors:
         if isinstance(module, torch.jit.ScriptModule):
             raise UnsupportedModule(path, kind, "compile the Python module it was made from")
         if kind in _PARALLEL:
-            raise UnsupportedModule(
-                path, kind, "compile the module inside it, and say how to distribute it in the plan"
-            )
+            raise UnsupportedModule(path, kind, "compile the module inside it; the plan says how to distribute it")
     params = _named(model.named_parameters(remove_duplicate=False))
     buffers = _named((n, b) for n, b in model.named_buffers(remove_duplicate=False) if id(b) not in params)
     for held in (*params.values(), *buffers.values()):

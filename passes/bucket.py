@@ -40,9 +40,10 @@ class BucketCollectives:
         if not program.buckets:
             return program
         given = ctx.placement.buckets if ctx.placement is not None else None
-        groups = _obeyed(program, given) if given else _chosen(program)
+        updates = [_Update(section) for section in program.updates()]
+        groups = _obeyed(program, given) if given else _chosen(program, updates)
         for merged, members in groups:
-            _Merge(program, merged, members).run()
+            _Merge(program, merged, members).run(updates)
         position = _order(program)
         ordered = sorted(program.buckets.values(), key=lambda b: (b.stage, position(b)))
         program.buckets = {b.name: b for b in ordered}
@@ -66,7 +67,7 @@ def _block(path: str) -> str:
     return ".".join(parts[: index + 1]) if index is not None else ""
 
 
-def _chosen(program: Program) -> list[tuple[Bucket, list[Bucket]]]:
+def _chosen(program: Program, updates: list[_Update]) -> list[tuple[Bucket, list[Bucket]]]:
     """Neighbours in order of use that agree on everything a bucket has in common."""
 
     def key(bucket: Bucket) -> tuple[Any, ...]:
@@ -86,7 +87,7 @@ def _chosen(program: Program) -> list[tuple[Bucket, list[Bucket]]]:
         if len(members) == 1:
             names.add(members[0].name)
             continue
-        for part in _isomorphic(program, members):
+        for part in _isomorphic(updates, members):
             name = _fresh(_block(part[0].members[0][0]) or part[0].name, names)
             result.append((_layout(name, part), part))
     return result
@@ -119,12 +120,12 @@ def _layout(name: str, members: list[Bucket]) -> Bucket:
     return replace(members[0], name=name, numel=-(-offset // unit) * unit, members=tuple(placed))
 
 
-def _isomorphic(program: Program, members: list[Bucket]) -> list[list[Bucket]]:
+def _isomorphic(updates: list[_Update], members: list[Bucket]) -> list[list[Bucket]]:
     """``members`` in groups whose updates are the same operators with the same constants."""
     groups: list[list[Bucket]] = []
     for bucket in members:
         for group in groups:
-            if all(_match(section, group[0], bucket) is not None for section in program.updates()):
+            if all(update.match(group[0], bucket) is not None for update in updates):
                 group.append(bucket)
                 break
         else:
@@ -132,60 +133,71 @@ def _isomorphic(program: Program, members: list[Bucket]) -> list[list[Bucket]]:
     return groups
 
 
-def _inputs_of(section: Section, bucket: Bucket) -> dict[tuple[Role, str], fx.Node]:
-    names = {Role.CARRY: f"grad:{bucket.name}"}
-    roles = (Role.CARRY, Role.FLAT, Role.SHARD, Role.STATE)
-    return {
-        (slot.role, slot.key): node
-        for node, slot in section.inputs.items()
-        if slot.role in roles and slot.name == names.get(slot.role, bucket.name) and slot.stage == bucket.stage
-    }
-
-
-def _outputs_of(section: Section, bucket: Bucket) -> dict[tuple[Role, str], Slot]:
-    names = {Role.CARRY: f"grad:{bucket.name}", Role.OUTPUT: f"grad:{bucket.name}"}
-    return {
-        (slot.role, slot.key): slot
-        for slot in section.output_slots
-        if slot.name == names.get(slot.role, bucket.name)
-        and slot.stage == bucket.stage
-        and slot.role in (Role.CARRY, Role.FLAT, Role.SHARD, Role.STATE, Role.OUTPUT)
-    }
-
-
 def _is_norm(node: fx.Node) -> bool:
     return node.target is gs.sq_norm.default
 
 
-def _own(section: Section, bucket: Bucket) -> list[fx.Node]:
-    """The operations of the update that concern ``bucket`` alone, in order."""
-    own = set(downstream(_inputs_of(section, bucket).values(), stop=_is_norm))
-    outputs = section.outputs
-    own |= {n for s in _outputs_of(section, bucket).values() if (n := outputs[s]).op == "call_function"}
-    pending = list(own)
-    while pending:  # constants made for this bucket only
-        for source in pending.pop().all_input_nodes:
-            if source.op == "call_function" and source not in own and all(user in own for user in source.users):
-                own.add(source)
-                pending.append(source)
-    return sorted(n for n in own if not _is_norm(n))
+class _Update:
+    """An update's graph, by what concerns each of the buckets it has at first."""
 
+    def __init__(self, section: Section) -> None:
+        self.section = section
+        self._inputs: dict[tuple[str, int], dict[tuple[Role, str], fx.Node]] = {}
+        self._outputs: dict[tuple[str, int], dict[tuple[Role, str], Slot]] = {}
+        self._own: dict[str, list[fx.Node]] = {}
+        for node, slot in section.inputs.items():
+            if slot.role in _OF_BUCKETS:
+                self._inputs.setdefault(_bucket_of(slot), {})[slot.role, slot.key] = node
+        for slot in section.output_slots:
+            if slot.role in _OF_BUCKETS:
+                self._outputs.setdefault(_bucket_of(slot), {})[slot.role, slot.key] = slot
+        self._values = section.outputs
 
-def _match(section: Section, first: Bucket, other: Bucket) -> dict[fx.Node, fx.Node] | None:
-    """Nodes of ``first``'s update to those of ``other``'s; None where they differ."""
-    ours, theirs = _inputs_of(section, first), _inputs_of(section, other)
-    own, own_other = _own(section, first), _own(section, other)
-    if ours.keys() != theirs.keys() or len(own) != len(own_other):
-        return None
-    if _outputs_of(section, first).keys() != _outputs_of(section, other).keys():
-        return None
-    mapping = {ours[key]: theirs[key] for key in ours}
-    for a, b in zip(own, own_other, strict=True):
-        mapped = tree_map_only(fx.Node, lambda n: mapping.get(n, n), (a.args, dict(a.kwargs)))
-        if a.target is not b.target or mapped != (b.args, dict(b.kwargs)) or a.target is aten.as_strided.default:
+    def inputs(self, bucket: Bucket) -> dict[tuple[Role, str], fx.Node]:
+        """Placeholders of its storage, state and gradient, by role and key."""
+        return self._inputs.get((bucket.name, bucket.stage), {})
+
+    def outputs(self, bucket: Bucket) -> dict[tuple[Role, str], Slot]:
+        """Slots of its storage, state and gradient, by role and key."""
+        return self._outputs.get((bucket.name, bucket.stage), {})
+
+    def own(self, bucket: Bucket) -> list[fx.Node]:
+        """The operations that concern ``bucket`` alone, in order."""
+        if bucket.name not in self._own:
+            own = set(downstream(self.inputs(bucket).values(), stop=_is_norm))
+            values = (self._values[slot] for slot in self.outputs(bucket).values())
+            own |= {node for node in values if node.op == "call_function"}
+            pending = list(own)
+            while pending:  # constants made for this bucket only
+                for source in pending.pop().all_input_nodes:
+                    if source.op == "call_function" and source not in own and all(user in own for user in source.users):
+                        own.add(source)
+                        pending.append(source)
+            self._own[bucket.name] = sorted(n for n in own if not _is_norm(n))
+        return self._own[bucket.name]
+
+    def match(self, first: Bucket, other: Bucket) -> dict[fx.Node, fx.Node] | None:
+        """Nodes of ``first``'s update to those of ``other``'s; None where they differ."""
+        ours, theirs = self.inputs(first), self.inputs(other)
+        own, own_other = self.own(first), self.own(other)
+        if ours.keys() != theirs.keys() or len(own) != len(own_other):
             return None
-        mapping[a] = b
-    return mapping
+        if self.outputs(first).keys() != self.outputs(other).keys():
+            return None
+        mapping = {ours[key]: theirs[key] for key in ours}
+        for a, b in zip(own, own_other, strict=True):
+            mapped = tree_map_only(fx.Node, lambda n: mapping.get(n, n), (a.args, dict(a.kwargs)))
+            if a.target is not b.target or mapped != (b.args, dict(b.kwargs)) or a.target is aten.as_strided.default:
+                return None
+            mapping[a] = b
+        return mapping
+
+
+_OF_BUCKETS = (Role.CARRY, Role.FLAT, Role.SHARD, Role.STATE, Role.OUTPUT)
+
+
+def _bucket_of(slot: Slot) -> tuple[str, int]:
+    return (slot.name.removeprefix("grad:") if slot.role in (Role.CARRY, Role.OUTPUT) else slot.name, slot.stage)
 
 
 class _Merge:
@@ -195,9 +207,9 @@ class _Merge:
         self.program, self.merged, self.members = program, merged, members
         self.offsets = dict(merged.members)
 
-    def run(self) -> None:
-        for section in self.program.updates():
-            self._update(section)
+    def run(self, updates: list[_Update]) -> None:
+        for update in updates:
+            self._update(update)
         self._prologue()
         self._reads()
         self._gradients()
@@ -214,30 +226,31 @@ class _Merge:
         numel = self.merged.numel if value.numel() == old.numel else self.merged.shard_numel
         return fake.tensor(value.fake_mode, [numel], value.dtype, device=value.device)
 
-    def _update(self, section: Section) -> None:
-        first = self.members[0]
-        if not _inputs_of(section, first):
+    def _update(self, update: _Update) -> None:
+        section, first = update.section, self.members[0]
+        if not update.inputs(first):
             return
-        own = _own(section, first)
+        own = update.own(first)
         dropped: list[fx.Node] = []
+        gone: set[fx.Node] = set()
         outputs = dict(section.outputs)
         for other in self.members[1:]:
-            mapping = _match(section, first, other)
+            mapping = update.match(first, other)
             assert mapping is not None, f"the updates of {first.name} and {other.name} differ"
-            for slot in _outputs_of(section, other).values():
+            for slot in update.outputs(other).values():
                 del outputs[slot]
             dropped += [mapping[node] for node in own]
-            gone = set(mapping.values())
-            for norm in {user for node in gone for user in node.users if _is_norm(user)}:
-                norm.args = ([n for n in list_arg(norm, 0) if n not in gone],)
-        renamed = {slot: self._slot(slot) for slot in _outputs_of(section, first).values()}
+            gone |= set(mapping.values())
+        for norm in {user for node in gone for user in node.users if _is_norm(user)}:
+            norm.args = ([n for n in list_arg(norm, 0) if n not in gone],)
+        renamed = {slot: self._slot(slot) for slot in update.outputs(first).values()}
         set_outputs(section, {renamed.get(slot, slot): node for slot, node in outputs.items()})
         for node in sorted(dropped, reverse=True):
             section.graph.erase_node(node)
         for other in self.members[1:]:
-            for node in _inputs_of(section, other).values():
+            for node in update.inputs(other).values():
                 remove_input(section, node)
-        for (role, key), node in _inputs_of(section, first).items():
+        for (role, key), node in update.inputs(first).items():
             scalar = role is Role.STATE and node.meta["val"].dim() == 0
             value = node.meta["val"] if scalar else self._flat(node, first)
             slot = self._slot(section.inputs[node])
@@ -272,10 +285,9 @@ class _Merge:
     def _reads(self) -> None:
         """Parameter storage, its gathers, and the views that the operations read."""
         body = self.program.body
+        inputs = body.input_slots
         stored = [
-            (node, b)
-            for b in self.members
-            if (node := body.input_slots.get(Slot(b.store, b.name, stage=b.stage))) is not None
+            (node, b) for b in self.members if (node := inputs.get(Slot(b.store, b.name, stage=b.stage))) is not None
         ]
         if not stored:
             return
@@ -348,8 +360,9 @@ class _Merge:
         for s, node in body.outputs.items():
             results[target if s in slots else s] = total if s in slots else node
         set_outputs(body, results)
+        inputs = body.input_slots
         for s, _, node in found:
-            placeholder = body.input_slots[s]
+            placeholder = inputs[s]
             body.graph.erase_node(node)
             for link in chains[s]:
                 body.graph.erase_node(link)

@@ -201,8 +201,13 @@ def _transposed_product(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
 def _without_effect(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
     """Drop an operation that returns its input, type included."""
     source = node.args[0] if node.args else None
-    same_value = node.target in _SAME_VALUE or (node.target in _ONE and node.args[1] == 1)
-    if same_value and isinstance(source, fx.Node) and _type(source) == _type(node):
+    if node.target is aten.copy.default:
+        source = node.args[1]  # written over all of the first argument
+    elif node.target not in _SAME_VALUE and not (node.target in _ONE and node.args[1] == 1):
+        return node
+    if node.target is aten.clone.default and any(user.op == "output" for user in node.users):
+        return node  # a result that must own its memory
+    if isinstance(source, fx.Node) and _type(source) == _type(node):
         node.replace_all_uses_with(source)
         return source
     return node

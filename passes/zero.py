@@ -218,7 +218,8 @@ class _Sharding:
 
     def _gradient(self, old: fx.Node, added: fx.Node, zeros: fx.Node) -> None:
         body, per_microbatch = self.program.body, self.zero >= 2
-        assert added.target is aten.add.Tensor and added.args[0] is old, f"{self.carry} is not accumulated by add(carry, …)"
+        accumulates = added.target is aten.add.Tensor and added.args[0] is old
+        assert accumulates, f"{self.carry} is not accumulated by add(carry, …)"
         gradient = arg(added, 1)
         record = replace(self.record, phase=info(added).phase)
         value = self._flat(old, sharded=per_microbatch)
@@ -318,7 +319,7 @@ class _Sharding:
         readers = list(old.users)
         node = accumulated = replace_input(section, old, self.accumulator, value, f"grad.{self.bucket.name}")
         record = self.record
-        with section.graph.inserting_before(first_operation(section.graph)):
+        with after(accumulated):
             if self.zero == 1:
                 node = self._reduce_scatter(section, node, record)
             if self.zero == 0 and self.parts > 1:
@@ -350,9 +351,9 @@ class _Sharding:
                 reader.replace_input_with(norm, total)
             set_info(norm, layout=f"{self.axis}:partial")
 
-    def _update_whole(self, section: Section, carry: Slot) -> list[fx.Node]:
-        """The update on whole parameters, for an optimizer that is not elementwise: a view of the bucket, packed again."""
-        inputs, graph = section.input_slots, section.graph
+    def _update_whole(self, section: Section, inputs: dict[Slot, fx.Node]) -> None:
+        """The update on whole parameters, for an optimizer that is not elementwise: views of the bucket."""
+        graph, carry = section.graph, self.carry
         shape, stride = list(self.param.shape), _contiguous(self.param.shape)
         readers = list(inputs[carry].users)
         reduced = self._reduced_gradient(section, inputs[carry])
@@ -367,15 +368,6 @@ class _Sharding:
                 view = call(graph, aten.as_strided.default, (stored, shape, stride, 0), self.record)
             old.replace_all_uses_with(view)
             remove_input(section, old)
-        results: dict[Slot, fx.Node] = {}
-        for slot, node in section.outputs.items():
-            if slot == self.slot:
-                with graph.inserting_before(section.output_node):
-                    node = call(graph, gs.pack.default, ([node], [0], self.bucket.numel), self.record)
-                slot = self.store
-            results[slot] = node
-        set_outputs(section, results)
-        return []
 
     def _renamed(self, slot: Slot) -> Slot:
         if slot.role is Role.PARAM:
