@@ -42,12 +42,12 @@ def flops(node: fx.Node) -> int:
             return 2 * prod(shapes[0])
         case "convolution":
             # Every output element reads its kernel once; a transposed convolution scatters every input element instead.
-            elements = prod(shapes[0]) if node.args[6] else val(node).numel()
+            elements = prod(shapes[0]) if node.args[6] else prod(_shape(node))
             return 2 * elements * prod(shapes[1][1:])
         case "convolution_backward":
             elements = prod(shapes[1]) if node.args[7] else prod(shapes[0])
             wanted = node.args[10]
-            return 2 * elements * prod(shapes[2][1:]) * sum(wanted[:2]) + prod(shapes[0]) * int(wanted[2])
+            return 2 * elements * prod(shapes[2][1:]) * (int(wanted[0]) + int(wanted[1])) + prod(shapes[0]) * int(wanted[2])
         case name if "attention" in name and name.endswith("backward"):
             return 10 * prod(shapes[1]) * shapes[2][-2]  # five matrix products: the scores again and four gradients
         case name if "attention" in name:

@@ -85,7 +85,7 @@ def attention(
         The result, contiguous if q is, else contiguous in the order [batch, queries, heads, dim]; and the log-sum-exp
         of each query's scores, [batch, heads, queries], in float32 or the double precision of q.
     """
-    out, lse = _types(q.to("meta"), k, v, mask, is_causal, scale, enable_gqa)
+    out, lse = _results(q, v, "meta")
     k, v = _repeated(k, q, enable_gqa), _repeated(v, q, enable_gqa)
     bias = _bias(mask, q)
     match _kernel(q, k, v, bias, is_causal):
@@ -119,7 +119,7 @@ def attention_backward(
     enable_gqa: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, each contiguous in the order [batch, sequence, heads, dim]."""
-    like = _backward_types(grad, q.to("meta"), k.to("meta"), v.to("meta"))
+    like = [_gradient(x, "meta") for x in (q, k, v)]
     heads = k.shape[1]
     k, v = _repeated(k, q, enable_gqa), _repeated(v, q, enable_gqa)
     bias = _bias(mask, q)
@@ -152,20 +152,25 @@ def attention_backward(
 def _types(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor]:
+    return _results(q, v, q.device)
+
+
+def _results(q: Tensor, v: Tensor, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Empty results: the strides that :func:`attention` promises."""
     batch, heads, queries, _ = q.shape
     if q.is_contiguous():
-        out = q.new_empty(batch, heads, queries, v.shape[3])
+        out = q.new_empty(batch, heads, queries, v.shape[3], device=device)
     else:
-        out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
-    return out, q.new_empty(batch, heads, queries, dtype=_precise(q.dtype))
+        out = q.new_empty(batch, queries, heads, v.shape[3], device=device).transpose(1, 2)
+    return out, q.new_empty(batch, heads, queries, dtype=_precise(q.dtype), device=device)
 
 
 def _backward_types(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
-    def like(x: Tensor) -> Tensor:
-        return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+    return _gradient(q, q.device), _gradient(k, q.device), _gradient(v, q.device)
 
-    return like(q), like(k), like(v)
+
+def _gradient(x: Tensor, device: torch.device | str) -> Tensor:
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3], device=device).transpose(1, 2)
 
 
 def _laid_out(value: Tensor, like: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
     pairs = zip(value.shape, value.stride(), like.stride(), strict=True)
     if all(have == want for size, have, want in pairs if size > 1):
         return value if value.stride() == like.stride() else value.as_strided(like.shape, like.stride())
-    return torch.empty_like(like, device=value.device).copy_(value)
+    return torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:

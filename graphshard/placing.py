@@ -123,4 +123,3 @@ def _last_pick(node: fx.Node) -> fx.Node:
     while is_getitem(node) and is_getitem(node.next) and node.next.args[0] is node.args[0]:
         node = node.next
     return node
-

@@ -170,7 +170,7 @@ class PassRecord:
     options: str
     seconds: float
     nodes: int  # operations after it, all graphs
-    changes: Mapping[str, int] = field(default_factory=dict, compare=False)  # what there is more or less of since it ran
+    changes: Mapping[str, int] = field(default_factory=dict, compare=False)  # how many more there are, by kind
 
 
 @dataclass

@@ -18,8 +18,10 @@ class MemoryUse:
 
 
 def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
-    """The peak of one step of a rank of ``stage``, after the first step. What a segment allocates and frees within
-    itself is not counted, except that its inputs live until it returns."""
+    """The peak of one step of a rank of ``stage``, after the first step, between instructions.
+
+    What lives only while a segment runs, its handed-over inputs included, is not counted, as executors don't measure it.
+    """
     storages = plan.stages[stage].storages
     root_of: dict[Ref, Ref] = {}  # value to the storage it lives in
     users: Counter[Ref] = Counter()
@@ -59,6 +61,10 @@ def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
                 if root is not None:
                     define(ref, root)
         elif ins.op is not Op.WAIT:
+            kept = ins.outputs if ins.op is Op.RUN else ()  # an accumulator stays where it is
+            for ref in ins.last if ins.op is Op.RUN else ():
+                if ref not in kept:
+                    forget(ref)
             for ref in ins.outputs:
                 define(ref)
         total = sum(live.values())

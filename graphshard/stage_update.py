@@ -157,9 +157,7 @@ def _split_norm(section: Section, norm: fx.Node, places: dict[fx.Node, Place]) -
     section.graph.erase_node(norm)
 
 
-def _place(
-    section: Section, places: dict[fx.Node, Place], wanted: list[tuple[Slot, fx.Node, tuple[int, ...]]]
-) -> None:
+def _place(section: Section, places: dict[fx.Node, Place], wanted: list[tuple[Slot, fx.Node, tuple[int, ...]]]) -> None:
     placer = Placer(section, places, once=True)
     placer.run()
     outputs = {replace(slot, stage=stage): placer.at(node, stage) for slot, node, stages in wanted for stage in stages}

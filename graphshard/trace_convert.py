@@ -204,7 +204,8 @@ def _forward_nodes(nodes: list[fx.Node]) -> dict[int | None, fx.Node]:
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def _module(node: fx.Node) -> str:

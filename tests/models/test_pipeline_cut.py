@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -30,13 +31,18 @@ MICROBATCHES = 2
 DROPOUT = {"gpt": 0.1, "gpt2": 0.1, "t5": 0.1}
 
 
+def part_of(index: int, tensor: Tensor) -> Tensor:
+    """The part of a batch tensor that a micro-batch gets."""
+    return tensor.chunk(MICROBATCHES)[index]
+
+
 def programs(name: str, mode: Mode = "train", rows: int = 8) -> tuple[nn.Module, Program, list[dict[Slot, Tensor]]]:
     """A model in float64, its captured program, and the batch slots of each micro-batch."""
     sizes = {"dropout": DROPOUT[name]} if name in DROPOUT else {}
     model, batch, loss_fn = zoo.MODELS[name](rows=rows, **sizes)
     model.double()
     batch = tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, batch)
-    parts = [tree_map_only(Tensor, lambda t, i=i: t.chunk(MICROBATCHES)[i], batch) for i in range(MICROBATCHES)]
+    parts = [tree_map_only(Tensor, partial(part_of, i), batch) for i in range(MICROBATCHES)]
     args, kwargs = parts[0]
     program = capture(model, loss_fn, args, kwargs, mode=mode, microbatches=MICROBATCHES).program
     if mode == "train":
@@ -50,7 +56,7 @@ def programs(name: str, mode: Mode = "train", rows: int = 8) -> tuple[nn.Module,
 
 
 def copied(program: Program) -> Program:
-    sections = {name: copy_section(section) for name, section in program.sections().items()}
+    sections: dict[str, Any] = {name: copy_section(section) for name, section in program.sections().items()}
     return replace(program, **sections, params=dict(program.params))
 
 
@@ -94,8 +100,8 @@ def results(program: Program, model: nn.Module, batches: list[dict[Slot, Tensor]
                 stored[slot] = torch.full(val(node).shape, 0.25, dtype=val(node).dtype)
             elif slot.role is Role.LR:
                 stored[slot] = torch.tensor(0.1, dtype=torch.float64)
-    runnable = replace(program, **{name: in_one_process(section) for name, section in program.sections().items()})
-    left, outputs = interpret.step(runnable, stored, batches)
+    sections: dict[str, Any] = {name: in_one_process(section) for name, section in program.sections().items()}
+    left, outputs = interpret.step(replace(program, **sections), stored, batches)
     return left | outputs[0]
 
 
@@ -106,9 +112,8 @@ def assert_same(program: Program, expected: dict[Slot, Tensor], found: dict[Slot
         param = program.params.get(slot.name.removeprefix("grad:"))
         if slot.role is Role.CARRY and param is not None and len(param.stages) > 1:
             continue
-        torch.testing.assert_close(
-            value, expected[replace(slot, stage=0)], rtol=1e-9, atol=1e-12, msg=lambda m: f"{slot}: {m}"
-        )  # noqa: B023
+        want = expected[replace(slot, stage=0)]
+        assert torch.allclose(value, want, rtol=1e-9, atol=1e-12), f"{slot}: off by {(value - want).abs().max()}"
 
 
 def transfers(program: Program) -> list[tuple[Any, int, int, Phase]]:

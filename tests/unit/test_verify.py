@@ -19,6 +19,7 @@ aten = torch.ops.aten
 BODY = """graphshard 1
 {header}
 param "w" : f32[4,4] group=0
+bucket "b" : f32[16] axis=dp parts=1 stage=0 {{"w"@0}}
 
 graph prologue {{
   %zero = aten.full.default([4, 4], 0.0)
@@ -262,15 +263,12 @@ def test_a_placeholder_comes_first() -> None:
 
 
 def test_storage_belongs_to_sharded_programs() -> None:
-    header = 'bucket "b" : f32[16] axis=dp parts=1 stage=0 {"w"@0}'
-    early = program('%f : f32[16] = flat "b"', header=header)
-    refused(early, 'flat "b" exists before parameters are sharded')
-    verify(program('%f : f32[16] = flat "b"', header=f"{SHARDED}\n{header}"))
+    refused(program('%f : f32[16] = flat "b"'), 'flat "b" exists before parameters are sharded')
+    verify(program('%f : f32[16] = flat "b"', header=SHARDED))
 
 
 def test_members_of_buckets_are_parameters() -> None:
-    header = f'{SHARDED}\nbucket "b" : f32[16] axis=dp parts=1 stage=0 {{"w"@0}}'
-    broken = program(header=header)
+    broken = program(header=SHARDED)
     del broken.params["w"]
     for section in broken.sections().values():
         for node, slot in section.inputs.items():

@@ -1,0 +1,180 @@
+"""Strip-mined loops give what plain evaluation gives, whatever the chain, and update state where it lies."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from segment_code import code, evaluate, run, section
+from torch import Tensor
+
+from graphshard.codegen import loops
+from graphshard.codegen.loops import Loop, find_loops, overwritten
+from graphshard.program import Section
+
+BLOCK = 8
+SMALL = patch.object(loops, "BLOCK", BLOCK)
+
+MOMENTUM = """
+  %w : f64[{n}] = shard "w"
+  %m : f64[{n}] = state "w" momentum
+  %g : f64[{n}] = carry "grad:w"
+  %lr : f64[] = lr 0
+  %old = aten.mul.Tensor(%m, 0.9)
+  %m1 = aten.add.Tensor(%old, %g)
+  %down = aten.neg.default(%lr)
+  %d = aten.mul.Tensor(%m1, %down)
+  %w1 = aten.add.Tensor(%w, %d)
+  return shard "w" %w1, state "w" momentum %m1{more}
+"""
+
+
+def values_of(graph: Section, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        node.name: torch.randn(node.meta["val"].shape, generator=generator, dtype=node.meta["val"].dtype)
+        for node in graph.inputs
+    }
+
+
+def both(graph: Section, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Results of the generated code and of plain evaluation, which sees the inputs first."""
+    values = values_of(graph, seed)
+    expected = [value.clone() for value in evaluate(graph, values)]
+    return list(run(code(graph), values)), expected
+
+
+def loops_of(graph: Section) -> list[Loop]:
+    return [item for item in find_loops(list(graph.nodes())) if isinstance(item, Loop)]
+
+
+@SMALL
+def test_an_update_is_one_loop_with_its_scalars_ahead() -> None:
+    graph = section(MOMENTUM.format(n=20, more=""))
+    scalar, loop = find_loops(list(graph.nodes()))
+    assert getattr(scalar, "name", "") == "down"
+    assert isinstance(loop, Loop)
+    assert [node.name for node in loop.nodes] == ["old", "m1", "d", "w1"]
+
+
+@SMALL
+def test_state_is_updated_in_place() -> None:
+    graph = section(MOMENTUM.format(n=20, more="").replace('carry "grad:w"', "batch 0"))
+    values = values_of(graph)
+    expected = evaluate(graph, values)
+    w1, m1 = run(code(graph), values)
+    assert w1.data_ptr() == values["w"].data_ptr()
+    assert m1.data_ptr() == values["m"].data_ptr()
+    torch.testing.assert_close([w1, m1], expected)
+
+
+@SMALL
+def test_what_somebody_else_reads_is_not_overwritten() -> None:
+    graph = section(MOMENTUM.format(n=20, more=", output 0 %m, output 1 %total").replace(
+        "  return", "  %total = aten.sum.default(%w)\n  return"
+    ))
+    (loop,) = loops_of(graph)
+    taken = set(overwritten(loop, graph, set(graph.outputs.values())).values())
+    assert {node.name for node in taken}.isdisjoint({"m", "w"})
+    results, expected = both(graph)
+    torch.testing.assert_close(results, expected)
+
+
+@SMALL
+def test_a_state_of_another_dtype_gets_storage_of_its_own() -> None:
+    graph = section("""
+  %m : f32[20] = state "w" m
+  %g : f64[20] = batch 0
+  %m1 = aten.add.Tensor(%m, %g)
+  %m2 = aten.neg.default(%m1)
+  return state "w" m %m2
+""")
+    results, expected = both(graph)
+    assert results[0].dtype is torch.float64
+    torch.testing.assert_close(results, expected)
+
+
+@SMALL
+def test_short_vectors_and_matrices_stay_out() -> None:
+    short = section(MOMENTUM.format(n=BLOCK, more=""))
+    matrix = section("""
+  %x : f32[5,5] = batch 0
+  %a = aten.neg.default(%x)
+  %b = aten.exp.default(%a)
+  return output 0 %b
+""")
+    assert not loops_of(short) and not loops_of(matrix)
+
+
+@SMALL
+def test_chains_that_share_nothing_are_loops_of_their_own() -> None:
+    graph = section("""
+  %a : f32[20] = batch 0
+  %b : f32[20] = batch 1
+  %a1 = aten.neg.default(%a)
+  %b1 = aten.neg.default(%b)
+  %a2 = aten.exp.default(%a1)
+  %b2 = aten.exp.default(%b1)
+  return output 0 %a2, output 1 %b2
+""")
+    assert [[n.name for n in loop.nodes] for loop in loops_of(graph)] == [["a1", "a2"], ["b1", "b2"]]
+    results, expected = both(graph)
+    torch.testing.assert_close(results, expected)
+
+
+UNARY = ("neg.default", "tanh.default", "abs.default", "clone.default", "alias.default")
+BINARY = ("add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default", "div.Tensor")
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> str:
+    """Pointwise operations on vectors of two lengths and scalars, with sums between them; some results are states."""
+    lengths = draw(st.sampled_from([(20, 20), (9, 16), (24, 17)]))
+    vectors: dict[int, list[str]] = {length: [] for length in lengths}
+    scalars, lines, state = ["lr"], [], []
+    for index in range(4):
+        length = lengths[index % 2]
+        role = draw(st.sampled_from(["shard", "state", "batch"]))
+        kind = {"shard": f'shard "p{index}"', "state": f'state "p{index}" m', "batch": f"batch {index}"}[role]
+        lines.append(f"  %v{index} : f64[{length}] = {kind}")
+        vectors[length].append(f"v{index}")
+        if role != "batch":
+            state.append((length, kind))
+    lines.append("  %lr : f64[] = lr 0")
+    for index in range(draw(st.integers(1, 10))):
+        length = draw(st.sampled_from(lengths))
+        have = vectors[length]
+        match draw(st.sampled_from(["unary", "binary", "scalar", "reduce", "on scalars"])):
+            case "unary":
+                lines.append(f"  %n{index} = aten.{draw(st.sampled_from(UNARY))}(%{draw(st.sampled_from(have))})")
+            case "binary":
+                left, right = draw(st.sampled_from(have)), draw(st.sampled_from(have))
+                lines.append(f"  %n{index} = aten.{draw(st.sampled_from(BINARY))}(%{left}, %{right})")
+            case "scalar":
+                left, right = draw(st.sampled_from(have)), draw(st.sampled_from(scalars))
+                lines.append(f"  %n{index} = aten.mul.Tensor(%{left}, %{right})")
+            case "reduce":
+                lines.append(f"  %n{index} = aten.mean.default(%{draw(st.sampled_from(have))})")
+                scalars.append(f"n{index}")
+                continue
+            case "on scalars":
+                lines.append(f"  %n{index} = aten.tanh.default(%{draw(st.sampled_from(scalars))})")
+                scalars.append(f"n{index}")
+                continue
+        have.append(f"n{index}")
+    returned = [f"{kind} %{draw(st.sampled_from(vectors[length]))}" for length, kind in state]
+    everything = [name for have in (*vectors.values(), scalars) for name in have]
+    extra = draw(st.lists(st.sampled_from(everything), max_size=3, unique=True))
+    returned += [f"output {index} %{name}" for index, name in enumerate(extra)]
+    lines.append("  return " + ", ".join(returned or ["output 9 %lr"]))
+    return "\n".join(lines)
+
+
+@given(chains(), st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_loops_mean_what_the_graph_means(lines: str, seed: int) -> None:
+    with SMALL:
+        results, expected = both(section(lines), seed)
+    torch.testing.assert_close(results, expected, rtol=1e-12, atol=0, equal_nan=True)

@@ -1,0 +1,181 @@
+"""Segments: what the code says is what the graph means, and gradients are written where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from segment_code import code, evaluate, run, section
+from torch import Tensor
+
+from graphshard.codegen.segments import emit
+
+GRADIENTS = """
+  %x : f32[2,3] = batch 0
+  %gy : f32[2,4] = batch 1
+  %total : f32[32] = carry "grad:w"
+  %xt = aten.t.default(%x)
+  %weight = aten.mm.default(%xt, %gy)
+  %bias = aten.sum.dim_IntList(%gy, [0])
+  %flat = graphshard.pack.default([%weight, %bias], [0, 16], 32)
+  %total1 = aten.add.Tensor(%total, %flat)
+  return carry "grad:w" %total1
+"""
+
+
+@pytest.fixture(autouse=True)
+def garbage() -> Iterator[None]:
+    """What is allocated and not written is not a number."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(2, size, generator=generator) for name, size in (("x", 3), ("gy", 4))}
+
+
+def packed(values: dict[str, Tensor]) -> Tensor:
+    flat = torch.zeros(32)
+    flat[:12] = (values["x"].t() @ values["gy"]).reshape(-1)
+    flat[16:20] = values["gy"].sum(0)
+    return flat
+
+
+def test_the_first_micro_batch_overwrites() -> None:
+    made = code(section(GRADIENTS), first=True)
+    assert "total" not in made.segment.inputs
+    values = inputs()
+    (result,) = run(made, values)
+    torch.testing.assert_close(result, packed(values))  # zero where no gradient lies
+
+
+def test_later_micro_batches_accumulate_in_place() -> None:
+    made = code(section(GRADIENTS))
+    assert {str(slot) for slot in made.accumulators} == {'carry "grad:w"'}
+    values, before = inputs(), torch.full((32,), 2.0)
+    accumulator = before.clone()
+    (result,) = run(made, values | {"total": accumulator})
+    assert result.data_ptr() == accumulator.data_ptr()
+    torch.testing.assert_close(result, before + packed(values))
+
+
+def test_a_product_is_written_to_its_place() -> None:
+    graph = section(GRADIENTS)
+    assert "torch.mm(xt, gy, out=flat[0:12].view([3, 4]))" in code(graph, first=True).segment.source
+    later = code(graph).segment.source
+    assert "total[0:12].view([3, 4]).addmm_(xt, gy)" in later
+    assert "torch.empty" not in later
+
+
+def test_a_product_that_is_read_elsewhere_is_copied() -> None:
+    shared = GRADIENTS.replace('%total1\n', '%total1, output 0 %weight\n')
+    for first in (True, False):
+        values = inputs()
+        given = values | {"total": torch.ones(32)}
+        total, weight = run(code(section(shared), first=first), given)
+        torch.testing.assert_close(total, packed(values) + (0 if first else 1))
+        torch.testing.assert_close(weight, values["x"].t() @ values["gy"])
+
+
+SUM = """
+  %x : f32[4] = batch 0
+  %total : f32[4] = carry "sum"
+  %value = {value}
+  %total1 = aten.add.Tensor(%total, %value)
+  %other = aten.neg.default({read})
+  return carry "sum" %total1, output 0 %other{more}
+"""
+
+
+def test_a_carry_that_is_read_elsewhere_keeps_its_value() -> None:
+    graph = section(SUM.format(value="aten.mul.Tensor(%x, 2)", read="%total", more=""))
+    x, total = torch.arange(4.0), torch.ones(4)
+    result, other = run(code(graph), {"x": x, "total": total})
+    torch.testing.assert_close(result, 2 * x + 1)
+    torch.testing.assert_close(other, -torch.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("value", "read"),
+    [
+        ("aten.mul.Tensor(%x, 2)", "%value"),  # somebody else reads it
+        ("aten.view.default(%x, [4])", "%x"),  # it shares storage with an input
+    ],
+)
+def test_an_accumulator_shares_storage_with_nothing(value: str, read: str) -> None:
+    graph = section(SUM.format(value=value, read=read, more=""))
+    x = torch.arange(4.0)
+    total, other = run(code(graph, first=True), {"x": x})
+    before = x.clone(), other.clone()
+    total.add_(1)
+    torch.testing.assert_close((x, other), before)
+
+
+def test_a_value_that_is_only_accumulated_is_not_copied() -> None:
+    graph = section(SUM.format(value="aten.mul.Tensor(%x, 2)", read="%x", more=""))
+    assert "clone" not in code(graph, first=True).segment.source
+
+
+def test_values_die_at_their_last_use() -> None:
+    lines = code(
+        section("""
+  %x : f32[4] = batch 0
+  %a = aten.exp.default(%x)
+  %b = aten.neg.default(%a)
+  %c = aten.mul.Tensor(%b, %b)
+  return output 0 %c
+""")
+    ).segment.source.splitlines()
+    assert [line.strip() for line in lines[3:]] == [
+        "a = torch.ops.aten.exp.default(x)",
+        "del x",
+        "b = torch.ops.aten.neg.default(a)",
+        "del a",
+        "c = torch.ops.aten.mul.Tensor(b, b)",
+        "del b",
+        "return (c,)",
+    ]
+
+
+def test_local_shard_is_this_ranks_part() -> None:
+    graph = section("""
+  %flat : f32[8] = flat "w"
+  %mine = graphshard.local_shard.default(%flat, 4, "dp")
+  return output 0 %mine
+""")
+    (mine,) = run(code(graph), {"flat": torch.arange(8.0)}, {"dp": 2})
+    assert mine.tolist() == [4.0, 5.0]
+
+
+def test_a_wait_is_the_collectives_buffer() -> None:
+    graph = section("""
+  %shard : f32[2] = shard "w"
+  %g = _c10d_functional.all_gather_into_tensor.default(%shard, 2, "dp")
+  %w = _c10d_functional.wait_tensor.default(%g)
+  %y = aten.neg.default(%w)
+  return output 0 %y
+""")
+    compute = [n for n in graph.nodes() if n.name == "y"]
+    made = emit("f", compute, compute, graph)
+    assert made.segment.inputs == ("g",)
+
+
+def test_arguments_of_every_kind() -> None:
+    graph = section("""
+  %x : f32[4,2] = batch 0
+  %m = aten.max.dim(%x, 0)
+  %values : f32[2] = getitem(%m, 0)
+  %index = getitem(%m, 1)
+  %low = aten.full.default([2, 2], -inf, dtype=f32, device=cpu)
+  %all = aten.cat.default([%x, %low])
+  %c = aten.clamp.default(%all, None, 0.5)
+  %d = aten._to_copy.default(%c, dtype=f64)
+  %e = aten.clone.default(%d, memory_format=contiguous_format)
+  return output 0 %e, output 1 %values, output 2 %index
+""")
+    x = torch.randn(4, 2)
+    for result, expected in zip(run(code(graph), {"x": x}), evaluate(graph, {"x": x}), strict=True):
+        torch.testing.assert_close(result, expected)

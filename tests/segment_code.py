@@ -1,0 +1,50 @@
+"""Graph text to what code generators take, and what graphs mean, operator by operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from graphshard import text
+from graphshard.codegen.segments import Code, emit
+from graphshard.program import Role, Section
+from graphshard.runtime.segments import compile_segment
+
+c10d = torch.ops._c10d_functional
+CPU = torch.device("cpu")
+
+
+def section(lines: str) -> Section:
+    """The body whose text is ``lines``."""
+    return text.parse("graphshard 1\nlevel sharded\ngraph body {\n" + lines + "\n}\n").body
+
+
+def code(graph: Section, *, first: bool = False, name: str = "f") -> Code:
+    """A segment of all operations, which returns what the graph returns. Carries are accumulated in place."""
+    carries = frozenset(slot for slot in graph.input_slots if slot.role is Role.CARRY)
+    outputs = list(graph.outputs.values())
+    return emit(name, list(graph.nodes()), outputs, graph, accumulators=carries, first=first)
+
+
+def run(made: Code, values: Mapping[str, Tensor], coordinates: Mapping[str, int] | None = None) -> tuple[Tensor, ...]:
+    """The segment's results for inputs by name."""
+    args = [values[name] for name in made.segment.inputs]
+    results = compile_segment(made.segment)(args, coordinates or {}, CPU)
+    assert not args, "a segment takes its arguments out of the list, so that nothing else holds them"
+    return results
+
+
+def evaluate(graph: Section, values: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the graph returns, each operator run as it is."""
+    environment: dict[fx.Node, Any] = {node: values[node.name] for node in graph.inputs}
+    for node in graph.nodes():
+        args, kwargs = tree_map_only(fx.Node, environment.__getitem__, (node.args, dict(node.kwargs)))
+        assert callable(node.target)
+        environment[node] = args[0] if node.target is c10d.wait_tensor.default else node.target(*args, **kwargs)
+    return [environment[node] for node in graph.outputs.values()]
+
+
