@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
 
 from graphshard import dump, report, trace
+from graphshard.trace import Captured
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
@@ -130,7 +131,7 @@ class _Build:
 
     program: Program
     plan: ExecutionPlan
-    captured: trace.Captured
+    captured: Captured
     mode: Mode
     example: MicroBatch
     placement: Placement | None  # what the passes were given
@@ -295,7 +296,7 @@ class Compiled:
             self._storage.learn(plan)
         return build
 
-    def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> trace.Captured:
+    def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> Captured:
         """The program before the first pass."""
         captured = trace.capture(
             self.model, self.loss_fn, args, kwargs, mode=mode, microbatches=microbatches, group_of=self._groups()
@@ -331,17 +332,22 @@ class Compiled:
         self._runtime = self._make_executor()
         self._storage = Storage(self._runtime, *(b.plan for b in self._builds.values()))
         self._state_names = list(self.model.state_dict(keep_vars=True))
+        user = self._user_optimizer
+        holders = [o for o in (user, self.optimizer) if o is not None]
         if self.init is not None:
-            self.model.to_empty(device="cpu")
+            replaced = _move(self.model, holders, lambda t: torch.empty_like(t, device="cpu"))
+            self._names = {replaced[old]: name for old, name in self._names.items()}
             self.init(self.model)
         params = {self._names[id(p)]: p.detach() for p in self.model.parameters()}
         if not any(p.is_meta for p in params.values()):
             self._storage.write_params(params)
             self._storage.write_buffers(dict(self.model.named_buffers(remove_duplicate=False)))
-        user = self._user_optimizer
         state = given_state(user, self._names) if user is not None else {}
         if self.executor == "distributed" and build.plan.mesh.world_size > 1:
-            replaced = _release(self.model, [o for o in (user, self.optimizer) if o is not None])
+            # The ranks hold the parameters now: the model need not.
+            replaced = _move(self.model, holders, lambda t: t.to("meta"))
+            for holder in holders:
+                holder.state.clear()
             self._names = {replaced[old]: name for old, name in self._names.items()}
         if state:
             self._storage.write_state(state)
@@ -425,7 +431,7 @@ def _placement(program: Program) -> Placement:
     return Placement(stages, dict(program.buckets))
 
 
-def _assemble(captured: trace.Captured, parts: list[list[MicroBatch]], outputs: dict[int, dict[str, list[Tensor]]]) -> Any:
+def _assemble(captured: Captured, parts: list[list[MicroBatch]], outputs: dict[int, dict[str, list[Tensor]]]) -> Any:
     """The model's output from those of the data-parallel ranks: batch dims are joined, the rest is the first rank's."""
     ranks = [outputs[rank] for rank in sorted(outputs) if outputs[rank]]
     if not ranks:
@@ -450,20 +456,24 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return next((t.device for t in tensors if t.device.type != "meta"), None)
 
 
-def _release(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[int, int]:
-    """Leave ``model`` on the meta device: the ranks hold its parameters now, and their memory is free.
+def _move(
+    model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]
+) -> dict[int, int]:
+    """Replace parameters and buffers by what ``make`` gives for them; tied ones stay tied, which to_empty forgets.
 
     Returns the id of each new Parameter by that of the one it replaces, in the model and the optimizers' groups.
     """
-    new: dict[nn.Parameter, nn.Parameter] = {}
+    new: dict[Tensor, Any] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
                 if old not in new:
-                    new[old] = nn.Parameter(old.detach().to("meta"), requires_grad=old.requires_grad)
+                    new[old] = nn.Parameter(make(old.detach()), requires_grad=old.requires_grad)
                 module._parameters[name] = new[old]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = new.setdefault(buffer, make(buffer))
     for optimizer in optimizers:
-        optimizer.state.clear()
         for group in optimizer.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
     return {id(old): id(replacement) for old, replacement in new.items()}

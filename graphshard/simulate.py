@@ -61,10 +61,8 @@ def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
                 if root is not None:
                     define(ref, root)
         elif ins.op is not Op.WAIT:
-            kept = ins.outputs if ins.op is Op.RUN else ()  # an accumulator stays where it is
             for ref in ins.last if ins.op is Op.RUN else ():
-                if ref not in kept:
-                    forget(ref)
+                forget(ref)
             for ref in ins.outputs:
                 define(ref)
         total = sum(live.values())

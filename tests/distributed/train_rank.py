@@ -1,0 +1,140 @@
+"""What each process of test_compile_distributed.py runs: a scenario of ``graphshard.compile`` on a plan; prints JSON."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphshard
+from graphshard.errors import GraphshardError
+
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+ROWS = 16
+
+
+def model(seed: int = 0) -> nn.Module:
+    """Six layers with one tied pair of weights, float64."""
+    torch.manual_seed(seed)
+    widths = ((6, 10), (10, 10), (10, 10), (10, 3))
+    layers: list[nn.Module] = []
+    for a, b in widths:
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    made = nn.Sequential(*layers[:-1]).double()
+    made[4].weight = made[2].weight
+    return made
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    """The global batch."""
+    torch.manual_seed(7)
+    return torch.randn(ROWS, 6, dtype=torch.float64), torch.randn(ROWS, 3, dtype=torch.float64)
+
+
+def compiled(plan: str, executor: str, **more: Any) -> graphshard.Compiled:
+    """The model compiled for the executor, all ranks of it in this process or one."""
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
+    more = {"model": model(), "optimizer": optimizer, "max_grad_norm": 0.5, **more}
+    made = more.pop("model")
+    return graphshard.compile(
+        made, plan, loss_fn=F.mse_loss, executor=executor, world_size=WORLD_SIZE, timeout_s=10.0, **more
+    )
+
+
+def part(given: graphshard.Compiled, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """What step is given on this rank."""
+    if given.executor == "local":
+        return tensors
+    return tuple(t.chunk(given.dp_size)[given.dp_rank] for t in tensors)
+
+
+def listed(state: dict[str, Any]) -> dict[str, Any]:
+    """Tensors as lists, for JSON."""
+    return {k: v.tolist() if isinstance(v, Tensor) else listed(v) if isinstance(v, dict) else v for k, v in state.items()}
+
+
+def train(plan: str) -> dict[str, Any]:
+    """Everything the API gives, from both executors."""
+    found: dict[str, Any] = {}
+    for executor in ("local", "distributed"):
+        module = model()
+        c = compiled(plan, executor, model=module)
+        mine = part(c, batch())
+        losses = [c.step(*mine).item() for _ in range(3)]
+        evaluated = c.evaluate(*mine).item()
+        output = c(*mine[:1])
+        saved, saved_state = c.state_dict(), c.optimizer.state_dict()
+        rank0_only = c.state_dict(rank0_only=True)
+        losses.append(c.step(*mine).item())
+        c.load_state_dict(saved)
+        c.optimizer.load_state_dict(saved_state)
+        again = c.step(*mine).item()
+        found[executor] = {
+            "losses": losses,
+            "again": again,
+            "evaluated": evaluated,
+            "output": None if output is None else output.tolist(),
+            "state": listed(saved),
+            "optimizer": listed(saved_state["state"]),
+            "rank0_only": sorted(rank0_only),
+            "meta": all(p.is_meta for p in module.parameters()),
+            "tied": module[4].weight is module[2].weight,
+            "dp": [c.dp_rank, c.dp_size],
+            "dp_rank_of_mesh": c.mesh.dp_rank(RANK),
+            "stage": c.mesh.coordinates(RANK)["pp"],
+        }
+    return found
+
+
+def meta(plan: str) -> dict[str, Any]:
+    """A model on the meta device: refused without values, then given some in both ways."""
+    with torch.device("meta"):
+        first, second, third = model(), model(), model()
+    error = ""
+    c = compiled(plan, "distributed", model=first)
+    try:
+        c.step(*part(c, batch()))
+    except GraphshardError as caught:
+        error = type(caught).__name__
+    values = model().state_dict()
+    loaded = compiled(plan, "distributed", model=second, example_inputs=part(c, batch()))
+    loaded.load_state_dict(values)
+
+    def init(module: nn.Module) -> None:
+        module.load_state_dict(values)
+
+    initialised = compiled(plan, "distributed", model=third, init=init)
+    local = compiled(plan, "local")
+    return {
+        "error": error,
+        "losses": [[c.step(*part(c, batch())).item() for _ in range(2)] for c in (local, loaded, initialised)],
+    }
+
+
+def mismatch(plan: str) -> dict[str, Any]:
+    """The last rank was given another plan."""
+    plan = "dp" if RANK == WORLD_SIZE - 1 else plan
+    c = compiled(plan, "distributed")
+    c.step(*part(c, batch()))
+    return {}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    scenario, plan = sys.argv[1:]
+    try:
+        result = {"train": train, "meta": meta, "mismatch": mismatch}[scenario](plan)
+    except GraphshardError as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # peers may be gone: leaving the process group in order would wait for them
+
+
+if __name__ == "__main__":
+    main()

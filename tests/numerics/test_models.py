@@ -1,0 +1,117 @@
+"""Models that share, freeze or leave out parameters, and what the compiled model returns when it is called."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils._pytree import tree_flatten
+
+import graphshard
+from numerics.cases import adamw, maker
+from numerics.reference import assert_close, check_parity
+
+PLANS = ("dp2", "zero2:size=2", "zero3+pp2", "zero3+pp2:schedule=zb-h1")
+
+
+class Odd(nn.Module):
+    """The first layer is frozen, one layer is never used, one is used twice, and a buffer is read at both ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen, self.unused = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.twice = nn.Linear(8, 8)
+        self.between = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.frozen.requires_grad_(False)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.twice(torch.tanh(self.frozen(x)) * self.scale)
+        for layer in self.between:
+            x = x + torch.tanh(layer(x))
+        result: Tensor = self.twice(x) * self.scale
+        return result
+
+
+def odd(rows: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
+    torch.manual_seed(0)
+    return Odd(), (torch.randn(rows, 8), torch.randn(rows, 8)), {}, F.mse_loss
+
+
+@pytest.mark.parametrize("plan", [*PLANS, "pp4"])
+def test_frozen_unused_and_shared_parameters(plan: str) -> None:
+    compiled = check_parity(lambda: odd(16), plan, adamw, dtype=torch.float64, max_grad_norm=0.1)
+    untouched = Odd().state_dict() | odd(1)[0].state_dict()
+    state = compiled.state_dict()
+    for name in ("frozen.weight", "unused.weight", "unused.bias", "scale"):
+        assert torch.equal(state[name], untouched[name].double()), name
+    assert "unused.weight" not in compiled.optimizer.state_dict()["state"]
+
+
+class Outputs(nn.Module):
+    """Returns a tensor, a tuple, or a dict with something that is no tensor."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.a, self.b = kind, nn.Linear(8, 16), nn.Linear(16, 4)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.dropout(torch.tanh(self.a(x)))
+        y = self.b(h)
+        if self.kind == "tensor":
+            return y
+        return (y, h) if self.kind == "tuple" else {"y": y, "rest": [h, "text", 3], "mean": None}
+
+
+def loss_of_output(out: Any, target: Tensor) -> Tensor:
+    y = out if isinstance(out, Tensor) else out[0] if isinstance(out, tuple) else out["y"]
+    return F.mse_loss(y, target)
+
+
+@pytest.mark.parametrize("plan", ["dp2", "zero3+pp2"])
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+def test_calling_returns_what_the_model_returns(kind: str, plan: str) -> None:
+    torch.manual_seed(0)
+    model = Outputs(kind)
+    x, target = torch.randn(8, 8), torch.randn(8, 4)
+    eager = copy.deepcopy(model)
+    compiled = graphshard.compile(
+        model, plan, loss_fn=loss_of_output, optimizer=partial(SGD, lr=0.1), executor="local"
+    )
+    compiled.step(x, target)
+    eager.load_state_dict(compiled.state_dict())
+    eager.eval()
+    expected, given = tree_flatten(eager(x)), tree_flatten(compiled(x))
+    assert given[1] == expected[1]
+    for ours, theirs in zip(given[0], expected[0], strict=True):
+        if isinstance(theirs, Tensor):
+            assert_close("output", ours, theirs.detach(), torch.float32)
+        else:
+            assert ours == theirs
+    assert model.training
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_calling_a_transformers_model(name: str) -> None:
+    plan = "zero3+pp2"
+    model, _, kwargs, _ = maker(name, plan)()
+    eager = copy.deepcopy(model)
+    compiled = graphshard.compile(model, plan, optimizer=adamw(model), executor="local")
+    compiled.step(**kwargs)
+    eager.load_state_dict(compiled.state_dict())
+    eager.eval()
+    inputs = {key: value for key, value in kwargs.items() if key != "labels"}
+    ours, theirs = compiled(**inputs), eager(**inputs)
+    assert type(ours) is type(theirs)
+    assert list(ours) == list(theirs)
+    assert_close("logits", ours.logits, theirs.logits.detach(), torch.float32)
+    loss = torch.stack([eager(**{k: v[i : i + 2] for k, v in kwargs.items()}).loss for i in range(0, 16, 2)]).mean()
+    assert_close("evaluation loss", compiled.evaluate(**kwargs), loss.detach(), torch.float32)

@@ -1,0 +1,80 @@
+"""Training by a plan is training on one device: losses, weights, optimizer state and buffers after every step agree with
+eager PyTorch that saw the same micro-batches. ``-m full`` runs the whole matrix, the rest is what changes break first."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from numerics.cases import OPTIMIZERS, PLANS, ZERO_GRADIENT, adamw, maker, sgd
+from numerics.reference import check_parity
+
+DTYPES = {"f64": torch.float64, "f32": torch.float32}
+ZOO = ("mlp", "gpt", "convnet", "gpt2", "llama", "bert", "t5", "vit", "resnet", "nested", "encoder")
+SPLITS = (  # more micro-batches than stages, as many, fewer
+    "zero3+pp2:microbatches=3",
+    "zero3+pp2:microbatches=1",
+    "pp4:microbatches=2",
+    "pp2:schedule=gpipe,microbatches=2",
+    "pp2:schedule=zb-h1,microbatches=3",
+    "pp4:schedule=zb-h1,microbatches=2",
+    "zero3+pp2:schedule=zb-h1",
+    "zero3+pp2:schedule=gpipe",
+    "zero3+pp2:microbatches=2+accum2",
+    "zero2:size=2+accum3",
+    "zero3:size=2+accum2",
+    "dp2+accum2",
+    "zero3:size=2,budget_gb=1+accum2",
+    "zero3:budget_gb=1+pp2",
+    "zero3:budget_gb=0.00001+pp2",
+)
+
+
+@pytest.mark.parametrize("plan", ["dp2", "zero3+pp2"])
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_ten_steps_in_float32(name: str, plan: str) -> None:
+    check_parity(maker(name, plan), plan, adamw, dtype=torch.float32, steps=10, max_grad_norm=0.5, noisy=ZERO_GRADIENT)
+
+
+@pytest.mark.parametrize("plan", ["zero3+pp2", "zero2+pp2"])
+def test_ten_steps_in_float64(plan: str) -> None:
+    check_parity(maker("gpt", plan), plan, adamw, dtype=torch.float64, steps=10, max_grad_norm=0.5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans(plan: str) -> None:
+    check_parity(maker("gpt", plan), plan, adamw, dtype=torch.float64, max_grad_norm=0.5)
+
+
+@pytest.mark.parametrize("plan", SPLITS)
+def test_micro_batch_counts_schedules_and_budgets(plan: str) -> None:
+    check_parity(maker("mlp", plan), plan, sgd, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("plan", ["zero3+pp2", "zero2:size=3"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_optimizers(optimizer: str, plan: str) -> None:
+    check_parity(maker("mlp", plan), plan, OPTIMIZERS[optimizer], dtype=torch.float64, steps=4, max_grad_norm=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name in ZOO if name not in ("mlp", "gpt")])
+def test_models(name: str) -> None:
+    plan = "zero3+pp2:microbatches=2"
+    check_parity(maker(name, plan), plan, adamw, dtype=torch.float64, steps=2, max_grad_norm=0.5)
+
+
+@pytest.mark.parametrize(("name", "plan"), [("convnet", "dp2+accum2"), ("resnet", "pp4:microbatches=2"), ("t5", "pp4")])
+def test_models_with_buffers_or_many_skips(name: str, plan: str) -> None:
+    check_parity(maker(name, plan), plan, sgd, dtype=torch.float64, steps=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("plan", PLANS + SPLITS)
+@pytest.mark.parametrize("name", ZOO)
+def test_everything(name: str, plan: str, optimizer: str, dtype: str) -> None:
+    noisy = ZERO_GRADIENT if dtype == "f32" and optimizer != "sgd" else ()
+    check_parity(
+        maker(name, plan), plan, OPTIMIZERS[optimizer], dtype=DTYPES[dtype], steps=10, max_grad_norm=0.5, noisy=noisy
+    )

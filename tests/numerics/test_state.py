@@ -1,0 +1,150 @@
+"""Parameters and optimizer state move between plans, and between graphshard and eager PyTorch, without loss."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import StepLR
+
+import graphshard
+from numerics.cases import OPTIMIZERS, adamw, maker
+from numerics.reference import Eager, Make, assert_close, assert_same_training, rolled
+
+SHARDED, REPLICATED = "zero3+pp2:microbatches=2", "dp2+accum2"  # the same split of the batch
+
+
+def start(make: Make, plan: str, optimizer: str = "adamw") -> tuple[graphshard.Compiled, Eager]:
+    """The model of ``make`` in float64, compiled by ``plan``, and its eager twin."""
+    model, _, _, loss_fn = make()
+    model.double()
+    twin = copy.deepcopy(model)
+    compiled = graphshard.compile(
+        model, plan, loss_fn=loss_fn, optimizer=OPTIMIZERS[optimizer](model), executor="local"
+    )
+    return compiled, Eager(twin, loss_fn, OPTIMIZERS[optimizer], compiled.dp_size, compiled.microbatches)
+
+
+def test_a_sharded_state_dict_loads_into_the_model_and_under_another_plan() -> None:
+    make = maker("gpt", SHARDED)
+    args = make()[1]
+    sharded, _ = start(make, SHARDED)
+    sharded.step(*args)
+    state = sharded.state_dict()
+    plain, _, _, loss_fn = make()
+    plain.double().load_state_dict(state, strict=True)
+    replicated, _ = start(make, REPLICATED)
+    replicated.trace(*args)
+    replicated.load_state_dict(state)
+    for name, value in replicated.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert loss_fn is not None
+    plain.eval()
+    expected = torch.stack([loss_fn(plain(x), y).detach() for x, y in zip(*(a.split(2) for a in args), strict=True)])
+    assert_close("loss", replicated.evaluate(*args), expected.mean(), torch.float64)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "adagrad"])
+@pytest.mark.parametrize(("before", "after"), [(SHARDED, REPLICATED), (REPLICATED, SHARDED)])
+def test_training_continues_under_another_plan(before: str, after: str, optimizer: str) -> None:
+    make = maker("mlp", before)
+    args = [a.double() if a.is_floating_point() else a for a in make()[1]]
+    first, eager = start(make, before, optimizer)
+    for index in range(2):
+        eager.step(rolled(args, index), {})
+        first.step(*rolled(args, index))
+    second, _ = start(make, after, optimizer)
+    second.trace(*args)
+    second.load_state_dict(first.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
+    for index in range(2, 4):
+        theirs = eager.step(rolled(args, index), {})
+        assert_close("loss", second.step(*rolled(args, index)), theirs, torch.float64)
+    assert_same_training(second, eager, torch.float64)
+
+
+def test_training_continues_from_an_eager_checkpoint() -> None:
+    make = maker("mlp", SHARDED)
+    args = [a.double() if a.is_floating_point() else a for a in make()[1]]
+    compiled, eager = start(make, SHARDED)
+    eager.step(args, {})
+    compiled.trace(*args)
+    compiled.load_state_dict(eager.model.state_dict())
+    compiled.optimizer.load_state_dict(eager.optimizer.state_dict())
+    eager.step(rolled(args, 1), {})
+    compiled.step(*rolled(args, 1))
+    assert_same_training(compiled, eager, torch.float64)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_stepped_optimizer_brings_its_state_along(optimizer: str) -> None:
+    model, args, _, loss_fn = maker("mlp", SHARDED)()
+    model.double()
+    args = tuple(a.double() if a.is_floating_point() else a for a in args)
+    eager = Eager(model, loss_fn, OPTIMIZERS[optimizer], 2, 2)
+    eager.step(args, {})
+    ours = copy.deepcopy(model)
+    made = OPTIMIZERS[optimizer](ours)
+    made.load_state_dict(eager.optimizer.state_dict())
+    compiled = graphshard.compile(ours, SHARDED, loss_fn=loss_fn, optimizer=made, executor="local")
+    eager.step(rolled(args, 1), {})
+    compiled.step(*rolled(args, 1))
+    assert_same_training(compiled, eager, torch.float64)
+
+
+def test_a_scheduler_drives_the_learning_rates() -> None:
+    make = maker("mlp", SHARDED)
+    args = [a.double() if a.is_floating_point() else a for a in make()[1]]
+    compiled, eager = start(make, SHARDED)
+    ours, theirs = StepLR(compiled.optimizer, 1, gamma=0.5), StepLR(eager.optimizer, 1, gamma=0.5)
+    for index in range(3):
+        eager.step(rolled(args, index), {})
+        compiled.step(*rolled(args, index))
+        ours.step()
+        theirs.step()
+    assert ours.get_last_lr() == theirs.get_last_lr()
+    assert_same_training(compiled, eager, torch.float64)
+
+
+@pytest.mark.parametrize("name", ["gpt", "convnet"])
+def test_new_shapes_are_traced_once_and_train_the_same_parameters(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    make = maker(name, SHARDED)
+    args = [a.double() if a.is_floating_point() else a for a in make()[1]]
+    if name == "gpt":
+        shorter = [a[:, :5] for a in args]
+    else:
+        shorter = [a[:4] for a in args]
+    compiled, eager = start(make, SHARDED)
+    with caplog.at_level(logging.WARNING, "graphshard"):
+        for batch in (args, shorter, args, shorter):
+            theirs = eager.step(batch, {})
+            assert_close("loss", compiled.step(*batch), theirs, torch.float64)
+    notices = [r.getMessage() for r in caplog.records if "tracing" in r.getMessage()]
+    assert len(notices) == 1, notices
+    assert_same_training(compiled, eager, torch.float64)
+
+
+def test_evaluate_neither_trains_nor_moves_statistics() -> None:
+    make = maker("convnet", SHARDED)
+    args = [a.double() if a.is_floating_point() else a for a in make()[1]]
+    compiled, eager = start(make, SHARDED)
+    eager.step(args, {})
+    compiled.step(*args)
+    before = compiled.state_dict()
+    loss = compiled.evaluate(*args)
+    after = compiled.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    eager.model.eval()
+    assert eager.loss_fn is not None
+    losses: list[Tensor] = []
+    for x, y in zip(*(a.split(2) for a in args), strict=True):
+        losses.append(eager.loss_fn(eager.model(x), y).detach())
+    # Rank 0's statistics are the model's; the other rank evaluates its part with its own.
+    eager._load_buffers(eager.buffers[1])
+    losses[2:] = [
+        eager.loss_fn(eager.model(x), y).detach() for x, y in list(zip(*(a.split(2) for a in args), strict=True))[2:]
+    ]
+    assert_close("loss", loss, torch.stack(losses).mean(), torch.float64)
