@@ -1,5 +1,6 @@
-"""Strip-mining: chains of pointwise operators over long flat vectors run block by block, so that what lies between them stays
-in cache. An optimizer's update then reads and writes each state once, and in place where the old value is dead.
+"""Strip-mining: chains of pointwise operators over long flat vectors run block by block.
+
+What lies between two operators stays in cache. An optimizer's update then reads and writes each state once, and in place where the old value is dead.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class Loop:
     def inputs(self) -> list[fx.Node]:
         """The vectors that come from outside."""
         inside = set(self.nodes)
-        found = dict.fromkeys(s for n in self.nodes for s in n.all_input_nodes if s not in inside and _is_vector(s, self.numel))
+        found = dict.fromkeys(
+            s for n in self.nodes for s in n.all_input_nodes if s not in inside and _is_vector(s, self.numel)
+        )
         return list(found)
 
     def outputs(self, returned: set[fx.Node]) -> list[fx.Node]:
@@ -93,9 +96,13 @@ def _independent(node: fx.Node, loop: Loop) -> bool:
 
 
 def overwritten(loop: Loop, section: Section, returned: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Outputs of the loop to the input whose storage they take: the old value of the same slot, else any that dies here."""
+    """Outputs of the loop to the input whose storage they take: the old value of their slot, else one that dies here."""
     inside = set(loop.nodes)
-    dying = [n for n in loop.inputs() if all(user in inside for user in n.users) and n not in returned and _owns_storage(n, section)]
+    dying = [
+        n
+        for n in loop.inputs()
+        if all(user in inside for user in n.users) and n not in returned and _owns_storage(n, section)
+    ]
     slots: dict[Slot, fx.Node] = {section.inputs[n]: n for n in dying if n in section.inputs}
     written = {node: slot for slot, node in section.outputs.items()}
     outputs = loop.outputs(returned)

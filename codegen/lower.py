@@ -155,7 +155,9 @@ class _StageLowering:
             nodes = piece.outputs
             inside = set(nodes)
             outputs = [
-                n for n in nodes if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
+                n
+                for n in nodes
+                if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
             ]
             code = emit(piece.segment, nodes, outputs, section, accumulators=accumulators)
             self.segments[piece.segment] = code.segment
@@ -184,9 +186,9 @@ class _StageLowering:
                     yield self._resolve(source)
         elif piece.kind in ("issue", "send"):
             assert piece.node is not None
-            source = self._contribution(piece.node)
-            if source is not None:
-                yield self._resolve(source)
+            given = self._contribution(piece.node)
+            if given is not None:
+                yield self._resolve(given)
 
     def _resolve(self, node: fx.Node) -> fx.Node:
         """A wait gives the collective's own buffer."""
@@ -198,11 +200,13 @@ class _StageLowering:
             return next((n for n in node.args[0] if info(n).stage == self.stage), None)  # type: ignore[union-attr,arg-type]
         if node.target is gs.stage_broadcast.default:
             return node.args[0] if node.args[1] == self.stage else None  # type: ignore[return-value]
-        return node.args[0]  # type: ignore[return-value]
+        return node.all_input_nodes[0]
 
     # Instructions
 
-    def _instantiate(self, pieces: list[_Piece], name: Callable[[fx.Node], Ref], action: str, first: bool) -> list[Instruction]:
+    def _instantiate(
+        self, pieces: list[_Piece], name: Callable[[fx.Node], Ref], action: str, first: bool
+    ) -> list[Instruction]:
         result: list[Instruction] = []
         for piece in pieces:
             node = piece.node
@@ -228,7 +232,12 @@ class _StageLowering:
                 common["made_by"] = record.made_by or "pipeline-cut"
                 result.append(
                     Instruction(
-                        Op.RECV, node.name, outputs=(name(node),), peer=peer, type=tensor_type(node), **common  # type: ignore[arg-type]
+                        Op.RECV,
+                        node.name,
+                        outputs=(name(node),),
+                        peer=peer,
+                        type=tensor_type(node),
+                        **common,  # type: ignore[arg-type]
                     )
                 )
             elif piece.kind == "send":
@@ -240,7 +249,7 @@ class _StageLowering:
         return result
 
     def _collective(self, node: fx.Node, name: Callable[[fx.Node], Ref], common: dict[str, str]) -> list[Instruction]:
-        op, kind = _COLLECTIVES.get(node.target, (Op.REDUCE, "all_reduce"))  # type: ignore[arg-type]
+        op, kind = _COLLECTIVES[node.target] if node.target in _COLLECTIVES else (Op.REDUCE, "all_reduce")  # type: ignore[index]
         source = self._contribution(node)
         before: list[Instruction] = []
         if source is None:
@@ -260,7 +269,14 @@ class _StageLowering:
             ref, typed = name(source), tensor_type(source)
         axis = "pp" if node.target in _STAGE_COLLECTIVES else str(node.args[-1])
         issue = Instruction(
-            op, kind, (ref,), (name(node),), axis=axis, type=typed, bucket=info(node).module, **common  # type: ignore[arg-type]
+            op,
+            kind,
+            (ref,),
+            (name(node),),
+            axis=axis,
+            type=typed,
+            bucket=info(node).module,
+            **common,  # type: ignore[arg-type]
         )
         return [*before, issue]
 
@@ -269,8 +285,11 @@ class _StageLowering:
         direct = {
             node: slot
             for slot, node in section.outputs.items()
-            if slot.role is Role.CARRY and len(node.users) == 1 and node.op != "placeholder"
-            and section.output_slots.count(slot) == 1 and list(section.outputs.values()).count(node) == 1
+            if slot.role is Role.CARRY
+            and len(node.users) == 1
+            and node.op != "placeholder"
+            and section.output_slots.count(slot) == 1
+            and list(section.outputs.values()).count(node) == 1
         }
 
         def name(node: fx.Node) -> Ref:
@@ -282,12 +301,23 @@ class _StageLowering:
 
         return name
 
-    def _bindings(self, section: Section, nodes: set[fx.Node], name: Callable[[fx.Node], Ref], mb: int | None, action: str,
-                  skip: set[Slot]) -> list[Instruction]:
+    def _bindings(
+        self,
+        section: Section,
+        nodes: set[fx.Node],
+        name: Callable[[fx.Node], Ref],
+        mb: int | None,
+        action: str,
+        skip: set[Slot],
+    ) -> list[Instruction]:
         """What becomes of the section's outputs: results and carries that do not live in their slot yet."""
         inputs, outputs = [], []
         for slot, node in section.outputs.items():
-            if info(node).stage not in (self.stage, None) or slot in skip or (node not in nodes and node.op != "placeholder"):
+            if (
+                info(node).stage not in (self.stage, None)
+                or slot in skip
+                or (node not in nodes and node.op != "placeholder")
+            ):
                 continue
             target = slot_ref(slot, mb if slot.role in _PER_MICROBATCH else None)
             if name(node) != target:
@@ -310,7 +340,7 @@ class _StageLowering:
         self._finish(pieces.values(), body, self._accumulators())
         self._collect(body, [n for nodes in streams.values() for n in nodes], self._namer(body, 0))
         produced = {kind: set(nodes) for kind, nodes in streams.items()}
-        placeholders = {n for n in body.inputs}
+        placeholders = set(body.inputs)
         result: list[Instruction] = []
         begun: set[str] = set()
         for action in self.schedule.stages[self.stage]:
@@ -341,9 +371,7 @@ class _StageLowering:
         self._finish([pieces], section, frozenset())
         name = self._namer(section, None, prefix)
         self._collect(section, nodes, name)
-        arriving = [
-            _Piece("recv", n) for n in nodes if n.target is gs.transfer.default and n.args[2] == self.stage
-        ]
+        arriving = [_Piece("recv", n) for n in nodes if n.target is gs.transfer.default and n.args[2] == self.stage]
         result = self._instantiate(arriving + pieces, name, label, first=False)
         return result + self._bindings(section, set(nodes), name, None, label, skip)
 
@@ -363,7 +391,6 @@ class _StageLowering:
         for slot, node in section.outputs.items():
             if slot.role is not Role.CARRY and info(node).stage in (self.stage, None):
                 self.results[slot] = tensor_type(node)
-
 
 
 def _root(node: fx.Node) -> fx.Node:

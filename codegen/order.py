@@ -1,6 +1,6 @@
 """Orders the instructions of a stage: communication starts early and is waited for late, values die at their last use.
 
-Only here is the interleaving of micro-batches known: 1F1B runs F3, B1, F4, and the receive of F4 can be posted before B1.
+Only here is the interleaving of micro-batches known: 1F1B runs F3, B1, F4, and the receive of F4 is posted before B1.
 """
 
 from __future__ import annotations

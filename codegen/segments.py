@@ -1,7 +1,7 @@
 """Segments as readable Python: each value is deleted after its last use, gradients are written where they belong.
 
-A gradient has a destination: its view of the bucket's flat buffer. The first micro-batch overwrites it (``mm(out=view)``), later
-ones accumulate into it (``view.addmm_``), so packing and accumulating cost no pass over memory of their own.
+A gradient has a destination: its view of the bucket's flat buffer. The first micro-batch overwrites it
+(``mm(out=view)``), later ones accumulate into it (``view.addmm_``), so packing and accumulating cost no pass over memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.loops import Loop, find_loops, write_loop
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.execution import Segment
-from graphshard.program import Role, Section, Slot, val
+from graphshard.program import Section, Slot, val
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -44,8 +44,8 @@ def emit(
 ) -> Code:
     """Code for ``nodes``, in order, that returns ``outputs``.
 
-    ``accumulators``: carries that start at zero. An ``add(carry, value)`` to one that nobody else reads is done in place;
-    ``first``: it overwrites.
+    ``accumulators``: carries that start at zero. An ``add(carry, value)`` to one that nobody else reads is done in
+    place; ``first``: it overwrites.
     """
     return _Emitter(name, nodes, outputs, section, accumulators, first).run()
 
@@ -104,8 +104,8 @@ class _Emitter:
                 self._line(f"del {', '.join(dead)}")
         returned = ", ".join(self._expression(n) for n in self.outputs)
         self._line(f"return ({returned}{',' if len(self.outputs) == 1 else ''})")
-        source = "\n".join(header + self.lines) + "\n"
-        segment = Segment(self.name, source, tuple(n.name for n in inputs), tuple(n.name for n in self.outputs))
+        code = "\n".join(header + self.lines) + "\n"
+        segment = Segment(self.name, code, tuple(n.name for n in inputs), tuple(n.name for n in self.outputs))
         return Code(segment, list(inputs), set(self.accumulated.values()))
 
     # Analysis
@@ -115,7 +115,7 @@ class _Emitter:
         found: dict[fx.Node, Slot] = {}
         written = self.section.outputs if self.accumulators else {}
         for node in self.nodes if self.accumulators else ():
-            if node.target is not aten.add.Tensor or not all(isinstance(a, fx.Node) for a in node.args):
+            if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
                 continue
             carry = node.all_input_nodes[0]
             slot = self.section.inputs.get(carry)
@@ -130,8 +130,8 @@ class _Emitter:
             if node.target is not gs.pack.default:
                 continue
             reader = next(iter(node.users)) if len(node.users) == 1 else None
-            if reader in self.accumulated and not self.first:
-                result[node] = _Destination(node, reader.args[0].name, overwrite=False, started=True)  # type: ignore[union-attr]
+            if reader is not None and reader in self.accumulated and not self.first:
+                result[node] = _Destination(node, reader.all_input_nodes[0].name, overwrite=False, started=True)
             else:
                 result[node] = _Destination(node, node.name, overwrite=True)
         return result
@@ -199,7 +199,7 @@ class _Emitter:
         elif node in self.accumulated:
             self._accumulate(node)
         elif node.target is gs.local_shard.default:
-            flat, parts, axis = node.args
+            flat, _, axis = node.args
             size = val(node).numel()
             self._define(node, f"{self._expression(flat)}.narrow(0, coordinates[{axis!r}] * {size}, {size})")
         else:
@@ -216,9 +216,7 @@ class _Emitter:
         states = ", ".join(f"[{self._name(n)}]" for n in (adam.param, adam.gradient, adam.exp_avg, adam.exp_avg_sq))
         step, lr = (f"{self._name(n)}.to(torch.float32)" for n in (adam.step, adam.lr))
         options = f"beta1={adam.beta1}, beta2={adam.beta2}, weight_decay={adam.weight_decay}, eps={adam.eps}"
-        self._line(
-            f"torch._fused_adamw_({states}, [], [{step}], lr={lr}, {options}, amsgrad=False, maximize=False)"
-        )
+        self._line(f"torch._fused_adamw_({states}, [], [{step}], lr={lr}, {options}, amsgrad=False, maximize=False)")
         for new, old in (
             (adam.new_param, adam.param),
             (adam.new_exp_avg, adam.exp_avg),

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
 
 from graphshard import dump, report, trace
-from graphshard.trace import Captured
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
@@ -25,11 +24,12 @@ from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, given_state
 from graphshard.passes import default_passes, with_passes
-from graphshard.pipeline import Context, Observer, Pass, Placement, run_passes
+from graphshard.pipeline import Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
+from graphshard.trace import Captured
 from graphshard.update import add_update, check_elementwise, make_optimizer
 
 logger = logging.getLogger("graphshard")
@@ -219,7 +219,7 @@ class Compiled:
         parts = self._split(batch, kwargs, self.microbatches)
         build = self._build("train", parts[0][0], self.microbatches)
         lrs = [] if self.optimizer is None else self.optimizer.lrs()
-        loss = self._run(build, parts, lrs).loss
+        loss: Tensor | None = self._run(build, parts, lrs).loss
         self._steps += 1
         if self.optimizer is not None:
             self.optimizer.note_step()
@@ -231,7 +231,7 @@ class Compiled:
         parts = self._split(batch, kwargs, self.microbatches)
         if self._main is None:
             self._build("train", parts[0][0], self.microbatches)
-        loss = self._run(self._build("evaluate", parts[0][0], self.microbatches), parts, []).loss
+        loss: Tensor | None = self._run(self._build("evaluate", parts[0][0], self.microbatches), parts, []).loss
         assert loss is not None
         return loss.clone()
 
@@ -389,7 +389,10 @@ class Compiled:
             StateMismatch: a tensor is missing or has another shape.
         """
         _, storage = self._start()
-        params = {name: state.get(name, next((state[a] for a in p.aliases if a in state), None)) for name, p in self._params.items()}
+        params = {
+            name: state.get(name, next((state[a] for a in p.aliases if a in state), None))
+            for name, p in self._params.items()
+        }
         storage.write_params({name: value for name, value in params.items() if value is not None})
         buffers = dict(self.model.named_buffers(remove_duplicate=False))
         storage.write_buffers({name: state.get(name, buffer) for name, buffer in buffers.items()})
@@ -456,9 +459,7 @@ def _device_of(model: nn.Module) -> torch.device | None:
     return next((t.device for t in tensors if t.device.type != "meta"), None)
 
 
-def _move(
-    model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]
-) -> dict[int, int]:
+def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> dict[int, int]:
     """Replace parameters and buffers by what ``make`` gives for them; tied ones stay tied, which to_empty forgets.
 
     Returns the id of each new Parameter by that of the one it replaces, in the model and the optimizers' groups.

@@ -136,7 +136,8 @@ class BatchDoesNotSplit(GraphshardError):
         nearest = sorted({below, (shape[dim] // parts + 1) * parts})
         super().__init__(
             f"batch tensor {index} of shape {list(shape)} does not split into {ranks} data-parallel ranks x "
-            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts}, such as {' or '.join(map(str, nearest))}"
+            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts}, "
+            f"such as {' or '.join(map(str, nearest))}"
         )
 
 
@@ -179,7 +180,8 @@ class PlanMismatch(GraphshardError):
     def __init__(self, what: str, by_plan: dict[str, list[int]]) -> None:
         groups = "; ".join(f"ranks {', '.join(map(str, ranks))} have {plan}" for plan, ranks in by_plan.items())
         super().__init__(
-            f"ranks disagree on the {what}: {groups}; every rank must be given the same model, plan, options and input shapes"
+            f"ranks disagree on the {what}: {groups}; "
+            "every rank must be given the same model, plan, options and input shapes"
         )
 
 
@@ -309,7 +311,11 @@ class UnknownStageModule(GraphshardError):
     def __init__(self, path: str, known: Iterable[str]) -> None:
         names = list(dict.fromkeys(known))
         near = difflib.get_close_matches(path, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
+        )
         super().__init__(f"stages: no module {path!r} in the model's graph; {hint}")
 
 
@@ -317,7 +323,9 @@ class StageCountMismatch(GraphshardError):
     """``stages=`` does not say where each stage begins."""
 
     def __init__(self, given: int, stages: int) -> None:
-        super().__init__(f"stages: {given} modules for {stages} pipeline stages; give {stages - 1}, where stages 1 and later begin")
+        super().__init__(
+            f"stages: {given} modules for {stages} pipeline stages; give {stages - 1}, where stages 1 and later begin"
+        )
 
 
 class StagesOutOfOrder(GraphshardError):
@@ -348,7 +356,9 @@ class ExecutorNone(GraphshardError):
     """Running what was compiled with ``executor="none"``."""
 
     def __init__(self) -> None:
-        super().__init__("compiled with executor='none', which runs nothing; compile with executor='local' or 'auto' to run it")
+        super().__init__(
+            "compiled with executor='none', which runs nothing; compile with executor='local' or 'auto' to run it"
+        )
 
 
 class NeedsExampleInputs(GraphshardError):
@@ -356,7 +366,8 @@ class NeedsExampleInputs(GraphshardError):
 
     def __init__(self) -> None:
         super().__init__(
-            "nothing was traced yet, so it is not known where parameters live; pass example_inputs to compile, or call step first"
+            "nothing was traced yet, so it is not known where parameters live; "
+            "pass example_inputs to compile, or call step first"
         )
 
 

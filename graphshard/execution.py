@@ -1,8 +1,8 @@
 """The execution plan: what every rank does in a step, as data. codegen makes it, runtime runs it, prove.py proves it.
 
-All data-parallel ranks of a stage run the same instructions, so a plan holds one list per stage. Values live in a rank's
-environment under a :class:`Ref`; storage that outlives a step (parameters, state, buffers) is a Ref too, named by its
-slot, with no micro-batch.
+All data-parallel ranks of a stage run the same instructions, so a plan holds one list per stage. Values live in a
+rank's environment under a :class:`Ref`; storage that outlives a step (parameters, state, buffers) is a Ref too, named by
+its slot, with no micro-batch.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ class Instruction:
 
     RUN: ``name`` is the segment; it reads ``inputs`` and defines ``outputs``; those in ``last`` are read for the last
     time and are handed over. GATHER and REDUCE: ``name`` is the collective ("all_gather", "reduce_scatter",
-    "all_reduce", "broadcast"), over ``axis``; one input, one output; ``peer`` is a broadcast's source coordinate. SEND has one
-    input and RECV one output; ``peer`` is the other stage. WAIT: ``inputs`` holds the one value waited for (of a SEND, what
-    is sent). A collective's or RECV's output may be read only after its WAIT; a SEND's input may be freed only after its
-    WAIT. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that of ``outputs[i]``, all at once.
+    "all_reduce", "broadcast"), over ``axis``; one input, one output; ``peer`` is a broadcast's source coordinate. SEND
+    has one input and RECV one output; ``peer`` is the other stage. WAIT: ``inputs`` holds the one value waited for (of a
+    SEND, what is sent). A collective's or RECV's output may be read only after its WAIT; a SEND's input may be freed only
+    after its WAIT. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that of ``outputs[i]``, all
+    at once.
     """
 
     op: Op
@@ -128,7 +129,9 @@ class Storage:
 
     root: Ref  # with micro-batch 0 where there is one per micro-batch
     nbytes: int
-    category: str  # "parameters", "gathered parameters", "gradients", "optimizer state", "activations", "transfers", "batch"
+    category: (
+        str  # "parameters", "gathered parameters", "gradients", "optimizer state", "activations", "transfers", "batch"
+    )
 
     def of(self, microbatch: int | None) -> Ref:
         """The root for one micro-batch."""
@@ -137,8 +140,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What the ranks of one pipeline stage do. A step is ``prologue``, ``body``, then ``epilogue``, or ``first_epilogue``
-    (None: the same) while the optimizer has no state."""
+    """What the ranks of one pipeline stage do.
+
+    A step is ``prologue``, ``body``, then ``epilogue``, or ``first_epilogue`` (None: the same) while the optimizer has
+    no state.
+    """
 
     prologue: tuple[Instruction, ...]
     body: tuple[Instruction, ...]
@@ -157,9 +163,9 @@ class StagePlan:
 class ExecutionPlan:
     """Every rank's instructions and what they read and leave behind.
 
-    ``reads``: the slots a stage reads that outlive the step or come from outside (parameters, buffers, state, batch, lr,
-    rng, constants), with their types. The Ref of a slot is :func:`slot_ref`. ``results``: slots the step defines: LOSS and
-    OUTPUT ones are handed to the caller, the others replace what was stored.
+    ``reads``: the slots a stage reads that outlive the step or come from outside (parameters, buffers, state, batch,
+    lr, rng, constants), with their types. The Ref of a slot is :func:`slot_ref`. ``results``: slots the step defines:
+    LOSS and OUTPUT ones are handed to the caller, the others replace what was stored.
     """
 
     mesh: Mesh

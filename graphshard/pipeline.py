@@ -134,7 +134,7 @@ def load_pass(name: str) -> type[Any]:
 
 
 def parse_passes(text: str) -> list[Pass]:
-    """Passes from ``"zero:stage=3;bucket"``: names joined by ``;``, options ``key=value`` by ``,``, list values by ``/``.
+    """Passes from text such as ``"zero:stage=3;bucket"``; options are joined by ``,``, list values by ``/``.
 
     Raises:
         UnknownPass: a name that is not in the table.

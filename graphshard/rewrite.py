@@ -49,7 +49,8 @@ def after(node: fx.Node) -> AbstractContextManager[Any]:
 
 def first_operation(graph: fx.Graph) -> fx.Node:
     """The first node that is not a placeholder; the output node of an empty graph."""
-    return next(n for n in graph.nodes if n.op != "placeholder")
+    node: fx.Node = next(n for n in graph.nodes if n.op != "placeholder")
+    return node
 
 
 def _operation_after(node: fx.Node) -> fx.Node:

@@ -20,7 +20,7 @@ class MemoryUse:
 def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
     """The peak of one step of a rank of ``stage``, after the first step, between instructions.
 
-    What lives only while a segment runs, its handed-over inputs included, is not counted, as executors don't measure it.
+    What lives only while a segment runs, its handed-over inputs included, is not counted: executors don't measure it.
     """
     storages = plan.stages[stage].storages
     root_of: dict[Ref, Ref] = {}  # value to the storage it lives in

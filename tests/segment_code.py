@@ -23,11 +23,15 @@ def section(lines: str) -> Section:
     return text.parse("graphshard 1\nlevel sharded\ngraph body {\n" + lines + "\n}\n").body
 
 
+def returned(graph: Section) -> list[fx.Node]:
+    """The operations whose results the graph returns."""
+    return list(dict.fromkeys(node for node in graph.outputs.values() if node.op == "call_function"))
+
+
 def code(graph: Section, *, first: bool = False, name: str = "f") -> Code:
-    """A segment of all operations, which returns what the graph returns. Carries are accumulated in place."""
+    """A segment of all operations. Carries are accumulated in place."""
     carries = frozenset(slot for slot in graph.input_slots if slot.role is Role.CARRY)
-    outputs = list(graph.outputs.values())
-    return emit(name, list(graph.nodes()), outputs, graph, accumulators=carries, first=first)
+    return emit(name, list(graph.nodes()), returned(graph), graph, accumulators=carries, first=first)
 
 
 def run(made: Code, values: Mapping[str, Tensor], coordinates: Mapping[str, int] | None = None) -> tuple[Tensor, ...]:
@@ -39,12 +43,12 @@ def run(made: Code, values: Mapping[str, Tensor], coordinates: Mapping[str, int]
 
 
 def evaluate(graph: Section, values: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the graph returns, each operator run as it is."""
+    """What the segment should return: each operator run as it is."""
     environment: dict[fx.Node, Any] = {node: values[node.name] for node in graph.inputs}
     for node in graph.nodes():
         args, kwargs = tree_map_only(fx.Node, environment.__getitem__, (node.args, dict(node.kwargs)))
         assert callable(node.target)
         environment[node] = args[0] if node.target is c10d.wait_tensor.default else node.target(*args, **kwargs)
-    return [environment[node] for node in graph.outputs.values()]
+    return [environment[node] for node in returned(graph)]
 
 

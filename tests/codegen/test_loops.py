@@ -173,7 +173,7 @@ def chains(draw: st.DrawFn) -> str:
 
 
 @given(chains(), st.integers(0, 3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_loops_mean_what_the_graph_means(lines: str, seed: int) -> None:
     with SMALL:
         results, expected = both(section(lines), seed)

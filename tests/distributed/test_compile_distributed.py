@@ -1,0 +1,90 @@
+"""``graphshard.compile`` on gloo processes: everything it gives is what the local executor gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent / "train_rank.py"
+
+
+def launch(world_size: int, *arguments: str) -> list[dict[str, Any]]:
+    """Run ``train_rank.py`` as ``world_size`` processes; what each printed."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), *arguments],
+            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=120.0)
+            assert process.returncode == 0, err
+            results.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
+
+
+def close(value: Any) -> Any:
+    """``value`` for comparison up to float64 rounding, whatever it holds."""
+    if isinstance(value, dict):
+        return {key: close(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [close(item) for item in value]
+    return pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize(("plan", "world_size"), [("dp", 2), ("zero3", 2), ("pp2:schedule=zb-h1", 2), ("zero3+pp2", 4)])
+def test_processes_give_what_one_process_gives(plan: str, world_size: int) -> None:
+    results = launch(world_size, "train", plan)
+    for rank, result in enumerate(results):
+        assert "error" not in result, result
+        local, ours = result["local"], result["distributed"]
+        for what in ("losses", "evaluated", "state", "optimizer"):
+            assert ours[what] == close(local[what]), (rank, what)
+        # Loading what was saved and stepping again repeats the step that followed the saving.
+        assert ours["again"] == close(ours["losses"][-1])
+        assert ours["rank0_only"] == (sorted(ours["state"]) if rank == 0 else [])
+        assert ours["dp"] == [ours["dp_rank_of_mesh"], local["dp"][1]]
+        assert ours["meta"] and not local["meta"]
+        assert ours["tied"]
+        last = 1 if "pp2" in plan else 0
+        if ours["stage"] == last:
+            dp_rank, dp_size = ours["dp"]
+            rows = len(local["output"]) // dp_size
+            assert ours["output"] == close(local["output"][dp_rank * rows : (dp_rank + 1) * rows])
+        else:
+            assert ours["output"] is None
+
+
+def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
+    for result in launch(2, "meta", "pp2:schedule=zb-h1"):
+        assert result["error"] == "NoValue"
+        local, loaded, initialised = result["losses"]
+        assert loaded == close(local)
+        assert initialised == close(local)
+
+
+def test_ranks_with_different_plans_say_so_and_do_not_hang() -> None:
+    for result in launch(2, "mismatch", "zero3"):
+        assert result["error"] == "PlanMismatch"
+        assert "ranks disagree on the plan" in result["message"]
