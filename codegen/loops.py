@@ -1,6 +1,7 @@
 """Strip-mining: chains of pointwise operators over long flat vectors run block by block.
 
-What lies between two operators stays in cache. An optimizer's update then reads and writes each state once, and in place where the old value is dead.
+What lies between two operators stays in cache. An optimizer's update then reads and writes each state once, and in place
+where the old value is dead.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _independent(node: fx.Node, loop: Loop) -> bool:
 
 
 def overwritten(loop: Loop, section: Section, returned: set[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """Outputs of the loop to the input whose storage they take: the old value of their slot, else one that dies here."""
+    """Outputs of the loop to the input whose storage they take: the old value of their slot, else one that dies."""
     inside = set(loop.nodes)
     dying = [
         n

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -197,9 +198,9 @@ class _StageLowering:
     def _contribution(self, node: fx.Node) -> fx.Node | None:
         """What this stage puts into a communication node; None: nothing, which counts as zero."""
         if node.target is gs.stage_sum.default:
-            return next((n for n in node.args[0] if info(n).stage == self.stage), None)  # type: ignore[union-attr,arg-type]
-        if node.target is gs.stage_broadcast.default:
-            return node.args[0] if node.args[1] == self.stage else None  # type: ignore[return-value]
+            return next((n for n in node.all_input_nodes if info(n).stage == self.stage), None)
+        if node.target is gs.stage_broadcast.default and node.args[1] != self.stage:
+            return None
         return node.all_input_nodes[0]
 
     # Instructions
@@ -249,7 +250,8 @@ class _StageLowering:
         return result
 
     def _collective(self, node: fx.Node, name: Callable[[fx.Node], Ref], common: dict[str, str]) -> list[Instruction]:
-        op, kind = _COLLECTIVES[node.target] if node.target in _COLLECTIVES else (Op.REDUCE, "all_reduce")  # type: ignore[index]
+        target: Any = node.target
+        op, kind = _COLLECTIVES.get(target, (Op.REDUCE, "all_reduce"))
         source = self._contribution(node)
         before: list[Instruction] = []
         if source is None:

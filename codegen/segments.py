@@ -1,7 +1,8 @@
 """Segments as readable Python: each value is deleted after its last use, gradients are written where they belong.
 
 A gradient has a destination: its view of the bucket's flat buffer. The first micro-batch overwrites it
-(``mm(out=view)``), later ones accumulate into it (``view.addmm_``), so packing and accumulating cost no pass over memory.
+(``mm(out=view)``), later ones accumulate into it (``view.addmm_``), so neither packing nor accumulating passes over
+memory once more.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ class _Emitter:
         value = val(pack)
         self._define(pack, f"torch.empty({value.numel()}, dtype={value.dtype}, device=device)")
         end = 0
-        for part, offset in sorted(zip(pack.args[0], pack.args[1], strict=True), key=lambda item: item[1]):  # type: ignore[arg-type,index]
+        for part, offset in sorted(zip(pack.args[0], pack.args[1], strict=True), key=lambda item: item[1]):
             if offset > end:
                 self._line(f"{pack.name}[{end}:{offset}].zero_()")
             end = offset + val(part).numel()

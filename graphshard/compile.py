@@ -180,7 +180,10 @@ class Compiled:
     @property
     def rank(self) -> int:
         """This process's rank; 0 for the local executor."""
-        return dist.get_rank() if self.executor == "distributed" and dist.is_initialized() else 0
+        if self.executor != "distributed":
+            return 0
+        # The process group may be set up only at the first step, but a sampler asks before that.
+        return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
     @property
     def dp_size(self) -> int:

@@ -1,8 +1,8 @@
 """The execution plan: what every rank does in a step, as data. codegen makes it, runtime runs it, prove.py proves it.
 
 All data-parallel ranks of a stage run the same instructions, so a plan holds one list per stage. Values live in a
-rank's environment under a :class:`Ref`; storage that outlives a step (parameters, state, buffers) is a Ref too, named by
-its slot, with no micro-batch.
+rank's environment under a :class:`Ref`; storage that outlives a step (parameters, state, buffers) is a Ref too, named
+by its slot, with no micro-batch.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class Instruction:
     RUN: ``name`` is the segment; it reads ``inputs`` and defines ``outputs``; those in ``last`` are read for the last
     time and are handed over. GATHER and REDUCE: ``name`` is the collective ("all_gather", "reduce_scatter",
     "all_reduce", "broadcast"), over ``axis``; one input, one output; ``peer`` is a broadcast's source coordinate. SEND
-    has one input and RECV one output; ``peer`` is the other stage. WAIT: ``inputs`` holds the one value waited for (of a
-    SEND, what is sent). A collective's or RECV's output may be read only after its WAIT; a SEND's input may be freed only
-    after its WAIT. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that of ``outputs[i]``, all
-    at once.
+    has one input and RECV one output; ``peer`` is the other stage. WAIT: ``inputs`` holds the one value waited for (of
+    a SEND, what is sent). A collective's or RECV's output may be read only after its WAIT; a SEND's input may be freed
+    only after its WAIT. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that of
+    ``outputs[i]``, all at once.
     """
 
     op: Op

@@ -227,9 +227,9 @@ class _Parser:
         kind, digits = (sized[1], sized[2]) if sized else (name, "")
         if kind in _NOT_YET:
             raise PlanNotSupported(self.text, at + 1, token)
+        if not name:
+            self.fail(at, "a token is missing")
         if kind not in _OPTIONS and kind != "batch_dims":
-            if not name:
-                self.fail(at, "a token is missing")
             number = name[len(name.rstrip("0123456789")) :]
             known = [f"{kind}{number}" for kind in ("dp", "pp", "accum")] + ["zero1", "zero2", "zero3", "batch_dims"]
             self.fail(at, f"unknown token {name!r}; {_nearest(name, [*known, *_NOT_YET])}")

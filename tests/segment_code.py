@@ -28,10 +28,10 @@ def returned(graph: Section) -> list[fx.Node]:
     return list(dict.fromkeys(node for node in graph.outputs.values() if node.op == "call_function"))
 
 
-def code(graph: Section, *, first: bool = False, name: str = "f") -> Code:
-    """A segment of all operations. Carries are accumulated in place."""
-    carries = frozenset(slot for slot in graph.input_slots if slot.role is Role.CARRY)
-    return emit(name, list(graph.nodes()), returned(graph), graph, accumulators=carries, first=first)
+def code(graph: Section, *, first: bool = False, accumulate: bool = True) -> Code:
+    """A segment of all operations. Carries are accumulated in place, as in a body, or read like anything else."""
+    carries = frozenset(slot for slot in graph.input_slots if slot.role is Role.CARRY and accumulate)
+    return emit("f", list(graph.nodes()), returned(graph), graph, accumulators=carries, first=first)
 
 
 def run(made: Code, values: Mapping[str, Tensor], coordinates: Mapping[str, int] | None = None) -> tuple[Tensor, ...]:

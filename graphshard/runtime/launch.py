@@ -19,7 +19,7 @@ def launch(ranks: int, script: str, arguments: Sequence[str]) -> tuple[int, str]
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     command = ["--standalone", f"--nproc-per-node={ranks}", script, *arguments]
     try:
-        torchrun.run(torchrun.parse_args(command))  # type: ignore[no-untyped-call]
+        torchrun.run(torchrun.parse_args(command))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

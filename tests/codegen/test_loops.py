@@ -43,7 +43,7 @@ def both(graph: Section, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     """Results of the generated code and of plain evaluation, which sees the inputs first."""
     values = values_of(graph, seed)
     expected = [value.clone() for value in evaluate(graph, values)]
-    return list(run(code(graph), values)), expected
+    return list(run(code(graph, accumulate=False), values)), expected
 
 
 def loops_of(graph: Section) -> list[Loop]:
@@ -61,10 +61,10 @@ def test_an_update_is_one_loop_with_its_scalars_ahead() -> None:
 
 @SMALL
 def test_state_is_updated_in_place() -> None:
-    graph = section(MOMENTUM.format(n=20, more="").replace('carry "grad:w"', "batch 0"))
+    graph = section(MOMENTUM.format(n=20, more=""))
     values = values_of(graph)
     expected = evaluate(graph, values)
-    w1, m1 = run(code(graph), values)
+    w1, m1 = run(code(graph, accumulate=False), values)
     assert w1.data_ptr() == values["w"].data_ptr()
     assert m1.data_ptr() == values["m"].data_ptr()
     torch.testing.assert_close([w1, m1], expected)
@@ -133,14 +133,16 @@ def chains(draw: st.DrawFn) -> str:
     """Pointwise operations on vectors of two lengths and scalars, with sums between them; some results are states."""
     lengths = draw(st.sampled_from([(20, 20), (9, 16), (24, 17)]))
     vectors: dict[int, list[str]] = {length: [] for length in lengths}
-    scalars, lines, state = ["lr"], [], []
+    scalars = ["lr"]
+    lines: list[str] = []
+    state: list[tuple[int, str]] = []
     for index in range(4):
         length = lengths[index % 2]
-        role = draw(st.sampled_from(["shard", "state", "batch"]))
-        kind = {"shard": f'shard "p{index}"', "state": f'state "p{index}" m', "batch": f"batch {index}"}[role]
+        role = draw(st.sampled_from(["shard", "state", "carry", "batch"]))
+        kind = {"shard": f'shard "p{index}"', "state": f'state "p{index}" m', "batch": f"batch {index}"}.get(role, f'carry "c{index}"')
         lines.append(f"  %v{index} : f64[{length}] = {kind}")
         vectors[length].append(f"v{index}")
-        if role != "batch":
+        if role in ("shard", "state"):
             state.append((length, kind))
     lines.append("  %lr : f64[] = lr 0")
     for index in range(draw(st.integers(1, 10))):

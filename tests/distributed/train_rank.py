@@ -1,4 +1,4 @@
-"""What each process of test_compile_distributed.py runs: a scenario of ``graphshard.compile`` on a plan; prints JSON."""
+"""What each process of test_compile_distributed.py runs: a scenario on a plan; prints JSON."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def part(given: graphshard.Compiled, tensors: tuple[Tensor, ...]) -> tuple[Tenso
 
 def listed(state: dict[str, Any]) -> dict[str, Any]:
     """Tensors as lists, for JSON."""
-    return {k: v.tolist() if isinstance(v, Tensor) else listed(v) if isinstance(v, dict) else v for k, v in state.items()}
+    return {k: listed(v) if isinstance(v, dict) else getattr(v, "tolist", lambda v=v: v)() for k, v in state.items()}
 
 
 def train(plan: str) -> dict[str, Any]:

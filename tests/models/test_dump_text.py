@@ -7,17 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
 
 import graphshard
 from graphshard import text
+from models import zoo
 
-MODELS = ["mlp", "gpt", "convnet", "encoder", "nested", "gpt2", "llama", "bert", "t5", "vit", "resnet"]
 
-
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", zoo.MODELS)
 def test_dumped_graphs_read_back_as_they_were(name: str, tmp_path: Path) -> None:
-    model, (args, kwargs), loss_fn = getattr(zoo, name)()
+    model, (args, kwargs), loss_fn = zoo.MODELS[name]()
     graphshard.compile(
         model,
         "zero3+pp2",

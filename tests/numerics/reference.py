@@ -28,7 +28,8 @@ def loss_of(model: nn.Module, loss_fn: Callable[..., Tensor] | None, args: tuple
     out = model(*args, **kwargs)
     if isinstance(out, Tensor):
         return out
-    return out["loss"] if isinstance(out, dict) else out.loss
+    loss: Tensor = out["loss"] if isinstance(out, dict) else out.loss
+    return loss
 
 
 class Eager:

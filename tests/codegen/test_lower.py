@@ -1,0 +1,161 @@
+"""Lowering: a two-stage ZeRO-3 program becomes the instructions one would write by hand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+
+from graphshard import text
+from graphshard.codegen.lower import lower
+from graphshard.codegen.schedule import make
+from graphshard.execution import ExecutionPlan, Op, Ref, StagePlan, read_refs, result_refs
+from graphshard.pipeline import parse_passes, run_passes
+from graphshard.program import Role, Slot
+from graphshard.prove import prove
+
+TWO_STAGES = """graphshard 1
+mesh pp=2 dp=2
+microbatches {microbatches}
+param "a.w" : f32[4,4] group=0
+param "b.w" : f32[4,4] group=0
+
+graph prologue {{
+  %zero = aten.full.default([], 0.0)
+  %za = aten.full.default([4, 4], 0.0)
+  %zb = aten.full.default([4, 4], 0.0)
+  return carry "loss" %zero, carry "grad:a.w" %za, carry "grad:b.w" %zb
+}}
+
+graph body {{
+  %a : f32[4,4] = param "a.w"
+  %b : f32[4,4] = param "b.w"
+  %x : f32[2,4] = batch 0
+  %loss : f32[] = carry "loss"
+  %ca : f32[4,4] = carry "grad:a.w"
+  %cb : f32[4,4] = carry "grad:b.w"
+  %h = aten.mm.default(%x, %a) {{module=a}}
+  %y = aten.mm.default(%h, %b) {{module=b}}
+  %l = aten.mean.default(%y) {{module=b}}
+  %loss1 = aten.add.Tensor(%loss, %l)
+  %gy = aten.full.default([2, 4], 0.125) {{phase=backward, module=b, forward=l}}
+  %ht = aten.t.default(%h) {{phase=backward, module=b, forward=y}}
+  %gb = aten.mm.default(%ht, %gy) {{phase=backward, module=b, forward=y}}
+  %bt = aten.t.default(%b) {{phase=backward, module=b, forward=y}}
+  %gh = aten.mm.default(%gy, %bt) {{phase=backward, module=b, forward=y}}
+  %xt = aten.t.default(%x) {{phase=backward, module=a, forward=h}}
+  %ga = aten.mm.default(%xt, %gh) {{phase=backward, module=a, forward=h}}
+  %ca1 = aten.add.Tensor(%ca, %ga) {{phase=backward}}
+  %cb1 = aten.add.Tensor(%cb, %gb) {{phase=backward}}
+  return carry "loss" %loss1, carry "grad:a.w" %ca1, carry "grad:b.w" %cb1
+}}
+
+graph epilogue {{
+  %loss : f32[] = carry "loss"
+  %ga : f32[4,4] = carry "grad:a.w"
+  %gb : f32[4,4] = carry "grad:b.w"
+  %a : f32[4,4] = param "a.w"
+  %b : f32[4,4] = param "b.w"
+  %mean = aten.mul.Tensor(%loss, 0.5)
+  %da = aten.mul.Tensor(%ga, 0.05)
+  %a1 = aten.sub.Tensor(%a, %da)
+  %db = aten.mul.Tensor(%gb, 0.05)
+  %b1 = aten.sub.Tensor(%b, %db)
+  return loss "loss" %mean, param "a.w" %a1, param "b.w" %b1
+}}
+"""
+ZERO3 = "pipeline-cut:stages=b;zero:stage=3;bucket;hoist;overlap"
+ALL = [
+    (passes, schedule, microbatches)
+    for passes in (ZERO3, ZERO3.replace("hoist", "hoist:budget_gb=1"), *(ZERO3.replace("=3", f"={s}") for s in (0, 1, 2)))
+    for schedule in ("gpipe", "1f1b", "zb-h1")
+    for microbatches in (1, 2, 4)
+]
+
+
+def plan_of(passes: str = ZERO3, schedule: str = "1f1b", microbatches: int = 2) -> ExecutionPlan:
+    program = text.parse(TWO_STAGES.format(microbatches=microbatches))
+    return lower(run_passes(program, parse_passes(passes)), make(schedule, 2, microbatches))
+
+
+every = pytest.mark.parametrize(("passes", "schedule", "microbatches"), ALL)
+
+
+@every
+def test_every_plan_is_proved(passes: str, schedule: str, microbatches: int) -> None:
+    prove(plan_of(passes, schedule, microbatches))
+
+
+@every
+def test_values_of_a_step_die_once(passes: str, schedule: str, microbatches: int) -> None:
+    plan = plan_of(passes, schedule, microbatches)
+    for index, stage in enumerate(plan.stages):
+        given = read_refs(plan, index, first=False)
+        live = {ref for ref, (slot, _) in given.items() if slot.role in (Role.BATCH, Role.RNG)}
+        stays = set(given) - live | set(result_refs(plan, index))
+        for ins in stage.step():
+            live |= {ref for ref in ins.outputs if ref not in stays}
+            dying = ins.inputs if ins.op is Op.FREE else ins.last
+            assert live.issuperset(ref for ref in dying if ref not in stays), ins
+            live -= set(dying)
+        assert not live
+
+
+@every
+def test_every_send_is_waited_for(passes: str, schedule: str, microbatches: int) -> None:
+    for stage in plan_of(passes, schedule, microbatches).stages:
+        sent = Counter((ins.inputs[0], ins.peer) for ins in stage.step() if ins.op is Op.SEND)
+        waited = Counter((ins.inputs[0], ins.peer) for ins in stage.step() if ins.op is Op.WAIT and ins.peer is not None)
+        assert sent and sent == waited
+
+
+def operations(stage: StagePlan, *kinds: Op) -> list[str]:
+    return [f"{ins.action} {ins.op} {ins.name}".rstrip() for ins in stage.body if ins.op in kinds]
+
+
+def test_each_action_gathers_what_it_reads_and_reduces_what_it_makes() -> None:
+    first, last = plan_of().stages
+    count = Counter(ins.name for ins in chain(first.body, last.body) if ins.op in (Op.GATHER, Op.REDUCE))
+    # Stage 0 needs no weight in its backward: nobody waits for the gradient of its input.
+    assert count == {"all_gather": 2 + 2 * 2, "reduce_scatter": 2 * 2}
+
+
+def test_a_budget_gathers_once_a_step() -> None:
+    for stage in plan_of(ZERO3.replace("hoist", "hoist:budget_gb=1")).stages:
+        assert [ins.name for ins in stage.step() if ins.op is Op.GATHER] == ["all_gather"]
+        assert [ins.name for ins in stage.step() if ins.name == "reduce_scatter"] == ["reduce_scatter"]
+
+
+def test_the_first_micro_batch_runs_the_variant_that_overwrites() -> None:
+    for stage in plan_of().stages:
+        names = [ins.name for ins in stage.body if ins.op is Op.RUN]
+        firsts = [name for name in names if name.endswith("_first")]
+        assert firsts and len(set(firsts)) == len(firsts)
+        for name in firsts:
+            assert names.count(name.removesuffix("_first")) == 1  # the other of two micro-batches
+
+
+def test_accumulators_are_not_made_ahead() -> None:
+    for stage in plan_of().stages:
+        zeros = {ref.name for ins in stage.prologue for ref in ins.outputs}
+        assert not [name for name in zeros if name.startswith("carry:grad")]
+
+
+def test_reads_and_results_are_this_stages() -> None:
+    plan = plan_of()
+    shards = [
+        {slot for slot in slots if slot.role is Role.SHARD} for slots in (*plan.reads, *plan.results)
+    ]
+    a, b = Slot(Role.SHARD, "a.w"), Slot(Role.SHARD, "b.w", stage=1)
+    assert shards == [{a}, {b}, {a}, {b}]
+
+
+def test_sends_follow_the_values() -> None:
+    first, last = plan_of().stages
+    assert [(ins.action, ins.peer) for ins in first.body if ins.op is Op.SEND] == [("F0.0", 1), ("F0.1", 1)]
+    assert [(ins.action, ins.peer) for ins in last.body if ins.op is Op.SEND] == [("B1.0", 0), ("B1.1", 0)]
+    received = [ins.outputs[0] for ins in last.body if ins.op is Op.RECV]
+    assert [ref.microbatch for ref in received] == [0, 1]
+    assert len({ref.name for ref in received}) == 1
+    assert all(isinstance(ref, Ref) for ref in received)

@@ -1,0 +1,92 @@
+"""The account of a plan: bytes at the minimum, memory as measured, and a page that says what was done."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import pytest
+import torch
+
+import graphshard
+from models import zoo
+
+
+def compiled(name: str, plan: str, **sizes: Any) -> tuple[graphshard.Compiled, zoo.Batch]:
+    """A model of the zoo, ready for a step on the local executor."""
+    model, (args, kwargs), loss_fn = zoo.MODELS[name](**sizes)
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)
+    made = graphshard.compile(
+        model, plan, loss_fn=loss_fn, optimizer=optimizer, executor="local", example_inputs=(args, kwargs)
+    )
+    return made, (args, kwargs)
+
+
+def stored_bytes(report: dict[str, Any], stage: int = 0) -> int:
+    """Bytes of a stage's parameters in their buckets, padding included."""
+    return sum(bucket["bytes"] for bucket in report["buckets"] if bucket["stage"] == stage)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_dp_sends_the_minimum(size: int) -> None:
+    report = compiled("mlp", f"dp{size}+accum2", rows=16)[0].report()
+    loss = 2 * (size - 1) * 4 // size
+    for rank in report["ranks"]:
+        assert rank["sent_bytes"] == {"dp": 2 * (size - 1) * stored_bytes(report) // size + loss}
+
+
+@pytest.mark.parametrize(("size", "microbatches"), [(2, 1), (2, 2), (4, 2)])
+def test_zero3_sends_the_minimum(size: int, microbatches: int) -> None:
+    report = compiled("mlp", f"zero3:size={size}+accum{microbatches}", rows=16)[0].report()
+    whole = stored_bytes(report)
+    most = 3 * microbatches * (size - 1) * whole // size
+    fewest = 2 * microbatches * (size - 1) * whole // size  # no parameter is needed again by the backward
+    loss = 2 * (size - 1) * 4 // size
+    for rank in report["ranks"]:
+        assert fewest <= rank["sent_bytes"]["dp"] - loss <= most
+        assert 1.0 <= rank["gathers_per_microbatch"] <= 2.0
+        reductions = microbatches * (size - 1) * whole // size
+        gathers = rank["gathers_per_microbatch"] * microbatches * (size - 1) * whole / size
+        assert rank["sent_bytes"]["dp"] == pytest.approx(reductions + gathers + loss)
+
+
+@pytest.mark.parametrize("plan", ["dp", "zero1+accum2", "zero3+accum2", "pp2", "zero3+pp2"])
+@pytest.mark.parametrize("name", ["mlp", "gpt"])
+def test_the_simulated_peak_is_the_measured_one(name: str, plan: str) -> None:
+    made, (args, kwargs) = compiled(name, plan, rows=16)
+    made.step(*args, **kwargs)
+    made.step(*args, **kwargs)  # the first step has no optimizer state yet
+    for rank in made.report()["ranks"]:
+        assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.03)
+        assert sum(rank["memory"].values()) == rank["peak_bytes"]
+
+
+def test_the_report_has_what_was_promised_and_is_json() -> None:
+    report = json.loads(json.dumps(compiled("gpt", "zero3+pp2", rows=16)[0].report()))
+    assert report["plan"] == "zero3+pp2"
+    assert [item["name"] for item in report["passes"]] == [
+        "normalize",
+        "pipeline-cut",
+        "zero",
+        "bucket",
+        "hoist",
+        "overlap",
+    ]
+    assert all(item["seconds"] >= 0 and item["nodes"] > 0 for item in report["passes"])
+    assert len(report["ranks"]) == 4
+    for rank in report["ranks"]:
+        assert {"peak_bytes", "memory", "sent_bytes", "flops"} <= rank.keys()
+        assert rank["flops"] > 0
+    assert 0.0 < report["bubble_fraction"] < 0.5
+    changes = {item["name"]: item["changes"] for item in report["passes"]}
+    assert changes["pipeline-cut"]["transfers"] >= 2
+    assert changes["zero"]["reduce-scatters"] == changes["zero"]["buckets"] > 0
+    assert changes["bucket"]["reduce-scatters"] < 0
+
+
+def test_the_page_says_what_each_pass_did() -> None:
+    page = compiled("mlp", "zero3+pp2", rows=16)[0].explain()
+    for words in ("pipeline-cut", "transfers", "reduce-scatters", "buckets", "GFLOP", "peak", "bubble", "stage 1"):
+        assert words in page
+    assert max(map(len, page.splitlines())) < 200
