@@ -1,7 +1,7 @@
 """Strip-mining: chains of pointwise operators over long flat vectors run block by block.
 
-What lies between two operators stays in cache. An optimizer's update then reads and writes each state once, and in place
-where the old value is dead.
+What lies between two operators stays in cache: an optimizer's update reads and writes each state once, in place where
+the old value is dead.
 """
 
 from __future__ import annotations

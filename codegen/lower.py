@@ -74,6 +74,7 @@ class _StageLowering:
         self.program, self.stage, self.schedule = program, stage, schedule
         self.segments: dict[str, Segment] = {}
         self.storages: dict[str, Storage] = {}
+        self.reused: dict[fx.Node, fx.Node] = {}  # results to the value whose storage they take
         self.reads: dict[Slot, TensorType] = {}
         self.results: dict[Slot, TensorType] = {}
         self.initialised: set[Slot] = set()  # carries the first micro-batch overwrites: the prologue need not
@@ -162,6 +163,7 @@ class _StageLowering:
             ]
             code = emit(piece.segment, nodes, outputs, section, accumulators=accumulators)
             self.segments[piece.segment] = code.segment
+            self.reused |= code.reused
             piece.inputs = code.inputs
             if code.accumulators:
                 piece.first_segment = f"{piece.segment}_first"
@@ -382,7 +384,7 @@ class _StageLowering:
         mine = set(nodes)
         for node in (*section.inputs, *nodes):
             if isinstance(val(node), torch.Tensor):
-                root = _root(node)
+                root = _root(node, self.reused)
                 nbytes = val(root).numel() * val(root).dtype.itemsize
                 self.storages[name(node).name] = Storage(name(root), nbytes, _category(root, section))
         for node, slot in section.inputs.items():
@@ -395,10 +397,10 @@ class _StageLowering:
                 self.results[slot] = tensor_type(node)
 
 
-def _root(node: fx.Node) -> fx.Node:
-    """The node whose storage ``node`` shares, through views and waits."""
-    while is_view(node) or node.target is c10d.wait_tensor.default:
-        node = node.args[0]  # type: ignore[assignment]
+def _root(node: fx.Node, reused: dict[fx.Node, fx.Node]) -> fx.Node:
+    """The node whose storage ``node`` shares, through views, waits and results written in place."""
+    while node in reused or is_view(node) or node.target is c10d.wait_tensor.default:
+        node = reused[node] if node in reused else node.all_input_nodes[0]
     return node
 
 

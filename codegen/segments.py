@@ -15,10 +15,11 @@ import torch
 from torch import fx
 
 from graphshard.codegen.idioms import FusedAdam, find_adam
-from graphshard.codegen.loops import Loop, find_loops, write_loop
+from graphshard.codegen.loops import Loop, find_loops, overwritten, write_loop
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.execution import Segment
 from graphshard.program import Section, Slot, val
+from graphshard.rewrite import list_arg
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -27,11 +28,15 @@ gs = torch.ops.graphshard
 
 @dataclass
 class Code:
-    """A segment, the nodes its arguments are, and the carries that it accumulates into (which ``first`` overwrites)."""
+    """A segment, the nodes its arguments are, and the carries that it accumulates into (which ``first`` overwrites).
+
+    ``reused``: results to the input whose storage they take.
+    """
 
     segment: Segment
     inputs: list[fx.Node]
     accumulators: set[Slot]
+    reused: dict[fx.Node, fx.Node]
 
 
 def emit(
@@ -73,6 +78,7 @@ class _Emitter:
     accumulators: frozenset[Slot]
     first: bool
     lines: list[str] = field(default_factory=list)
+    reused: dict[fx.Node, fx.Node] = field(default_factory=dict)
     block: set[fx.Node] = field(default_factory=set)  # inside a loop: the vectors it has a block of
 
     def run(self) -> Code:
@@ -107,7 +113,9 @@ class _Emitter:
         self._line(f"return ({returned}{',' if len(self.outputs) == 1 else ''})")
         code = "\n".join(header + self.lines) + "\n"
         segment = Segment(self.name, code, tuple(n.name for n in inputs), tuple(n.name for n in self.outputs))
-        return Code(segment, list(inputs), set(self.accumulated.values()))
+        if not self.first:
+            self.reused |= {node: node.all_input_nodes[0] for node in self.accumulated}
+        return Code(segment, list(inputs), set(self.accumulated.values()), self.reused)
 
     # Analysis
 
@@ -209,6 +217,7 @@ class _Emitter:
     def _loop(self, loop: Loop) -> None:
         returned = set(self.outputs)
         self.block = set(loop.nodes) | set(loop.inputs())
+        self.reused |= overwritten(loop, self.section, returned)
         self.lines += [f"    {line}" for line in write_loop(loop, self.section, returned, self._name, self._call)]
         self.block = set()
         self.defined |= set(loop.outputs(returned))
@@ -224,6 +233,7 @@ class _Emitter:
             (adam.new_exp_avg_sq, adam.exp_avg_sq),
         ):
             self._define(new, self._name(old))
+            self.reused[new] = old
 
     def _name(self, node: fx.Node) -> str:
         return resolve(node).name
@@ -245,7 +255,8 @@ class _Emitter:
         value = val(pack)
         self._define(pack, f"torch.empty({value.numel()}, dtype={value.dtype}, device=device)")
         end = 0
-        for part, offset in sorted(zip(pack.args[0], pack.args[1], strict=True), key=lambda item: item[1]):
+        placed = zip(list_arg(pack, 0), list_arg(pack, 1), strict=True)
+        for part, offset in sorted(placed, key=lambda item: item[1]):
             if offset > end:
                 self._line(f"{pack.name}[{end}:{offset}].zero_()")
             end = offset + val(part).numel()

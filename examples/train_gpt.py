@@ -262,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--context", type=int, default=128, help="bytes a prediction can see")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step, all ranks together")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--evaluations", type=int, default=8, help="batches of held-out text")
     parser.add_argument("--sample", type=int, default=160, help="bytes to generate")

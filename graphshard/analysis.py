@@ -47,9 +47,8 @@ def flops(node: fx.Node) -> int:
         case "convolution_backward":
             elements = prod(shapes[1]) if node.args[7] else prod(shapes[0])
             wanted = node.args[10]
-            return 2 * elements * prod(shapes[2][1:]) * (int(wanted[0]) + int(wanted[1])) + prod(shapes[0]) * int(
-                wanted[2]
-            )
+            products = int(wanted[0]) + int(wanted[1])
+            return 2 * elements * prod(shapes[2][1:]) * products + prod(shapes[0]) * int(wanted[2])
         case name if "attention" in name and name.endswith("backward"):
             return 10 * prod(shapes[1]) * shapes[2][-2]  # five matrix products: the scores again and four gradients
         case name if "attention" in name:

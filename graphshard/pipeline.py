@@ -134,7 +134,7 @@ def load_pass(name: str) -> type[Any]:
 
 
 def parse_passes(text: str) -> list[Pass]:
-    """Passes from text such as ``"zero:stage=3;bucket"``; options are joined by ``,``, list values by ``/``.
+    """Passes from text such as ``"zero:stage=3;module:Class:key=value"``; options are joined by ``,``, lists by ``/``.
 
     Raises:
         UnknownPass: a name that is not in the table.
@@ -142,9 +142,10 @@ def parse_passes(text: str) -> list[Pass]:
     """
     result: list[Pass] = []
     for token in filter(None, (part.strip() for part in text.split(";"))):
-        name, _, rest = (
-            token.partition(":") if token.count(":") < 2 and "." not in token.partition(":")[0] else (token, "", "")
-        )
+        name, _, rest = token.partition(":")
+        attribute, _, options_of_class = rest.partition(":")
+        if name not in PASSES and attribute.isidentifier():
+            name, rest = f"{name}:{attribute}", options_of_class
         cls = load_pass(name)
         types_of = typing.get_type_hints(cls)
         fields = {f.name: types_of[f.name] for f in dataclasses.fields(cls)}

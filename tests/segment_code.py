@@ -50,5 +50,3 @@ def evaluate(graph: Section, values: Mapping[str, Tensor]) -> list[Tensor]:
         assert callable(node.target)
         environment[node] = args[0] if node.target is c10d.wait_tensor.default else node.target(*args, **kwargs)
     return [environment[node] for node in returned(graph)]
-
-

@@ -7,12 +7,12 @@ from unittest.mock import patch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from segment_code import code, evaluate, run, section
 from torch import Tensor
 
 from graphshard.codegen import loops
 from graphshard.codegen.loops import Loop, find_loops, overwritten
 from graphshard.program import Section
+from segment_code import code, evaluate, run, section
 
 BLOCK = 8
 SMALL = patch.object(loops, "BLOCK", BLOCK)
@@ -72,9 +72,11 @@ def test_state_is_updated_in_place() -> None:
 
 @SMALL
 def test_what_somebody_else_reads_is_not_overwritten() -> None:
-    graph = section(MOMENTUM.format(n=20, more=", output 0 %m, output 1 %total").replace(
-        "  return", "  %total = aten.sum.default(%w)\n  return"
-    ))
+    graph = section(
+        MOMENTUM.format(n=20, more=", output 0 %m, output 1 %total").replace(
+            "  return", "  %total = aten.sum.default(%w)\n  return"
+        )
+    )
     (loop,) = loops_of(graph)
     taken = set(overwritten(loop, graph, set(graph.outputs.values())).values())
     assert {node.name for node in taken}.isdisjoint({"m", "w"})
@@ -139,7 +141,9 @@ def chains(draw: st.DrawFn) -> str:
     for index in range(4):
         length = lengths[index % 2]
         role = draw(st.sampled_from(["shard", "state", "carry", "batch"]))
-        kind = {"shard": f'shard "p{index}"', "state": f'state "p{index}" m', "batch": f"batch {index}"}.get(role, f'carry "c{index}"')
+        kind = {"shard": f'shard "p{index}"', "state": f'state "p{index}" m', "batch": f"batch {index}"}.get(
+            role, f'carry "c{index}"'
+        )
         lines.append(f"  %v{index} : f64[{length}] = {kind}")
         vectors[length].append(f"v{index}")
         if role in ("shard", "state"):

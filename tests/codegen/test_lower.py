@@ -1,8 +1,9 @@
-"""Lowering: a two-stage ZeRO-3 program becomes the instructions one would write by hand."""
+"""Lowering a two-stage program: what runs, what is communicated, and that every value dies once."""
 
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from itertools import chain
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from graphshard import text
 from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import make
-from graphshard.execution import ExecutionPlan, Op, Ref, StagePlan, read_refs, result_refs
+from graphshard.execution import ExecutionPlan, Op, read_refs, result_refs
 from graphshard.pipeline import parse_passes, run_passes
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
@@ -68,12 +69,17 @@ graph epilogue {{
 ZERO3 = "pipeline-cut:stages=b;zero:stage=3;bucket;hoist;overlap"
 ALL = [
     (passes, schedule, microbatches)
-    for passes in (ZERO3, ZERO3.replace("hoist", "hoist:budget_gb=1"), *(ZERO3.replace("=3", f"={s}") for s in (0, 1, 2)))
+    for passes in (
+        ZERO3,
+        ZERO3.replace("hoist", "hoist:budget_gb=1"),
+        *(ZERO3.replace("=3", f"={s}") for s in (0, 1, 2)),
+    )
     for schedule in ("gpipe", "1f1b", "zb-h1")
-    for microbatches in (1, 2, 4)
+    for microbatches in (1, 4)
 ]
 
 
+@cache
 def plan_of(passes: str = ZERO3, schedule: str = "1f1b", microbatches: int = 2) -> ExecutionPlan:
     program = text.parse(TWO_STAGES.format(microbatches=microbatches))
     return lower(run_passes(program, parse_passes(passes)), make(schedule, 2, microbatches))
@@ -106,19 +112,17 @@ def test_values_of_a_step_die_once(passes: str, schedule: str, microbatches: int
 def test_every_send_is_waited_for(passes: str, schedule: str, microbatches: int) -> None:
     for stage in plan_of(passes, schedule, microbatches).stages:
         sent = Counter((ins.inputs[0], ins.peer) for ins in stage.step() if ins.op is Op.SEND)
-        waited = Counter((ins.inputs[0], ins.peer) for ins in stage.step() if ins.op is Op.WAIT and ins.peer is not None)
+        waited = Counter(
+            (ins.inputs[0], ins.peer) for ins in stage.step() if ins.op is Op.WAIT and ins.peer is not None
+        )
         assert sent and sent == waited
-
-
-def operations(stage: StagePlan, *kinds: Op) -> list[str]:
-    return [f"{ins.action} {ins.op} {ins.name}".rstrip() for ins in stage.body if ins.op in kinds]
 
 
 def test_each_action_gathers_what_it_reads_and_reduces_what_it_makes() -> None:
     first, last = plan_of().stages
     count = Counter(ins.name for ins in chain(first.body, last.body) if ins.op in (Op.GATHER, Op.REDUCE))
     # Stage 0 needs no weight in its backward: nobody waits for the gradient of its input.
-    assert count == {"all_gather": 2 + 2 * 2, "reduce_scatter": 2 * 2}
+    assert (count["all_gather"], count["reduce_scatter"]) == (2 + 2 * 2, 2 * 2)
 
 
 def test_a_budget_gathers_once_a_step() -> None:
@@ -144,9 +148,7 @@ def test_accumulators_are_not_made_ahead() -> None:
 
 def test_reads_and_results_are_this_stages() -> None:
     plan = plan_of()
-    shards = [
-        {slot for slot in slots if slot.role is Role.SHARD} for slots in (*plan.reads, *plan.results)
-    ]
+    shards = [{slot for slot in slots if slot.role is Role.SHARD} for slots in (*plan.reads, *plan.results)]
     a, b = Slot(Role.SHARD, "a.w"), Slot(Role.SHARD, "b.w", stage=1)
     assert shards == [{a}, {b}, {a}, {b}]
 
@@ -158,4 +160,3 @@ def test_sends_follow_the_values() -> None:
     received = [ins.outputs[0] for ins in last.body if ins.op is Op.RECV]
     assert [ref.microbatch for ref in received] == [0, 1]
     assert len({ref.name for ref in received}) == 1
-    assert all(isinstance(ref, Ref) for ref in received)

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from segment_code import code, evaluate, run, section
 from torch import Tensor
 
 from graphshard.codegen.segments import emit
+from segment_code import code, evaluate, run, section
 
 GRADIENTS = """
   %x : f32[2,3] = batch 0
@@ -71,7 +71,7 @@ def test_a_product_is_written_to_its_place() -> None:
 
 
 def test_a_product_that_is_read_elsewhere_is_copied() -> None:
-    shared = GRADIENTS.replace('%total1\n', '%total1, output 0 %weight\n')
+    shared = GRADIENTS.replace("%total1\n", "%total1, output 0 %weight\n")
     for first in (True, False):
         values = inputs()
         given = values | {"total": torch.ones(32)}

@@ -6,9 +6,9 @@ import json
 import os
 import sys
 
-import handmade
 import torch
 
+import handmade
 from graphshard.errors import GraphshardError
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh

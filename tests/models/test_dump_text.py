@@ -20,7 +20,7 @@ def test_dumped_graphs_read_back_as_they_were(name: str, tmp_path: Path) -> None
         model,
         "zero3+pp2",
         loss_fn=loss_fn,
-        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+        optimizer=functools.partial(torch.optim.SGD, lr=1e-3, momentum=0.9),
         example_inputs=(args, kwargs),
         world_size=4,
         executor="none",

@@ -19,7 +19,9 @@ Make = Callable[[], tuple[nn.Module, tuple[Any, ...], dict[str, Any], Callable[.
 TOLERANCE: dict[torch.dtype, Tolerance] = {torch.float32: (1e-5, 1e-5), torch.float64: (1e-9, 1e-12)}
 
 
-def loss_of(model: nn.Module, loss_fn: Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def loss_of(
+    model: nn.Module, loss_fn: Callable[..., Tensor] | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Tensor:
     """The loss as the public contract defines it."""
     if loss_fn is not None:
         x, *targets = args

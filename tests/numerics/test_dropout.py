@@ -15,7 +15,12 @@ from numerics.cases import maker
 from numerics.reference import assert_close
 
 FOUR_ON_ONE = ("accum4", "pp2:microbatches=4", "pp2:schedule=zb-h1,microbatches=2+accum2")
-TWO_ON_TWO = ("dp2+accum2", "zero3:size=2+accum2", "zero3+pp2:microbatches=2", "zero1+pp4:schedule=gpipe,microbatches=2")
+TWO_ON_TWO = (
+    "dp2+accum2",
+    "zero3:size=2+accum2",
+    "zero3+pp2:microbatches=2",
+    "zero1+pp4:schedule=gpipe,microbatches=2",
+)
 
 
 def train(name: str, plan: str, steps: int = 2, seed: int = 0) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -44,7 +49,12 @@ def test_plans_with_one_split_agree(name: str, plans: tuple[str, ...]) -> None:
 def frozen_losses(model: nn.Module, plan: str, x: Tensor, steps: int, seed: int = 0) -> list[float]:
     """Losses of steps that change no weight."""
     compiled = graphshard.compile(
-        copy.deepcopy(model), plan, loss_fn=lambda y: y.sum(), optimizer=partial(SGD, lr=0.0), executor="local", seed=seed
+        copy.deepcopy(model),
+        plan,
+        loss_fn=lambda y: y.sum(),
+        optimizer=partial(SGD, lr=0.0),
+        executor="local",
+        seed=seed,
     )
     return [compiled.step(x).item() for _ in range(steps)]
 

@@ -88,7 +88,7 @@ def test_a_stepped_optimizer_brings_its_state_along(optimizer: str) -> None:
     eager.step(args, {})
     ours = copy.deepcopy(model)
     made = OPTIMIZERS[optimizer](ours)
-    made.load_state_dict(eager.optimizer.state_dict())
+    made.load_state_dict(copy.deepcopy(eager.optimizer.state_dict()))
     compiled = graphshard.compile(ours, SHARDED, loss_fn=loss_fn, optimizer=made, executor="local")
     eager.step(rolled(args, 1), {})
     compiled.step(*rolled(args, 1))

@@ -8,6 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from graphshard.errors import NoValue, StateMismatch, StuckPlan
+from graphshard.execution import ExecutionPlan
+from graphshard.runtime import executor as executor_module
+from graphshard.runtime.local import LocalExecutor
+from graphshard.runtime.storage import Storage
 from handmade import (
     GPIPE,
     ONE_F_ONE_B,
@@ -24,12 +30,6 @@ from handmade import (
     wait,
     weights,
 )
-
-from graphshard.errors import NoValue, StateMismatch, StuckPlan
-from graphshard.execution import ExecutionPlan
-from graphshard.runtime import executor as executor_module
-from graphshard.runtime.local import LocalExecutor
-from graphshard.runtime.storage import Storage
 
 STEPS = 4
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from my_pass import TanhGelu
 
 from graphshard import text
-from graphshard.pipeline import run_passes
+from graphshard.errors import UnknownPass
+from graphshard.pipeline import parse_passes, run_passes
+from my_pass import TanhGelu
 
 GRAPH = """graphshard 1
 level captured
@@ -55,3 +56,9 @@ def test_what_is_approximate_already_is_left_alone() -> None:
     again = run_passes(text.parse(text.to_text(once)), [TanhGelu()])
     assert text.to_text(again).count("made_by=tanh-gelu") == 4
     assert [record.name for record in again.history] == ["tanh-gelu", "tanh-gelu"]
+
+
+def test_the_command_line_finds_it() -> None:
+    assert parse_passes("my_pass:TanhGelu;my_pass:TanhGelu:below=mlp") == [TanhGelu(), TanhGelu("mlp")]
+    with pytest.raises(UnknownPass, match="did you mean 'zero'"):
+        parse_passes("zeroo:stage=3")

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from handmade import GPIPE, ONE_F_ONE_B, collective, eager, edited, free, kind, refs, run, two_stages, wait, weights
-from handmade import batches as batches_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +15,8 @@ from graphshard.execution import ExecutionPlan, Instruction, Op, StagePlan, Tens
 from graphshard.prove import prove
 from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.storage import Storage
+from handmade import GPIPE, ONE_F_ONE_B, collective, eager, edited, free, kind, refs, run, two_stages, wait, weights
+from handmade import batches as batches_of
 
 Edit = Callable[[list[Instruction]], None]
 

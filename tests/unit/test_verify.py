@@ -87,8 +87,7 @@ BY_TEXT = {
     ),
     "graphshard::local_shard does not exist at level staged": (
         STAGED,
-        "%b = aten.view.default(%x, [16])\n  "
-        '%c = graphshard.local_shard.default(%b, 2, "dp") {stage=0}',
+        '%b = aten.view.default(%x, [16])\n  %c = graphshard.local_shard.default(%b, 2, "dp") {stage=0}',
     ),
     "stage 2 is outside 0..1": (STAGED, "%b = aten.neg.default(%x) {stage=2}"),
     "a value crosses stages without a transfer: %b of stage 0 read on stage 1": (
