@@ -53,10 +53,9 @@ def find_adam(nodes: Sequence[fx.Node], section: Section) -> FusedAdam | None:
             (found.exp_avg_sq, found.new_exp_avg_sq),
         )
         replaced = all(old in section.inputs and section.inputs[old] == slots.get(new) for old, new in pairs)
-        private = all(
-            set(n.users) <= found.nodes or n in (found.new_param, found.new_exp_avg, found.new_exp_avg_sq)
-            for n in found.nodes
-        )
+        results = (found.new_param, found.new_exp_avg, found.new_exp_avg_sq)
+        others = inside - found.nodes
+        private = all(set(n.users) <= found.nodes or (n in results and others.isdisjoint(n.users)) for n in found.nodes)
         dead = all(set(old.users) <= found.nodes for old, _ in pairs)
         if replaced and private and dead and found.nodes <= inside:
             return found

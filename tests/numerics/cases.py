@@ -26,7 +26,7 @@ PLANS = (
     "dp2+zero3:size=2",
 )
 ZERO_GRADIENT = ("key.bias", "qkv.bias", "c_attn.bias", "in_proj_bias")
-"""Parts of names of parameters that hold an attention key's bias: softmax does not see it, its true gradient is zero."""
+"""Parts of names of parameters that hold an attention key's bias: softmax ignores it, its true gradient is zero."""
 
 
 def sgd(model: nn.Module) -> Optimizer:

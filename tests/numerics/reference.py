@@ -77,8 +77,8 @@ class Eager:
 
 
 def assert_close(name: str, ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
-    """``|a-b| <= rtol·max|b| + atol``, the judgement of the parity tests. A value that eager PyTorch has in float32, such
-    as the loss for which transformers casts logits down, is judged as float32 in float64 training too."""
+    """``|a-b| <= rtol·max|b| + atol``, the judgement of the parity tests. A value that eager PyTorch has in float32,
+    such as the loss for which transformers casts logits down, is judged as float32 in float64 training too."""
     rtol, atol = TOLERANCE[theirs.dtype if theirs.dtype in TOLERANCE else dtype]
     bound = rtol * theirs.abs().max().item() + atol if theirs.numel() else 0.0
     error = (ours.double() - theirs.double()).abs().max().item() if theirs.numel() else 0.0

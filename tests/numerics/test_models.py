@@ -101,7 +101,8 @@ def test_calling_returns_what_the_model_returns(kind: str, plan: str) -> None:
 def test_calling_a_transformers_model(name: str) -> None:
     plan = "zero3+pp2"
     model, _, kwargs, _ = maker(name, plan)()
-    model.config.use_cache = False  # a cache is no tensor: the compiled model leaves it out
+    config: Any = model.config
+    config.use_cache = False  # a cache is no tensor: the compiled model leaves it out
     eager = copy.deepcopy(model)
     compiled = graphshard.compile(model, plan, optimizer=adamw(model), executor="local")
     compiled.step(**kwargs)

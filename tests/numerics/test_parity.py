@@ -1,5 +1,5 @@
-"""Training by a plan is training on one device: losses, weights, optimizer state and buffers after every step agree with
-eager PyTorch that saw the same micro-batches. ``-m full`` runs the whole matrix, the rest is what changes break first."""
+"""Training by a plan is training on one device: every loss, and at the end weights, optimizer state and buffers, agree
+with eager PyTorch that saw the same micro-batches. ``-m full`` runs the whole matrix, instead of a selection."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import StepLR
 
 import graphshard
-from numerics.cases import OPTIMIZERS, adamw, maker
+from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import Eager, Make, assert_close, assert_same_training, rolled
 
 SHARDED, REPLICATED = "zero3+pp2:microbatches=2", "dp2+accum2"  # the same split of the batch
@@ -113,10 +113,7 @@ def test_a_scheduler_drives_the_learning_rates() -> None:
 def test_new_shapes_are_traced_once_and_train_the_same_parameters(name: str, caplog: pytest.LogCaptureFixture) -> None:
     make = maker(name, SHARDED)
     args = [a.double() if a.is_floating_point() else a for a in make()[1]]
-    if name == "gpt":
-        shorter = [a[:, :5] for a in args]
-    else:
-        shorter = [a[:4] for a in args]
+    shorter = [a[:, :5] for a in args] if name == "gpt" else [a[:4] for a in args]
     compiled, eager = start(make, SHARDED)
     with caplog.at_level(logging.WARNING, "graphshard"):
         for batch in (args, shorter, args, shorter):
