@@ -113,6 +113,17 @@ def human(count: float) -> str:
     raise AssertionError
 
 
+def _listed(prefix: str, items: list[str], width: int = 140) -> list[str]:
+    """``items`` behind ``prefix``, on as many lines as they need."""
+    lines = [prefix]
+    for index, item in enumerate(items):
+        word = item + (", " if index + 1 < len(items) else "")
+        if len(lines[-1]) + len(word) > width and len(lines[-1]) > len(prefix):
+            lines.append(" " * len(prefix))
+        lines[-1] += word
+    return [line.rstrip() for line in lines]
+
+
 def explain(data: dict[str, Any]) -> str:
     """One page of text from :func:`report`'s data."""
     mesh = " ".join(f"{k}={v}" for k, v in data["mesh"].items()) or "one rank"
@@ -125,8 +136,8 @@ def explain(data: dict[str, Any]) -> str:
     width = max((len(p["name"]) + len(p["options"]) + 3 for p in data["passes"]), default=0)
     for item in data["passes"]:
         title = item["name"] + (f" ({item['options']})" if item["options"] else "")
-        changes = ", ".join(f"{count:+} {what}" for what, count in item["changes"].items()) or "no change of kind"
-        lines.append(f"  {title:{width}}  {item['nodes']:6} nodes  {item['seconds'] * 1e3:8.1f} ms  {changes}")
+        changes = [f"{count:+} {what}" for what, count in item["changes"].items()] or ["no change of kind"]
+        lines += _listed(f"  {title:{width}}  {item['nodes']:6} nodes  {item['seconds'] * 1e3:8.1f} ms  ", changes)
     lines += ["", "ranks (one per pipeline stage; its data-parallel peers are alike)"]
     seen: set[int] = set()
     for rank in data["ranks"]:
@@ -134,13 +145,11 @@ def explain(data: dict[str, Any]) -> str:
             continue
         seen.add(rank["stage"])
         sent = ", ".join(f"{axis} {human(n)}" for axis, n in rank["sent_bytes"].items()) or "nothing"
-        memory = ", ".join(f"{name} {human(n)}" for name, n in rank["memory"].items() if n)
-        lines.append(
-            f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}, "
-            f"peak {human(rank['peak_bytes'])} ({memory})"
-        )
-        started = ", ".join(f"{count} {name.replace('_', '-')}" for name, count in rank["collectives"].items())
-        lines.append(f"           starts {started or 'no communication'} a step")
+        lines.append(f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}")
+        memory = [f"{name} {human(n)}" for name, n in rank["memory"].items() if n]
+        lines += _listed(f"           peak {human(rank['peak_bytes'])}: ", memory)
+        started = [f"{count} {name.replace('_', '-')}" for name, count in rank["collectives"].items()]
+        lines += _listed("           starts per step: ", started or ["no communication"])
         if rank["gathers_per_microbatch"]:
             lines.append(
                 f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch"
