@@ -129,13 +129,13 @@ def _owns_storage(node: fx.Node, section: Section) -> bool:
 
 def write_loop(
     loop: Loop,
-    section: Section,
+    in_place: dict[fx.Node, fx.Node],
     returned: set[fx.Node],
     expression: Callable[[Any], str],
     call: Callable[[fx.Node], str],
 ) -> list[str]:
-    """Lines of code that run ``loop`` block by block and leave its outputs under their names."""
-    in_place = overwritten(loop, section, returned)
+    """Lines of code that run ``loop`` block by block and leave its outputs under their names; ``in_place``:
+    :func:`overwritten`."""
     outputs = loop.outputs(returned)
     lines = [
         f"{node.name} = torch.empty({loop.numel}, dtype={val(node).dtype}, device=device)"

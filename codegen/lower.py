@@ -7,6 +7,7 @@ Liveness is computed last, over the finished list, so that a value is handed ove
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from torch import fx
 
 from graphshard.codegen.order import order
 from graphshard.codegen.schedule import Schedule
-from graphshard.codegen.segments import emit
+from graphshard.codegen.segments import emit, resolve
 from graphshard.dataflow import is_getitem, is_view, upstream
 from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, Segment, StagePlan, Storage, TensorType, slot_ref
 from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
@@ -186,16 +187,12 @@ class _StageLowering:
         if piece.kind == "run":
             for node in piece.outputs:
                 for source in node.all_input_nodes:
-                    yield self._resolve(source)
+                    yield resolve(source)
         elif piece.kind in ("issue", "send"):
             assert piece.node is not None
             given = self._contribution(piece.node)
             if given is not None:
-                yield self._resolve(given)
-
-    def _resolve(self, node: fx.Node) -> fx.Node:
-        """A wait gives the collective's own buffer."""
-        return node.args[0] if node.target is c10d.wait_tensor.default else node  # type: ignore[return-value]
+                yield resolve(given)
 
     def _contribution(self, node: fx.Node) -> fx.Node | None:
         """What this stage puts into a communication node; None: nothing, which counts as zero."""
@@ -286,18 +283,16 @@ class _StageLowering:
 
     def _namer(self, section: Section, microbatch: int | None, prefix: str = "") -> Callable[[fx.Node], Ref]:
         """Where each node's value lives. A carry that nobody else reads is written straight to its slot."""
+        outputs = section.outputs
+        returned = Counter(outputs.values())
         direct = {
             node: slot
-            for slot, node in section.outputs.items()
-            if slot.role is Role.CARRY
-            and len(node.users) == 1
-            and node.op != "placeholder"
-            and section.output_slots.count(slot) == 1
-            and list(section.outputs.values()).count(node) == 1
+            for slot, node in outputs.items()
+            if slot.role is Role.CARRY and len(node.users) == 1 and node.op != "placeholder" and returned[node] == 1
         }
 
         def name(node: fx.Node) -> Ref:
-            node = self._resolve(node)
+            node = resolve(node)
             slot = section.inputs.get(node) or direct.get(node)
             if slot is not None:
                 return slot_ref(slot, microbatch if slot.role in _PER_MICROBATCH else None)

@@ -96,8 +96,7 @@ class _Emitter:
         self.last_use = self._last_uses()
         header = [f"def {self.name}(args, coordinates, device):"]
         if inputs:
-            self._line(", ".join(n.name for n in inputs) + (",)" if len(inputs) == 1 else ")") + " = args")
-            self.lines[-1] = "    (" + self.lines[-1].strip()
+            self._line(f"({', '.join(n.name for n in inputs)}{',' if len(inputs) == 1 else ''}) = args")
             self._line("args.clear()")
         for item in self.items:
             if isinstance(item, Loop):
@@ -217,8 +216,9 @@ class _Emitter:
     def _loop(self, loop: Loop) -> None:
         returned = set(self.outputs)
         self.block = set(loop.nodes) | set(loop.inputs())
-        self.reused |= overwritten(loop, self.section, returned)
-        self.lines += [f"    {line}" for line in write_loop(loop, self.section, returned, self._name, self._call)]
+        in_place = overwritten(loop, self.section, returned)
+        self.reused |= in_place
+        self.lines += [f"    {line}" for line in write_loop(loop, in_place, returned, self._name, self._call)]
         self.block = set()
         self.defined |= set(loop.outputs(returned))
 

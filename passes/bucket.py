@@ -293,8 +293,6 @@ class _Merge:
             return
         first, bucket = stored[0]
         slot = Slot(bucket.store, self.merged.name, stage=bucket.stage)
-        if body.inputs[first] == slot and len(self.members) == 1 and bucket == self.merged:
-            return
         temporary = replace(slot, key="merging")
         new = add_input(body, temporary, self._flat(first, bucket), info(first), self.merged.name)
         owner: dict[fx.Node, Bucket] = dict(stored)
