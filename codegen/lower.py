@@ -8,7 +8,7 @@ Liveness is computed last, over the finished list, so that a value is handed ove
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,22 +114,31 @@ class _StageLowering:
         needed = upstream(roots, stop=lambda n: info(n).stage not in (self.stage, None))
         return [n for n in chosen if n in needed]
 
-    def _pieces(self, nodes: list[fx.Node], section: Section, prefix: str) -> list[_Piece]:
-        """Cut one stream at its communication nodes."""
+    def _pieces(self, nodes: list[fx.Node], prefix: str, ends: Collection[fx.Node] = ()) -> list[_Piece]:
+        """Cut one stream at its communication nodes, and behind ``ends``."""
         pieces: list[_Piece] = []
         run: list[fx.Node] = []
+        issued: list[fx.Node] = []  # stage collectives, which have no wait in the graph
 
         def flush() -> None:
             if run:
                 pieces.append(_Piece("run", segment=f"{prefix}_{len(pieces)}", outputs=list(run)))
                 run.clear()
 
+        def wait(nodes: list[fx.Node]) -> None:
+            if nodes:
+                flush()
+            for node in nodes:
+                pieces.append(_Piece("wait", node))
+                issued.remove(node)
+
         for node in nodes:
+            wait([source for source in node.all_input_nodes if source in issued])
             if node.target in _COLLECTIVES or node.target in _STAGE_COLLECTIVES:
                 flush()
                 pieces.append(_Piece("issue", node))
                 if node.target in _STAGE_COLLECTIVES:
-                    pieces.append(_Piece("wait", node))
+                    issued.append(node)
             elif node.target is c10d.wait_tensor.default:
                 flush()
                 pieces.append(_Piece("wait", node.args[0]))  # type: ignore[arg-type]
@@ -141,8 +150,21 @@ class _StageLowering:
                     pieces.append(_Piece("wait", node))
             else:
                 run.append(node)
+                if node in ends:
+                    flush()
         flush()
+        wait(list(issued))
         return pieces
+
+    def _reduced_later(self) -> set[fx.Node]:
+        """The body's nodes whose value the epilogue reduces: a segment ends there, so that the reduction of the last
+        micro-batch can start while the rest of its backward runs."""
+        slots = {
+            self.program.epilogue.inputs.get(resolve(node.all_input_nodes[0]))
+            for node in self.program.epilogue.nodes()
+            if node.target in _COLLECTIVES
+        }
+        return {node for slot, node in self.program.body.outputs.items() if slot in slots}
 
     def _finish(self, streams: Iterable[list[_Piece]], section: Section, accumulators: frozenset[Slot]) -> None:
         """Find what each segment reads and leaves, and emit its code."""
@@ -332,10 +354,11 @@ class _StageLowering:
         streams: dict[str, list[fx.Node]] = {"F": [], "B": [], "W": []}
         receives: dict[str, list[fx.Node]] = {"F": [], "B": [], "W": []}
         for node in self._mine(body):
-            streams[self._kind(node, has_weight)].append(node)
+            streams[_kind(node)].append(node)
             if node.target is gs.transfer.default and node.args[2] == self.stage:
-                receives[self._kind(node, has_weight)].append(node)
-        pieces = {kind: self._pieces(nodes, body, f"s{self.stage}_{kind}") for kind, nodes in streams.items()}
+                receives[_kind(node)].append(node)
+        ends = self._reduced_later()
+        pieces = {kind: self._pieces(nodes, f"s{self.stage}_{kind}", ends) for kind, nodes in streams.items()}
         self._finish(pieces.values(), body, self._accumulators())
         self._collect(body, [n for nodes in streams.values() for n in nodes], self._namer(body, 0))
         produced = {kind: set(nodes) for kind, nodes in streams.items()}
@@ -343,22 +366,18 @@ class _StageLowering:
         result: list[Instruction] = []
         begun: set[str] = set()
         for action in self.schedule.stages[self.stage]:
-            kind, mb, label = action.kind, action.microbatch, str(action)
+            mb, label = action.microbatch, str(action)
             name = self._namer(body, mb)
-            arriving = [_Piece("recv", node) for node in receives[kind]]
-            result += self._instantiate(arriving + pieces[kind], name, label, first=kind not in begun)
-            nodes = produced[kind] | (placeholders if kind == "F" else set())
-            result += self._bindings(body, nodes, name, mb, label, skip=set())
-            begun.add(kind)
+            # Without weight actions they end the backward: what an earlier stage waits for is sent before.
+            kinds = ("B", "W") if action.kind == "B" and not has_weight else (action.kind,)
+            arriving = [_Piece("recv", node) for kind in kinds for node in receives[kind]]
+            result += self._instantiate(arriving, name, label, first=False)
+            for kind in kinds:
+                result += self._instantiate(pieces[kind], name, label, first=kind not in begun)
+                nodes = produced[kind] | (placeholders if kind == "F" else set())
+                result += self._bindings(body, nodes, name, mb, label, skip=set())
+            begun.update(kinds)
         return result
-
-    def _kind(self, node: fx.Node, has_weight: bool) -> str:
-        """The action a node belongs to. A transfer is received in the action that matches the sender's, so that both
-        ends see one order on the channel."""
-        phase = info(node.args[0]).phase if node.target is gs.transfer.default else info(node).phase  # type: ignore[arg-type]
-        if phase is Phase.FORWARD:
-            return "F"
-        return "W" if phase is Phase.WEIGHT and has_weight else "B"
 
     def _once(self, section: Section, label: str, prefix: str, skip: set[Slot] | None = None) -> list[Instruction]:
         """Prologue or epilogue: one stream, run once."""
@@ -366,7 +385,7 @@ class _StageLowering:
         nodes = self._mine(section)
         unwanted = {n for s, n in section.outputs.items() if s in skip and len(n.users) == 1}
         nodes = [n for n in nodes if n not in unwanted]
-        pieces = self._pieces(nodes, section, f"s{self.stage}_{prefix.strip('.')}")
+        pieces = self._pieces(nodes, f"s{self.stage}_{prefix.strip('.')}")
         self._finish([pieces], section, frozenset())
         name = self._namer(section, None, prefix)
         self._collect(section, nodes, name)
@@ -390,6 +409,13 @@ class _StageLowering:
         for slot, node in section.outputs.items():
             if slot.role is not Role.CARRY and info(node).stage in (self.stage, None):
                 self.results[slot] = tensor_type(node)
+
+
+def _kind(node: fx.Node) -> str:
+    """The stream a node of the body belongs to. A transfer is received in the one that matches the sender's, so that
+    both ends see one order on the channel."""
+    phase = info(node.args[0]).phase if node.target is gs.transfer.default else info(node).phase  # type: ignore[arg-type]
+    return {Phase.FORWARD: "F", Phase.WEIGHT: "W"}.get(phase, "B")
 
 
 def _root(node: fx.Node, reused: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -80,7 +80,16 @@ def _start_first_then_sink(section: Section) -> None:
     for node in reversed(starts):
         if node is not (first := first_operation(section.graph)):
             first.prepend(node)
-    chosen = set(starts)
-    for node in reversed(list(section.nodes())):
-        if node not in chosen and node.users:
+    _sink([node for node in section.nodes() if node not in starts])
+    # What needs no wait goes behind the waits of its reader, so that an update stays in one piece.
+    stored = set(section.inputs)
+    for node in section.nodes():
+        if node not in starts and node.all_input_nodes and stored.issuperset(node.all_input_nodes):
+            stored.add(node)
+    _sink([node for node in section.nodes() if node in stored])
+
+
+def _sink(nodes: list[fx.Node]) -> None:
+    for node in reversed(nodes):
+        if node.users:
             min(node.users).prepend(node)

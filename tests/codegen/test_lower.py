@@ -43,12 +43,12 @@ graph body {{
   %gy = aten.full.default([2, 4], 0.125) {{phase=backward, module=b, forward=l}}
   %ht = aten.t.default(%h) {{phase=backward, module=b, forward=y}}
   %gb = aten.mm.default(%ht, %gy) {{phase=backward, module=b, forward=y}}
+  %cb1 = aten.add.Tensor(%cb, %gb) {{phase=backward}}
   %bt = aten.t.default(%b) {{phase=backward, module=b, forward=y}}
   %gh = aten.mm.default(%gy, %bt) {{phase=backward, module=b, forward=y}}
   %xt = aten.t.default(%x) {{phase=backward, module=a, forward=h}}
   %ga = aten.mm.default(%xt, %gh) {{phase=backward, module=a, forward=h}}
   %ca1 = aten.add.Tensor(%ca, %ga) {{phase=backward}}
-  %cb1 = aten.add.Tensor(%cb, %gb) {{phase=backward}}
   return carry "loss" %loss1, carry "grad:a.w" %ca1, carry "grad:b.w" %cb1
 }}
 
@@ -160,3 +160,31 @@ def test_sends_follow_the_values() -> None:
     received = [ins.outputs[0] for ins in last.body if ins.op is Op.RECV]
     assert [ref.microbatch for ref in received] == [0, 1]
     assert len({ref.name for ref in received}) == 1
+
+
+def test_a_backward_sends_before_it_makes_weight_gradients() -> None:
+    """The stage before waits for the one, nobody for the others."""
+    last = plan_of(schedule="1f1b").stages[1]
+    backward = [ins for ins in last.body if ins.action == "B1.0" and ins.op in (Op.RUN, Op.SEND)]
+    sent = next(i for i, ins in enumerate(backward) if ins.op is Op.SEND)
+    made = next(i for i, ins in enumerate(backward) if "cb1" in str(ins.outputs) or "grad:b.w" in str(ins.outputs))
+    assert sent < made
+
+
+def test_a_segment_ends_where_the_epilogue_reduces() -> None:
+    """Two gradients of one stage: the first is on its way while the second is made."""
+    one_stage = TWO_STAGES.format(microbatches=2).replace("pp=2 ", "")
+    program = run_passes(text.parse(one_stage), parse_passes("zero:stage=0;overlap"))
+    (stage,) = lower(program, make("1f1b", 1, 2)).stages
+    last = [ins for ins in stage.body if ins.action == "B0.1"]
+    kept = [f"{ins.op} {ins.inputs[0] if ins.op is Op.REDUCE else ''}" for ins in last if ins.op in (Op.RUN, Op.REDUCE)]
+    assert kept == ["RUN ", "REDUCE %carry:grad:b.w", "RUN ", "REDUCE %carry:grad:a.w"]
+
+
+def test_the_loss_is_waited_for_when_it_is_read() -> None:
+    """Every stage broadcasts it in the epilogue; updates need not wait."""
+    for stage in plan_of().stages:
+        issued = next(i for i, ins in enumerate(stage.epilogue) if ins.axis == "pp")
+        (shared,) = stage.epilogue[issued].outputs
+        waited = next(i for i, ins in enumerate(stage.epilogue) if ins.op is Op.WAIT and ins.inputs == (shared,))
+        assert any(ins.op is Op.RUN for ins in stage.epilogue[issued:waited])
