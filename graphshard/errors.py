@@ -295,6 +295,16 @@ class TooManyStages(GraphshardError):
         super().__init__(f"the model cannot be cut into {stages} pipeline stages; its graph allows at most {most}")
 
 
+class StagesNotCut(GraphshardError):
+    """A pass needs to know which pipeline stage holds what."""
+
+    def __init__(self, name: str, stages: int) -> None:
+        super().__init__(
+            f"pass {name!r} needs to know what each of the mesh's {stages} pipeline stages holds; "
+            "run pipeline-cut before it"
+        )
+
+
 class StageTooSmall(GraphshardError):
     """A limit on the parameter bytes of a stage that no cut keeps."""
 

@@ -55,7 +55,7 @@ def describe(line: Line | None, module: str = "") -> str:
     """``model.py:12: y = x.item()``; without a line, the module."""
     if line is None:
         return f"module {module!r}" if module else "the backward pass"
-    code = linecache.getline(*line).strip()[:100]
+    code = linecache.getline(*line).strip()[:100].rstrip(":")
     return f"{line[0]}:{line[1]}" + (f": {code}" if code else "")
 
 

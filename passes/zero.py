@@ -26,7 +26,7 @@ from torch import fx
 
 from graphshard import fake
 from graphshard.dataflow import downstream, is_pointwise
-from graphshard.errors import OptimizerNotElementwise
+from graphshard.errors import OptimizerNotElementwise, StagesNotCut
 from graphshard.mesh import DATA_AXES
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, Level, NodeInfo, Param, Phase, Program, Role, Section, Slot, info, set_info
@@ -62,6 +62,8 @@ class Zero:
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:
             return program
+        if program.level is Level.CAPTURED and program.stages > 1:
+            raise StagesNotCut(self.name, program.stages)
         shardings = [
             _Sharding(program, Slot(Role.PARAM, param.name, stage=stage), self.stage)
             for param in program.params.values()

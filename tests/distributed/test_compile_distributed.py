@@ -2,46 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent / "train_rank.py"
-
-
-def launch(world_size: int, *arguments: str) -> list[dict[str, Any]]:
-    """Run ``train_rank.py`` as ``world_size`` processes; what each printed."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join([str(SCRIPT.parents[2]), os.environ.get("PYTHONPATH", "")])
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments],
-            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    results = []
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=120.0)
-            assert process.returncode == 0, err
-            results.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-    return results
+from distributed.processes import launch
 
 
 def close(value: Any) -> Any:
@@ -55,7 +20,7 @@ def close(value: Any) -> Any:
 
 @pytest.mark.parametrize(("plan", "world_size"), [("dp", 2), ("zero3", 2), ("pp2:schedule=zb-h1", 2), ("zero3+pp2", 4)])
 def test_processes_give_what_one_process_gives(plan: str, world_size: int) -> None:
-    results = launch(world_size, "train", plan)
+    results = launch("train_rank.py", world_size, "train", plan)
     for rank, result in enumerate(results):
         assert "error" not in result, result
         local, ours = result["local"], result["distributed"]
@@ -77,7 +42,7 @@ def test_processes_give_what_one_process_gives(plan: str, world_size: int) -> No
 
 
 def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
-    for result in launch(2, "meta", "pp2:schedule=zb-h1"):
+    for result in launch("train_rank.py", 2, "meta", "pp2:schedule=zb-h1"):
         assert result["error"] == "NoValue"
         local, loaded, initialised = result["losses"]
         assert loaded == close(local)
@@ -85,6 +50,6 @@ def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
 
 
 def test_ranks_with_different_plans_say_so_and_do_not_hang() -> None:
-    for result in launch(2, "mismatch", "zero3"):
+    for result in launch("train_rank.py", 2, "mismatch", "zero3"):
         assert result["error"] == "PlanMismatch"
         assert "ranks disagree on the plan" in result["message"]

@@ -1,8 +1,10 @@
 """``graphshard run``: ranks are started with a rank's environment, and a failed one gives the exit status."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,15 @@ def test_run(tmp_path: Path, argument: str, status: int, said: str) -> None:
     assert (done.returncode, done.stderr) == (status, said)
     if status == 0:
         assert sorted(done.stdout.splitlines()) == [f"0 0 2 1 {argument}", f"1 1 2 1 {argument}"]
+
+
+def test_a_signal_ends_the_ranks(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("import time\nprint('begun', flush=True)\ntime.sleep(100)\n")
+    command = [sys.executable, "-m", "graphshard", "run", "-n", "2", str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+        time.sleep(2)  # torchrun itself hangs if it is told to end while it still starts ranks
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (143, "graphshard run: 2 ranks were ended by SIGTERM\n")

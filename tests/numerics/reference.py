@@ -61,10 +61,14 @@ class Eager:
             self._load_buffers(self.buffers[rank])
             for part in row:
                 loss = loss_of(self.model, self.loss_fn, *part.arguments())
-                (loss / (self.ranks * self.microbatches)).backward()
+                loss.backward()
                 total = total + loss.detach()
             self.buffers[rank] = {k: v.detach().clone() for k, v in self.model.named_buffers()}
         self._load_buffers(self.buffers[0])
+        # Averaged here, in the parameters' precision: transformers computes losses in float32, whatever the model's.
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= self.ranks * self.microbatches
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()

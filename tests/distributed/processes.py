@@ -1,0 +1,46 @@
+"""Scripts that run as several ranks, and what each rank printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def launch(script: str, world_size: int, *arguments: str, timeout_s: float = 120.0) -> list[dict[str, Any]]:
+    """Run ``script`` of this folder as ``world_size`` processes; the JSON in the last line of each.
+
+    Their input is closed one after the other, in the order of ranks, each when the one before has ended.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / script), *arguments],
+            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    results = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=timeout_s)
+            assert process.returncode == 0, err
+            results.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+    return results
