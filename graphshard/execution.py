@@ -178,6 +178,11 @@ class ExecutionPlan:
     buckets: dict[str, Bucket]
     constants: dict[str, torch.Tensor]
 
+    @property
+    def state_keys(self) -> frozenset[str]:
+        """What the optimizer keeps of parameters, on any stage: "exp_avg", "step", …"""
+        return frozenset(slot.key for slots in self.reads for slot in slots if slot.role is Role.STATE)
+
     def of_rank(self, rank: int) -> StagePlan:
         """The plan of one rank."""
         return self.stages[self.mesh.coordinates(rank)["pp"]]

@@ -24,6 +24,7 @@ from graphshard.errors import (
     ShapeNeedsValue,
     TensorWithoutValue,
     UncapturableOperator,
+    UnknownRandomOperator,
 )
 
 _OURS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
@@ -71,6 +72,8 @@ def translate(error: Exception, doing: str) -> GraphshardError:
             return ShapeNeedsValue(str(error.func), where)
         case UnsupportedOperatorException():
             return UncapturableOperator(str(error.func), where, "it has no rule for the shape of its result")
+    if isinstance(error, NotImplementedError) and "torch._C.Generator" in str(error):  # torch 2.11
+        return UnknownRandomOperator("that is given a torch.Generator", where)
     if "meta" in str(error) and "device" in str(error) and isinstance(error, RuntimeError):
         return TensorWithoutValue(where)
     if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):

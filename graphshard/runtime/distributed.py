@@ -16,7 +16,6 @@ from torch import Tensor
 from graphshard.errors import NoValue, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.mesh import Mesh
-from graphshard.program import Role
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.groups import join_world, make_groups, ranks_by
@@ -24,7 +23,6 @@ from graphshard.runtime.machine import Handle, Machine
 from graphshard.runtime.memory import keep_freed_memory
 from graphshard.runtime.segments import SegmentFunction
 
-_NO_STATE, _HAS_STATE, _STATELESS = range(3)
 _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
 
 
@@ -98,11 +96,6 @@ class DistributedExecutor(Executor):
                 self._complete(self._link.broadcast(data_axis, full, 0), f"broadcast of {ref}")
         return full if everywhere or self.rank == 0 else None
 
-    def any_rank(self, flag: bool) -> bool:
-        flags = [False] * self.mesh.world_size
-        dist.all_gather_object(flags, flag, group=self._groups.control)
-        return any(flags)
-
     def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine:
         return Machine(plan, rank, self._link, functions, self.device, self.meters.get(rank))
 
@@ -168,10 +161,7 @@ class _Agreement:
     def __init__(self, executor: DistributedExecutor, loaded: Loaded, first: bool) -> None:
         self._mesh = executor.mesh
         self._timeout = timedelta(seconds=executor.timeout_s)
-        machine = loaded.machines[executor.rank]
-        stateless = not any(slot.role is Role.STATE for slot, _ in machine.reads[False].values())
-        state = _STATELESS if stateless else (_NO_STATE if first else _HAS_STATE)
-        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], state])
+        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], first])
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         self._work = dist.all_gather(self._all, mine, group=executor._groups.control, async_op=True)
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
@@ -188,7 +178,7 @@ class _Agreement:
         Raises:
             PlanMismatch: they differ.
         """
-        collectives, transfers, states = zip(*(given.tolist() for given in self._all), strict=True)
+        collectives, transfers, firsts = zip(*(given.tolist() for given in self._all), strict=True)
         if len(set(collectives)) > 1:
             raise PlanMismatch("plan (its collectives)", ranks_by([_short(value) for value in collectives]))
         for dp_rank in range(self._mesh.dp_size):
@@ -197,9 +187,8 @@ class _Agreement:
                 by_plan = ranks_by([_short(value) for value in transfers])
                 kept = {plan: [rank for rank in ranks if rank in pipeline] for plan, ranks in by_plan.items()}
                 raise PlanMismatch("plan (its transfers)", {plan: ranks for plan, ranks in kept.items() if ranks})
-        if len(set(states) - {_STATELESS}) > 1:
-            names = {_NO_STATE: "none", _HAS_STATE: "some", _STATELESS: "no need of any"}
-            raise PlanMismatch("optimizer state", ranks_by([names[state] for state in states]))
+        if len(set(firsts)) > 1:
+            raise PlanMismatch("optimizer state", ranks_by(["none" if first else "some" for first in firsts]))
 
     def explain(self) -> None:
         """After a failure: raise PlanMismatch if that is why."""

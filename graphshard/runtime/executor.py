@@ -48,6 +48,7 @@ class Executor(ABC):
         self.device = device
         self.stores: dict[int, dict[Ref, Tensor]] = {rank: {} for rank in self.ranks}
         self.sent_bytes: dict[int, dict[str, int]] = {rank: {} for rank in self.ranks}  # by axis, all steps so far
+        self.state_keys: frozenset[str] = frozenset()  # the optimizer state that exists, the same on every rank
         self.meters = {rank: StorageMeter() for rank in self.ranks} if measure_memory else {}
         self._loaded: dict[int, Loaded] = {}
 
@@ -87,7 +88,7 @@ class Executor(ABC):
             NoValue: a parameter or buffer has no value.
         """
         loaded = self.load(plan)
-        first = {rank: self._is_first(machine) for rank, machine in loaded.machines.items()}
+        first = {rank: self._is_first(plan, machine) for rank, machine in loaded.machines.items()}
         fed = {
             rank: self._values(loaded, rank, first[rank], batches, (seed, step), lrs) for rank in self.ranks
         }  # before anything is taken from a store, so that a missing value leaves all as it was
@@ -127,10 +128,6 @@ class Executor(ABC):
             part = value.chunk(self.mesh.size(axis))[at[axis]] if axis else value
             self.stores[rank][ref] = part.detach().to(self.device, copy=True)
 
-    @abstractmethod
-    def any_rank(self, flag: bool) -> bool:
-        """Whether ``flag`` is set on any rank of the mesh; all call it together."""
-
     def close(self) -> None:  # noqa: B027  (nothing to do is the usual case)
         """Give back what the executor holds outside of memory."""
 
@@ -143,11 +140,10 @@ class Executor(ABC):
     ) -> dict[int, dict[Ref, Tensor]]:
         """Run all ranks here to the end; ``values`` are emptied."""
 
-    def _is_first(self, machine: Machine) -> bool:
-        store = self.stores[machine.rank]
-        return machine.has_first and not all(
-            ref in store for ref, (slot, _) in machine.reads[False].items() if slot.role is Role.STATE
-        )
+    def _is_first(self, plan: ExecutionPlan, machine: Machine) -> bool:
+        """Whether the step makes optimizer state. All ranks decide alike, those that keep none included: the two
+        epilogues may issue their collectives in different orders."""
+        return machine.has_first and not plan.state_keys <= self.state_keys
 
     def _values(
         self,
@@ -205,6 +201,8 @@ class Executor(ABC):
             at = outputs.setdefault(self.mesh.dp_rank(rank), {})
             outputs[self.mesh.dp_rank(rank)] = mine | at  # several stages may have it: the first one's counts
         loaded.steps += 1
+        if any(machine.has_first for machine in loaded.machines.values()):
+            self.state_keys |= loaded.plan.state_keys
         return StepResult(loss, outputs)
 
 

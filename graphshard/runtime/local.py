@@ -48,9 +48,6 @@ class LocalExecutor(Executor):
             return self.stores[rank][ref].clone()
         return torch.cat([self.stores[peer][ref] for peer in self.mesh.group(rank, axis)])
 
-    def any_rank(self, flag: bool) -> bool:
-        return flag
-
     def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine:
         link = _Link(self._network, plan.mesh, rank)
         return Machine(plan, rank, link, functions, self.device, self.meters.get(rank))

@@ -126,14 +126,10 @@ class Storage:
 
     # Optimizer state
 
-    def has_state(self) -> bool:
-        """Whether the ranks here hold optimizer state."""
-        return any(ref.name.startswith(f"{Role.STATE}:") for store in self.executor.stores.values() for ref in store)
-
     def read_state(self, rank0_only: bool = False) -> dict[str, dict[str, Tensor]]:
         """Optimizer state in full: parameter to key to tensor; empty before the first step. Collective."""
         result: dict[str, dict[str, Tensor]] = {}
-        if not self.executor.any_rank(self.has_state()):
+        if not self.executor.state_keys:
             return result
         for place in self._state_places():
             members = [(n, at) for n, at in self._members(place) if self.params[n].stages[0] == place.stage]
@@ -164,6 +160,7 @@ class Storage:
         for store in self.executor.stores.values():
             for ref in [ref for ref in store if ref.name.startswith(f"{Role.STATE}:")]:
                 del store[ref]
+        self.executor.state_keys = frozenset(place.slot.key for place in places if tensors)
         for place in places if tensors else ():
             given = {name: tensors[name][place.slot.key] for name, _ in self._members(place)}
             self._write(place, self._members(place), given)

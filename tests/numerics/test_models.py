@@ -55,6 +55,13 @@ def test_frozen_unused_and_shared_parameters(plan: str) -> None:
     assert "unused.weight" not in compiled.optimizer.state_dict()["state"]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
+def test_a_stage_that_keeps_no_optimizer_state(schedule: str) -> None:
+    """Its parameter is frozen; the first step's collectives are issued in another order than those of later ones."""
+    plan = f"zero2+pp2:schedule={schedule}"
+    check_parity(maker("nested", plan), plan, adamw, dtype=torch.float64, max_grad_norm=0.5)
+
+
 class Outputs(nn.Module):
     """Returns a tensor, a tuple, or a dict with something that is no tensor."""
 
