@@ -19,7 +19,7 @@ from graphshard import dump, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
-from graphshard.errors import ExecutorNone, NeedsExampleInputs, UnknownExecutor
+from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor, UnknownExecutor
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, given_state
@@ -344,7 +344,7 @@ class Compiled:
         params = {self._names[id(p)]: p.detach() for p in self.model.parameters()}
         if not any(p.is_meta for p in params.values()):
             self._storage.write_params(params)
-            self._storage.write_buffers(dict(self.model.named_buffers(remove_duplicate=False)))
+            self._storage.write_buffers(dict(self.model.named_buffers()))
         state = given_state(user, self._names) if user is not None else {}
         if self.executor == "distributed" and build.plan.mesh.world_size > 1:
             # The ranks hold the parameters now: the model need not.
@@ -377,28 +377,39 @@ class Compiled:
         values = storage.read_params(rank0_only) | storage.read_buffers(rank0_only)
         if rank0_only and self.rank != 0:
             return {}
-        canonical = {alias: p.name for p in self._params.values() for alias in (p.name, *p.aliases)}
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        result = {}
-        for name in self._state_names:
-            value = values.get(canonical.get(name, name))
-            result[name] = value if value is not None else buffers[name].detach().clone()
-        return result
+        stored = self._stored_names()
+        return {name: values[stored[name]] for name in self._state_names}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them.
 
+        Of names that are tied one is enough.
+
         Raises:
-            StateMismatch: a tensor is missing or has another shape.
+            StateMismatch: a tensor is missing, has another shape, or a name is none of the model's; nothing is changed.
         """
         _, storage = self._start()
-        params = {
-            name: state.get(name, next((state[a] for a in p.aliases if a in state), None))
-            for name, p in self._params.items()
-        }
-        storage.write_params({name: value for name, value in params.items() if value is not None})
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        storage.write_buffers({name: state.get(name, buffer) for name, buffer in buffers.items()})
+        stored = self._stored_names()
+        expected = self.model.state_dict(keep_vars=True)
+        given: dict[str, Tensor] = {}
+        for name, value in state.items():
+            if name not in expected:
+                raise UnexpectedTensor(name, expected)
+            if value.shape != expected[name].shape:
+                raise StateMismatch(name, f"shape {list(value.shape)}", f"shape {list(expected[name].shape)}")
+            given[stored[name]] = value
+        for name, tensor in expected.items():
+            if stored[name] not in given:
+                raise StateMismatch(name, "nothing", f"a tensor of shape {list(tensor.shape)}")
+        storage.write_params({name: value for name, value in given.items() if name in self._params})
+        storage.write_buffers({name: value for name, value in given.items() if name not in self._params})
+
+    def _stored_names(self) -> dict[str, str]:
+        """Every name of a parameter or buffer to the one that its value is stored under."""
+        first: dict[int, str] = {}
+        buffers = self.model.named_buffers(remove_duplicate=False)
+        names = {name: first.setdefault(id(buffer), name) for name, buffer in buffers}
+        return names | {alias: p.name for p in self._params.values() for alias in (p.name, *p.aliases)}
 
     def _read_state(self) -> dict[str, dict[str, Tensor]]:
         return self._start()[1].read_state()

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; 1 if a row failed."""
     options = _options(argv)
     sizes = Sizes(**options.sizes)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=130)  # in a file the tables keep their columns
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Part(sizes).parameters())
     console.print(

@@ -111,18 +111,18 @@ class Storage:
         return result
 
     def write_buffers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store buffers on every stage that has them; those that no plan reads are kept until one does.
+        """Store buffers on every stage that has them; those that no plan reads are kept until one does. Others stay.
 
         Raises:
-            StateMismatch: one is missing or has another shape; nothing is stored then.
+            StateMismatch: one has another shape; nothing is stored then.
         """
-        places = list(self._places(Role.BUFFER))
+        places = [place for place in self._places(Role.BUFFER) if place.slot.name in tensors]
         for place in places:
             _expect(place.slot.name, tensors.get(place.slot.name), place.kind.shape)
         for place in places:
             self._write(place, ((place.slot.name, -1),), tensors)
         placed = {place.slot.name for place in places}
-        self._unplaced = {n: value.detach().clone() for n, value in tensors.items() if n not in placed}
+        self._unplaced |= {n: value.detach().clone() for n, value in tensors.items() if n not in placed}
 
     # Optimizer state
 

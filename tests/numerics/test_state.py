@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import graphshard
+from graphshard.errors import StateMismatch
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import Eager, Make, assert_close, assert_same_training, rolled
 
@@ -145,3 +148,64 @@ def test_evaluate_neither_trains_nor_moves_statistics() -> None:
         eager.loss_fn(eager.model(x), y).detach() for x, y in list(zip(*(a.split(2) for a in args), strict=True))[2:]
     ]
     assert_close("loss", loss, torch.stack(losses).mean(), torch.float64)
+
+
+class Counting(nn.Module):
+    """One buffer under two names, tied weights, and a buffer that state dicts leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.count: Tensor
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))  # Module.double() would untie it
+        self.a.register_buffer("again", self.count)
+        self.scale: Tensor
+        self.register_buffer("scale", torch.full((4,), 2.0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count.add_(1)
+        result: Tensor = self.b(torch.tanh(self.a(x))) * self.scale * self.count
+        return result
+
+
+def counting() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, object], Callable[..., Tensor] | None]:
+    torch.manual_seed(0)
+    return Counting(), (torch.randn(8, 4), torch.randn(8, 4)), {}, F.mse_loss
+
+
+def test_tied_names_have_one_value() -> None:
+    args = [a.double() for a in counting()[1]]
+    compiled, _ = start(counting, SHARDED)
+    compiled.step(*args)
+    state = compiled.state_dict()
+    assert "scale" not in state
+    assert state["count"].item() == state["a.again"].item() == compiled.microbatches
+    compiled.step(*args)
+    del state["b.weight"], state["a.again"]
+    compiled.load_state_dict(state)
+    fresh, _ = start(counting, SHARDED)
+    fresh.trace(*args)
+    fresh.load_state_dict(state)
+    assert fresh.state_dict()["a.again"].item() == compiled.microbatches
+    assert compiled.evaluate(*args) == fresh.evaluate(*args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"a.bias": None}, r"a.bias: given nothing; expected a tensor of shape \[4\]"),
+        ({"count": None, "a.again": None}, r"count: given nothing; expected a tensor of shape \[\]"),
+        ({"a.bias": torch.zeros(5)}, r"a.bias: given shape \[5\]; expected shape \[4\]"),
+        ({"count": torch.zeros(2)}, r"count: given shape \[2\]; expected shape \[\]"),
+        ({"a.bais": torch.zeros(4)}, r"a.bais: given a tensor; .* did you mean 'a.bias'\?"),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Tensor | None], message: str) -> None:
+    compiled, _ = start(counting, SHARDED)
+    compiled.trace(*(a.double() for a in counting()[1]))
+    before = compiled.state_dict()
+    changed = {name: value + 1 for name, value in before.items()} | change
+    with pytest.raises(StateMismatch, match=message):
+        compiled.load_state_dict({name: value for name, value in changed.items() if value is not None})
+    assert all(torch.equal(before[name], value) for name, value in compiled.state_dict().items())
