@@ -3,6 +3,7 @@
 ``graphshard.compile(model, plan="zero3+pp4")`` turns an ordinary PyTorch model into a distributed training program.
 """
 
+from graphshard.check import check
 from graphshard.compile import Compiled, compile
 from graphshard.errors import GraphshardError
 from graphshard.execution import ExecutionPlan
@@ -20,6 +21,7 @@ __all__ = [
     "Pass",
     "Plan",
     "Program",
+    "check",
     "compile",
     "run_passes",
 ]

@@ -15,12 +15,22 @@ from typing import Any, NoReturn
 
 import torch
 
-from graphshard.errors import GraphshardError, MeshMisfit, MissingFile, UnknownDump
+from graphshard.check import RTOL
+from graphshard.errors import (
+    GraphshardError,
+    IllegalProgram,
+    MeshMisfit,
+    MissingFile,
+    NotEquivalent,
+    PlanError,
+    TooLargeToCheck,
+    UnknownDump,
+)
 from graphshard.mesh import AXES, Mesh
 from graphshard.plan import Plan
 from graphshard.program import Level, Program
 
-BAD_INPUT = 2
+FAILED_CHECK, BAD_INPUT = 1, 2
 
 _MESH = re.compile(r"\s*".join(rf"(?:\b{axis}=[1-9][0-9]*\b)?" for axis in AXES))
 
@@ -77,6 +87,23 @@ def _explain(options: argparse.Namespace) -> int:
     """The one-page account of a plan."""
     compiled = _compile(options)
     print(json.dumps(compiled.report(), indent=2) if options.json else compiled.explain())
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    """Check every pass against the program before it, and prove the plan."""
+    compiled = _compile(options)
+    held = sum(p.numel * 8 for p in compiled.program.params.values()) * compiled.mesh.world_size
+    if held > options.limit_gb * 1e9:
+        raise TooLargeToCheck(held / 1e9, options.limit_gb)
+    try:
+        for item in compiled.verify():
+            print(f"{item.name:<16} {'the same to the bit' if item.exact else f'the same within {RTOL:g}'}")
+    except (NotEquivalent, IllegalProgram, PlanError) as error:
+        print(f"graphshard verify: {error}", file=sys.stderr)
+        return FAILED_CHECK
+    instructions = sum(len(stage.step()) for stage in compiled.execution_plan.stages)
+    print(f"{'plan':<16} proved: {instructions} instructions on {compiled.mesh}")
     return 0
 
 
@@ -211,7 +238,11 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = command("explain", _explain)
     explain.add_argument("--json", action="store_true", help="the report as JSON")
-    for added in (dump, explain):
+    check = command("verify", _verify)
+    check.add_argument(
+        "--limit-gb", type=float, default=4.0, metavar="G", help="most memory that all ranks' parameters may take (4)"
+    )
+    for added in (dump, explain, check):
         added.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
         added.add_argument("--plan", metavar="P", help="such as zero3+pp4; default: dp")
         added.add_argument(

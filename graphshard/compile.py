@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_unflatten
 
 from graphshard import dump, report, trace
 from graphshard.batch import MicroBatch, split_batch
+from graphshard.check import check_passes
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
 from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor, UnknownExecutor
@@ -27,6 +28,7 @@ from graphshard.passes import default_passes, with_passes
 from graphshard.pipeline import Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
+from graphshard.prove import prove
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
 from graphshard.trace import Captured
@@ -426,6 +428,20 @@ class Compiled:
         context = Context(self.mesh, build.placement)
         program = run_passes(captured.program, self.passes, context, dump.writer(Path(path)))
         dump.write_plan(Path(path), lower(program, self._schedule(build.mode, program.microbatches)))
+
+    def verify(self) -> Iterator[Pass]:
+        """Run the passes once more, each checked against the program before it on random inputs (see check.py), prove
+        the plan, and give each pass that is found right.
+
+        Raises:
+            NotEquivalent: a pass does not keep the program's meaning.
+            IllegalProgram: a pass leaves a program that breaks a rule.
+            PlanError: the plan cannot run.
+        """
+        build = self._built()
+        captured = self._capture(build.mode, *build.example.arguments(), build.program.microbatches)
+        yield from check_passes(captured.program, self.passes, Context(self.mesh, build.placement))
+        prove(build.plan)
 
     def explain(self) -> str:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""

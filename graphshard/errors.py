@@ -19,6 +19,24 @@ class IllegalProgram(GraphshardError):
         self.where = where
 
 
+class NotEquivalent(GraphshardError):
+    """A pass changed what a program means."""
+
+    def __init__(self, pass_name: str, what: str, node: str) -> None:
+        by = f"pass {pass_name!r} does not keep the program's meaning" if pass_name else "the programs differ"
+        super().__init__(f"{by}: {what}" + (f"; first at {node}" if node else ""))
+
+
+class TooLargeToCheck(GraphshardError):
+    """All ranks of a program in one process would not fit."""
+
+    def __init__(self, gigabytes: float, limit: float) -> None:
+        super().__init__(
+            f"checking runs all ranks here in float64, which takes {gigabytes:.0f} GB for parameters and --limit-gb is "
+            f"{limit:g}; build a smaller model of the same structure, or take fewer ranks"
+        )
+
+
 class UnknownPass(GraphshardError):
     """A pass name that is neither in the table nor an importable ``module:Class``."""
 

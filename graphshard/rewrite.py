@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils._pytree import tree_flatten
 
 from graphshard import fake
-from graphshard.program import NodeInfo, Section, Slot, info
+from graphshard.program import NodeInfo, Program, Section, Slot, info
 
 
 def arg(node: fx.Node, index: int) -> fx.Node:
@@ -153,3 +153,18 @@ def copy_section(section: Section) -> Section:
         made[node] = graph.node_copy(node, made.__getitem__)
         made[node].meta = dict(node.meta)
     return Section(graph, {made[n]: slot for n, slot in section.inputs.items()}, list(section.output_slots))
+
+
+def copied(program: Program) -> Program:
+    """A program of its own: passes change the one they are given."""
+    first = program.first_epilogue
+    return replace(
+        program,
+        prologue=copy_section(program.prologue),
+        body=copy_section(program.body),
+        epilogue=copy_section(program.epilogue),
+        first_epilogue=None if first is None else copy_section(first),
+        params=dict(program.params),
+        buckets=dict(program.buckets),
+        constants=dict(program.constants),
+    )

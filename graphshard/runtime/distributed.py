@@ -20,7 +20,6 @@ from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.groups import join_world, make_groups, ranks_by
 from graphshard.runtime.machine import Handle, Machine
-from graphshard.runtime.memory import keep_freed_memory
 from graphshard.runtime.segments import SegmentFunction
 
 _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
@@ -53,8 +52,6 @@ class DistributedExecutor(Executor):
             if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-        else:
-            keep_freed_memory()
         if join_world(device, timeout_s):
             atexit.register(self.close)
         self.timeout_s = timeout_s

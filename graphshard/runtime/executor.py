@@ -19,7 +19,7 @@ from graphshard.mesh import Mesh
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.machine import Machine
-from graphshard.runtime.memory import StorageMeter
+from graphshard.runtime.memory import StorageMeter, keep_freed_memory
 from graphshard.runtime.segments import SegmentFunction, compile_segments
 from graphshard.runtime.traffic import sent_bytes
 
@@ -43,6 +43,8 @@ class Executor(ABC):
     """Runs plans over one mesh. ``ranks`` are those that live in this process."""
 
     def __init__(self, mesh: Mesh, ranks: Sequence[int], device: torch.device, measure_memory: bool = False) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         self.mesh = mesh
         self.ranks = tuple(ranks)
         self.device = device

@@ -1,6 +1,7 @@
 """The command line: what each command prints and writes, and that bad input is one line and exit status 2."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ MODEL = """
 import functools
 import torch
 from torch import nn
+import graphshard.rewrite
 
 def make():
     torch.manual_seed(0)
@@ -43,6 +45,21 @@ def four():
 
 def with_argument(width):
     return nn.Linear(width, width), (torch.randn(2, width),)
+
+class Forgets:
+    name, exact = "forgets", True
+
+    def run(self, program, ctx):
+        slots = program.epilogue.input_slots
+        kept = {
+            slot: slots[slot] if slot.role == "param" and slot.name == "0.bias" else node
+            for slot, node in program.epilogue.outputs.items()
+        }
+        graphshard.rewrite.set_outputs(program.epilogue, kept)
+        return program
+
+def faulty():  # a bias is left out of the update
+    return as_dict() | {"passes": [Forgets()]}
 
 def fails():
     raise KeyError("two\\nlines")
@@ -303,3 +320,24 @@ def test_a_misfit_is_refused_before_anything_is_written(
 def test_traceback_shows_where_an_error_was_raised(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", "missing.py:f", "--plan", "dp", "--traceback"]) == 2
     assert "Traceback (most recent call last)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("plan", ["dp2", "zero3+pp2", "zero2+pp2:schedule=zb-h1", "dp2+zero3:size=2"])
+def test_verify_checks_every_pass_and_the_plan(capsys: pytest.CaptureFixture[str], model: str, plan: str) -> None:
+    assert main(["verify", f"{model}:make", "--plan", plan]) == 0
+    *passes, proved = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in passes] == ["normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap"]
+    assert re.fullmatch(r"plan +proved: \d+ instructions on .*dp=2.*", proved)
+
+
+def test_verify_names_the_pass_that_is_wrong(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    assert main(["verify", f"{model}:faulty"]) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["normalize        the same to the bit"]
+    assert err.startswith("graphshard verify: pass 'forgets' does not keep the program's meaning: ")
+    assert "differs by" in err and len(err.splitlines()) == 1
+
+
+def test_verify_says_what_is_too_large(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    assert main(["verify", f"{model}:make", "--plan", "dp2", "--limit-gb", "1e-6"]) == 2
+    assert "build a smaller model of the same structure" in capsys.readouterr().err

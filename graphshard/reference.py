@@ -1,0 +1,281 @@
+"""The meaning of a program, at any level: its graphs run node by node for all ranks of the mesh in one process.
+
+Slow and plain on purpose: no schedule, no code generation, no executor. What a pass makes of a program must mean the
+same (check.py); what codegen and an executor make of it must give the same numbers.
+
+Floating-point values are computed in float64 whatever the graph says, so that what differs is a mistake and not
+rounding. Before ``zero`` says how, a step averages loss and gradients over the data-parallel ranks by definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map_only
+
+from graphshard.program import Bucket, Level, Program, Role, Section, Slot, info, val
+
+gs = torch.ops.graphshard
+c10d = torch.ops._c10d_functional
+
+_WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
+
+Batch = Sequence[Sequence[Sequence[Tensor]]]
+"""Of one step: per data-parallel rank, per micro-batch, the tensors in flattening order."""
+
+
+@dataclass
+class Inputs:
+    """What steps begin with, by the model's own names, and what each is given."""
+
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    batches: list[Batch]  # per step
+    lrs: list[float] = field(default_factory=lambda: [1e-2] * 8)
+    seed: int = 0
+
+
+@dataclass
+class Results:
+    """What steps end with.
+
+    ``values``: by what it is ("loss of step 0", "param lin.weight", "state lin.weight exp_avg"), a copy for every rank
+    that has it. ``seen``: what each node of the first step's first micro-batch was, on the lowest rank that has it.
+    """
+
+    values: dict[str, list[Tensor]] = field(default_factory=dict)
+    seen: dict[fx.Node, Any] = field(default_factory=dict)
+
+
+def random_inputs(program: Program, steps: int = 2, seed: int = 0) -> Inputs:
+    """Inputs of the right shapes. Integers are 0 or 1, which index every table; buffers of floats are positive."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: Sequence[int], dtype: torch.dtype, positive: bool = False) -> Tensor:
+        if not dtype.is_floating_point:
+            return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
+        if positive:
+            return torch.rand(tuple(shape), generator=generator, dtype=torch.float64) + 0.5
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
+
+    params = {p.name: draw(p.shape, p.dtype) * 0.3 for p in program.params.values()}
+    slots = {
+        slot: val(node) for section in program.sections().values() for node, slot in section.inputs.items()
+    }  # of a slot that several graphs read, any
+    buffers = {s.name: draw(v.shape, v.dtype, positive=True) for s, v in slots.items() if s.role is Role.BUFFER}
+    given = {int(slot.name): value for slot, value in slots.items() if slot.role is Role.BATCH}
+    absent = torch.empty(0)
+    batches: list[Batch] = [
+        [
+            [
+                [
+                    draw(given[i].shape, given[i].dtype) if i in given else absent
+                    for i in range(max(given, default=-1) + 1)
+                ]
+                for _ in range(program.microbatches)
+            ]
+            for _ in range(program.mesh.dp_size)
+        ]
+        for _ in range(steps)
+    ]
+    return Inputs(params, buffers, batches, seed=seed)
+
+
+def run(program: Program, inputs: Inputs) -> Results:
+    """All steps of ``inputs``, one after the other."""
+    return _Run(program, inputs).run()
+
+
+Env = dict[fx.Node, dict[int, Any]]  # what a node is, by rank
+
+
+class _Run:
+    def __init__(self, program: Program, inputs: Inputs) -> None:
+        self.program, self.inputs, self.mesh = program, inputs, program.mesh
+        self.ranks = range(self.mesh.world_size)
+        self.stores: dict[int, dict[Slot, Tensor]] = {rank: {} for rank in self.ranks}
+        self.results = Results()
+
+    def run(self) -> Results:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of factories that name none
+        try:
+            with torch.no_grad():
+                for step, batch in enumerate(self.inputs.batches):
+                    self._step(step, batch)
+        finally:
+            torch.set_default_dtype(default)
+        self._collect()
+        return self.results
+
+    def _step(self, step: int, batch: Batch) -> None:
+        program = self.program
+        carries = self._section(program.prologue, {}, step, 0, batch)
+        for microbatch in range(program.microbatches):
+            made = self._section(program.body, carries, step, microbatch, batch)
+            for slot, by_rank in made.items():
+                if slot.role is Role.CARRY:
+                    carries[slot] = by_rank
+                elif slot.role is Role.OUTPUT:
+                    self._add(f"output {slot.name} of step {step}, micro-batch {microbatch}", by_rank)
+        if program.level is not Level.SHARDED:
+            carries = {slot: self._averaged(slot, by_rank) for slot, by_rank in carries.items()}
+        has_state = any(slot.role is Role.STATE for store in self.stores.values() for slot in store)
+        fresh = program.first_epilogue is not None and not has_state
+        update = program.first_epilogue if fresh else program.epilogue
+        assert update is not None
+        for slot, by_rank in self._section(update, carries, step, 0, batch).items():
+            if slot.role is Role.LOSS:
+                self._add(f"loss of step {step}", by_rank)
+            elif slot.role is Role.OUTPUT:
+                self._add(f"output {slot.name} of step {step}", by_rank)
+            else:
+                for rank, value in by_rank.items():
+                    self.stores[rank][slot] = value
+
+    def _averaged(self, slot: Slot, by_rank: dict[int, Tensor]) -> dict[int, Tensor]:
+        if slot.name != "loss" and not slot.name.startswith("grad:"):
+            return by_rank
+        stage_of = {rank: self.mesh.coordinates(rank)["pp"] for rank in by_rank}
+        peers = {rank: [by_rank[r] for r in by_rank if stage_of[r] == stage_of[rank]] for rank in by_rank}
+        return {rank: sum(values[1:], values[0]) / len(values) for rank, values in peers.items()}
+
+    def _holders(self, node: fx.Node) -> list[int]:
+        """The ranks that have the value; before stages are cut those of one stage stand for all."""
+        stage = 0 if self.program.level is Level.CAPTURED else info(node).stage
+        return [rank for rank in self.ranks if stage is None or self.mesh.coordinates(rank)["pp"] == stage]
+
+    def _section(
+        self, section: Section, carries: Mapping[Slot, dict[int, Tensor]], step: int, microbatch: int, batch: Batch
+    ) -> dict[Slot, dict[int, Tensor]]:
+        env: Env = {}
+        for node, slot in section.inputs.items():
+            if slot.role is Role.CARRY:
+                env[node] = carries[slot]
+            else:
+                env[node] = {r: self._given(slot, node, r, step, microbatch, batch) for r in self._holders(node)}
+        for node in section.nodes():
+            env[node] = self._node(node, env)
+            if section is not self.program.body or (step, microbatch) == (0, 0):
+                self.results.seen.setdefault(node, env[node][min(env[node])])
+        return {slot: env[node] for slot, node in section.outputs.items()}
+
+    def _given(self, slot: Slot, node: fx.Node, rank: int, step: int, microbatch: int, batch: Batch) -> Tensor:
+        program, dp_rank = self.program, self.mesh.dp_rank(rank)
+        match slot.role:
+            case Role.BATCH:
+                return _wide(batch[dp_rank][microbatch][int(slot.name)])
+            case Role.CONSTANT:
+                return _wide(program.constants[slot.name])
+            case Role.LR:
+                return torch.tensor(self.inputs.lrs[int(slot.name)], dtype=torch.float64)
+            case Role.RNG:
+                return torch.tensor([self.inputs.seed, step, dp_rank, microbatch])
+        if slot in self.stores[rank]:
+            return self.stores[rank][slot]
+        match slot.role:
+            case Role.PARAM:
+                return _wide(self.inputs.params[slot.name])
+            case Role.BUFFER:
+                return _wide(self.inputs.buffers[slot.name])
+            case Role.FLAT | Role.SHARD:
+                bucket = program.buckets[slot.name]
+                parts = [_wide(self.inputs.params[name]).contiguous() for name, _ in bucket.members]
+                flat = gs.pack(parts, [offset for _, offset in bucket.members], bucket.numel)
+                if slot.role is Role.FLAT:
+                    return flat  # type: ignore[no-any-return]
+                return flat.chunk(bucket.parts)[self.mesh.coordinates(rank)[bucket.axis]].clone()  # type: ignore[no-any-return]
+        raise AssertionError(f"nothing has made {slot}")
+
+    def _node(self, node: fx.Node, env: Env) -> dict[int, Any]:
+        target: Any = node.target
+        holders = self._holders(node)
+        if (special := _ACROSS.get(target)) is not None:
+            return {rank: special(self, node, env, rank) for rank in holders}
+        result = {}
+        for rank in holders:
+            here = {source: env[source][rank] for source in node.all_input_nodes}
+            args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
+            args, kwargs = tree_map_only(torch.dtype, lambda dtype: _WIDE.get(dtype, dtype), (args, kwargs))
+            result[rank] = target(*args, **kwargs)
+        return result
+
+    # What ranks do together
+
+    def _transfer(self, node: fx.Node, env: Env, rank: int) -> Tensor:
+        source, stage = node.args[0], node.args[1]
+        return env[source][self.mesh.group(rank, "pp")[stage]]  # type: ignore[index,no-any-return]
+
+    def _stage_sum(self, node: fx.Node, env: Env, rank: int) -> Tensor:
+        group = self.mesh.group(rank, "pp")
+        parts = [env[part][group[info(part).stage or 0]] for part in node.all_input_nodes]
+        return sum(parts[1:], parts[0])  # type: ignore[no-any-return]
+
+    def _group(self, node: fx.Node, env: Env, rank: int) -> tuple[list[Tensor], int]:
+        """The values of the ranks along the node's axis, and where ``rank`` is among them."""
+        axis: Any = node.args[-1]
+        members = self.mesh.group(rank, axis)
+        return [env[node.all_input_nodes[0]][member] for member in members], members.index(rank)
+
+    def _gather(self, node: fx.Node, env: Env, rank: int) -> Tensor:
+        return torch.cat(self._group(node, env, rank)[0])
+
+    def _all_reduce(self, node: fx.Node, env: Env, rank: int) -> Tensor:
+        values, _ = self._group(node, env, rank)
+        return sum(values[1:], values[0])
+
+    def _reduce_scatter(self, node: fx.Node, env: Env, rank: int) -> Tensor:
+        values, at = self._group(node, env, rank)
+        return sum(values[1:], values[0]).chunk(len(values))[at].clone()
+
+    def _local_shard(self, node: fx.Node, env: Env, rank: int) -> Tensor:
+        values, at = self._group(node, env, rank)
+        return values[at].chunk(len(values))[at]
+
+    # Results
+
+    def _add(self, name: str, by_rank: Mapping[int, Tensor]) -> None:
+        self.results.values.setdefault(name, []).extend(by_rank.values())
+
+    def _collect(self) -> None:
+        for rank, store in self.stores.items():
+            for slot, value in store.items():
+                if slot.role is Role.BUFFER:
+                    self.results.values.setdefault(f"buffer {slot.name} @{self.mesh.dp_rank(rank)}", []).append(value)
+                    continue
+                what = f"state {{}} {slot.key}" if slot.role is Role.STATE else "param {}"
+                bucket = self.program.buckets.get(slot.name)
+                if bucket is None:
+                    self._add(what.format(slot.name), {rank: value})
+                    continue
+                for name, part in self._members(bucket, slot, rank, value):
+                    self._add(what.format(name), {rank: part})
+
+    def _members(self, bucket: Bucket, slot: Slot, rank: int, value: Tensor) -> list[tuple[str, Tensor]]:
+        """Each parameter's part of what ``rank`` and its peers keep of a bucket; a scalar is everybody's."""
+        if value.dim() == 0:
+            return [(name, value) for name, _ in bucket.members]
+        if value.numel() != bucket.numel:
+            value = torch.cat([self.stores[peer][slot] for peer in self.mesh.group(rank, bucket.axis)])
+        params = self.program.params
+        return [(name, value[at : at + params[name].numel].view(params[name].shape)) for name, at in bucket.members]
+
+
+_ACROSS: dict[Any, Callable[[_Run, fx.Node, Env, int], Tensor]] = {
+    gs.transfer.default: _Run._transfer,
+    gs.stage_broadcast.default: _Run._transfer,
+    gs.stage_sum.default: _Run._stage_sum,
+    gs.local_shard.default: _Run._local_shard,
+    c10d.all_gather_into_tensor.default: _Run._gather,
+    c10d.all_reduce.default: _Run._all_reduce,
+    c10d.reduce_scatter_tensor.default: _Run._reduce_scatter,
+    c10d.wait_tensor.default: lambda run, node, env, rank: env[node.all_input_nodes[0]][rank],
+}
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", _WIDE.get(value.dtype, value.dtype))
