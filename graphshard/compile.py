@@ -424,9 +424,7 @@ class Compiled:
     def dump(self, path: str | Path) -> None:
         """Write every pass's graph, the plan, and the code of each stage into the folder ``path``."""
         build = self._built()
-        captured = self._capture(build.mode, *build.example.arguments(), build.program.microbatches)
-        context = Context(self.mesh, build.placement)
-        program = run_passes(captured.program, self.passes, context, dump.writer(Path(path)))
+        program = run_passes(*self._before_passes(build), dump.writer(Path(path)))
         dump.write_plan(Path(path), lower(program, self._schedule(build.mode, program.microbatches)))
 
     def verify(self) -> Iterator[Pass]:
@@ -439,9 +437,13 @@ class Compiled:
             PlanError: the plan cannot run.
         """
         build = self._built()
-        captured = self._capture(build.mode, *build.example.arguments(), build.program.microbatches)
-        yield from check_passes(captured.program, self.passes, Context(self.mesh, build.placement))
+        yield from check_passes(*self._before_passes(build))
         prove(build.plan)
+
+    def _before_passes(self, build: _Build) -> tuple[Program, list[Pass], Context]:
+        """The program of ``build`` captured once more, and what to run on it to get where ``build`` is."""
+        captured = self._capture(build.mode, *build.example.arguments(), build.program.microbatches)
+        return captured.program, self.passes, Context(self.mesh, build.placement)
 
     def explain(self) -> str:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""

@@ -180,7 +180,9 @@ class ExecutionPlan:
 
     @property
     def state_keys(self) -> frozenset[str]:
-        """What the optimizer keeps of parameters, on any stage: "exp_avg", "step", …"""
+        """What the first-step epilogue makes for later steps, on any stage: "exp_avg", "step", …; empty without one."""
+        if all(stage.first_epilogue is None for stage in self.stages):
+            return frozenset()
         return frozenset(slot.key for slots in self.reads for slot in slots if slot.role is Role.STATE)
 
     def of_rank(self, rank: int) -> StagePlan:

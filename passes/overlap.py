@@ -80,11 +80,12 @@ def _start_first_then_sink(section: Section) -> None:
     for node in reversed(starts):
         if node is not (first := first_operation(section.graph)):
             first.prepend(node)
-    _sink([node for node in section.nodes() if node not in starts])
+    started = set(starts)
+    _sink([node for node in section.nodes() if node not in started])
     # What needs no wait goes behind the waits of its reader, so that an update stays in one piece.
     stored = set(section.inputs)
     for node in section.nodes():
-        if node not in starts and node.all_input_nodes and stored.issuperset(node.all_input_nodes):
+        if node not in started and node.all_input_nodes and stored.issuperset(node.all_input_nodes):
             stored.add(node)
     _sink([node for node in section.nodes() if node in stored])
 

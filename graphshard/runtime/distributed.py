@@ -96,16 +96,14 @@ class DistributedExecutor(Executor):
     def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine:
         return Machine(plan, rank, self._link, functions, self.device, self.meters.get(rank))
 
-    def _run(
-        self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: Mapping[int, bool]
-    ) -> dict[int, dict[Ref, Tensor]]:
-        agreement = _Agreement(self, loaded, first[self.rank])
+    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
+        agreement = _Agreement(self, loaded, first)
         if not loaded.steps:
             self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
             agreement.check()
         self._drain()
         machine = loaded.machines[self.rank]
-        steps = machine.step(values[self.rank], first[self.rank])
+        steps = machine.step(values[self.rank], first)
         while True:
             try:
                 handle = next(steps)

@@ -72,7 +72,7 @@ class Executor(ABC):
                     functions[stage] = compile_segments(plan.stages[stage].segments)
                 machines[rank] = self._machine(plan, rank, functions[stage])
             constants = {name: value.to(self.device) for name, value in plan.constants.items()}
-            loaded = self._loaded[id(plan)] = Loaded(plan, machines, constants)
+            loaded = self._loaded[id(plan)] = Loaded(plan, machines, constants, plan.state_keys)
         return loaded
 
     def step(
@@ -90,24 +90,25 @@ class Executor(ABC):
             NoValue: a parameter or buffer has no value.
         """
         loaded = self.load(plan)
-        first = {rank: self._is_first(plan, machine) for rank, machine in loaded.machines.items()}
+        # All ranks decide alike, also those that keep no state: the two epilogues may order collectives differently.
+        first = not loaded.state_keys <= self.state_keys
         fed = {
-            rank: self._values(loaded, rank, first[rank], batches, (seed, step), lrs) for rank in self.ranks
+            rank: self._values(loaded, rank, first, batches, (seed, step), lrs) for rank in self.ranks
         }  # before anything is taken from a store, so that a missing value leaves all as it was
-        values = {rank: fed[rank] | self._take(loaded.machines[rank], first[rank]) for rank in self.ranks}
+        values = {rank: fed[rank] | self._take(loaded.machines[rank], first) for rank in self.ranks}
         del fed
         try:
             with torch.no_grad():
                 results = self._run(loaded, values, first)
         except BaseException:
             for rank, machine in loaded.machines.items():
-                reads = machine.reads[first[rank]]
+                reads = machine.reads[first]
                 left = machine.abandon() | values[rank]
                 self.stores[rank].update((ref, value) for ref, value in left.items() if reads[ref][0].role in _STORED)
             raise
         for rank in self.ranks:
             totals = self.sent_bytes[rank]
-            for axis, count in loaded.traffic(rank, first[rank]).items():
+            for axis, count in loaded.traffic(rank, first).items():
                 totals[axis] = totals.get(axis, 0) + count
         return self._keep(loaded, results)
 
@@ -137,15 +138,8 @@ class Executor(ABC):
     def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine: ...
 
     @abstractmethod
-    def _run(
-        self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: Mapping[int, bool]
-    ) -> dict[int, dict[Ref, Tensor]]:
-        """Run all ranks here to the end; ``values`` are emptied."""
-
-    def _is_first(self, plan: ExecutionPlan, machine: Machine) -> bool:
-        """Whether the step makes optimizer state. All ranks decide alike, those that keep none included: the two
-        epilogues may issue their collectives in different orders."""
-        return machine.has_first and not plan.state_keys <= self.state_keys
+    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
+        """Run all ranks here to the end; ``values`` are emptied. ``first``: there is no optimizer state yet."""
 
     def _values(
         self,
@@ -203,8 +197,7 @@ class Executor(ABC):
             at = outputs.setdefault(self.mesh.dp_rank(rank), {})
             outputs[self.mesh.dp_rank(rank)] = mine | at  # several stages may have it: the first one's counts
         loaded.steps += 1
-        if any(machine.has_first for machine in loaded.machines.values()):
-            self.state_keys |= loaded.plan.state_keys
+        self.state_keys |= loaded.state_keys
         return StepResult(loss, outputs)
 
 
@@ -218,6 +211,7 @@ class Loaded:
     plan: ExecutionPlan
     machines: dict[int, Machine]
     constants: dict[str, Tensor]
+    state_keys: frozenset[str]  # the optimizer state that its first-step epilogue makes; empty without one
     steps: int = 0  # how often it ran
     _traffic: dict[tuple[int, bool], dict[str, int]] = field(default_factory=dict)
 

@@ -52,12 +52,10 @@ class LocalExecutor(Executor):
         link = _Link(self._network, plan.mesh, rank)
         return Machine(plan, rank, link, functions, self.device, self.meters.get(rank))
 
-    def _run(
-        self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: Mapping[int, bool]
-    ) -> dict[int, dict[Ref, Tensor]]:
+    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
         self._network.reset()
         ranks = {
-            rank: _Running(machine.step(values[rank], first[rank], preempt=self._random is not None))
+            rank: _Running(machine.step(values[rank], first, preempt=self._random is not None))
             for rank, machine in loaded.machines.items()
         }
         turns = deque(ranks)

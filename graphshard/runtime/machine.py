@@ -89,7 +89,6 @@ class Machine:
         self.meter = meter
         stage_plan = plan.of_rank(rank)
         self.stage = plan.mesh.coordinates(rank)["pp"]
-        self.has_first = stage_plan.first_epilogue is not None
         self.update_begins = len(stage_plan.prologue) + len(stage_plan.body)
         self._instructions = {first: stage_plan.step(first) for first in (False, True)}
         self._environment: Environment = []

@@ -15,57 +15,8 @@ from graphshard.execution import ExecutionPlan, Op, read_refs, result_refs
 from graphshard.pipeline import parse_passes, run_passes
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
+from two_layers import two_layers
 
-TWO_STAGES = """graphshard 1
-mesh pp=2 dp=2
-microbatches {microbatches}
-param "a.w" : f32[4,4] group=0
-param "b.w" : f32[4,4] group=0
-
-graph prologue {{
-  %zero = aten.full.default([], 0.0)
-  %za = aten.full.default([4, 4], 0.0)
-  %zb = aten.full.default([4, 4], 0.0)
-  return carry "loss" %zero, carry "grad:a.w" %za, carry "grad:b.w" %zb
-}}
-
-graph body {{
-  %a : f32[4,4] = param "a.w"
-  %b : f32[4,4] = param "b.w"
-  %x : f32[2,4] = batch 0
-  %loss : f32[] = carry "loss"
-  %ca : f32[4,4] = carry "grad:a.w"
-  %cb : f32[4,4] = carry "grad:b.w"
-  %h = aten.mm.default(%x, %a) {{module=a}}
-  %y = aten.mm.default(%h, %b) {{module=b}}
-  %l = aten.mean.default(%y) {{module=b}}
-  %loss1 = aten.add.Tensor(%loss, %l)
-  %gy = aten.full.default([2, 4], 0.125) {{phase=backward, module=b, forward=l}}
-  %ht = aten.t.default(%h) {{phase=backward, module=b, forward=y}}
-  %gb = aten.mm.default(%ht, %gy) {{phase=backward, module=b, forward=y}}
-  %cb1 = aten.add.Tensor(%cb, %gb) {{phase=backward}}
-  %bt = aten.t.default(%b) {{phase=backward, module=b, forward=y}}
-  %gh = aten.mm.default(%gy, %bt) {{phase=backward, module=b, forward=y}}
-  %xt = aten.t.default(%x) {{phase=backward, module=a, forward=h}}
-  %ga = aten.mm.default(%xt, %gh) {{phase=backward, module=a, forward=h}}
-  %ca1 = aten.add.Tensor(%ca, %ga) {{phase=backward}}
-  return carry "loss" %loss1, carry "grad:a.w" %ca1, carry "grad:b.w" %cb1
-}}
-
-graph epilogue {{
-  %loss : f32[] = carry "loss"
-  %ga : f32[4,4] = carry "grad:a.w"
-  %gb : f32[4,4] = carry "grad:b.w"
-  %a : f32[4,4] = param "a.w"
-  %b : f32[4,4] = param "b.w"
-  %mean = aten.mul.Tensor(%loss, 0.5)
-  %da = aten.mul.Tensor(%ga, 0.05)
-  %a1 = aten.sub.Tensor(%a, %da)
-  %db = aten.mul.Tensor(%gb, 0.05)
-  %b1 = aten.sub.Tensor(%b, %db)
-  return loss "loss" %mean, param "a.w" %a1, param "b.w" %b1
-}}
-"""
 ZERO3 = "pipeline-cut:stages=b;zero:stage=3;bucket;hoist;overlap"
 ALL = [
     (passes, schedule, microbatches)
@@ -81,7 +32,7 @@ ALL = [
 
 @cache
 def plan_of(passes: str = ZERO3, schedule: str = "1f1b", microbatches: int = 2) -> ExecutionPlan:
-    program = text.parse(TWO_STAGES.format(microbatches=microbatches))
+    program = text.parse(two_layers(microbatches=microbatches))
     return lower(run_passes(program, parse_passes(passes)), make(schedule, 2, microbatches))
 
 
@@ -173,8 +124,7 @@ def test_a_backward_sends_before_it_makes_weight_gradients() -> None:
 
 def test_a_segment_ends_where_the_epilogue_reduces() -> None:
     """Two gradients of one stage: the first is on its way while the second is made."""
-    one_stage = TWO_STAGES.format(microbatches=2).replace("pp=2 ", "")
-    program = run_passes(text.parse(one_stage), parse_passes("zero:stage=0;overlap"))
+    program = run_passes(text.parse(two_layers("dp=2")), parse_passes("zero:stage=0;overlap"))
     (stage,) = lower(program, make("1f1b", 1, 2)).stages
     last = [ins for ins in stage.body if ins.action == "B0.1"]
     kept = [f"{ins.op} {ins.inputs[0] if ins.op is Op.REDUCE else ''}" for ins in last if ins.op in (Op.RUN, Op.REDUCE)]

@@ -7,8 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+from graphshard.errors import GraphshardError
+
+Plan = TypeVar("Plan")
 
 HERE = Path(__file__).resolve().parent
 
@@ -44,3 +49,13 @@ def launch(script: str, world_size: int, *arguments: str, timeout_s: float = 120
         for process in processes:
             process.kill()
     return results
+
+
+def report(scenario: Callable[[Plan], Mapping[str, Any]], plan: Plan) -> NoReturn:
+    """Run ``scenario`` in a rank, print what it found, or the user's error it met, for :func:`launch`, and end."""
+    try:
+        result = scenario(plan)
+    except GraphshardError as error:
+        result = {"error": type(error).__name__, "message": str(error)}
+    print(json.dumps(result), flush=True)
+    os._exit(0)  # peers may be gone: leaving the process group in order would wait for them

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 
 import torch
 
 import handmade
-from graphshard.errors import GraphshardError
+from distributed.processes import report
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.runtime.distributed import DistributedExecutor
@@ -93,12 +92,7 @@ def main() -> None:
     torch.set_num_threads(1)
     scenarios = {"together": lambda plan: train(plan) | communicate(plan), "mismatch": mismatch, "late": late}
     plan = handmade.two_stages(int(os.environ["WORLD_SIZE"]) // 2)
-    try:
-        result = scenarios[sys.argv[1]](plan)
-    except GraphshardError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    print(json.dumps(result), flush=True)
-    os._exit(0)  # peers may be gone: leaving the process group in order would wait for them
+    report(scenarios[sys.argv[1]], plan)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 import sys
 from typing import Any
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphshard
+from distributed.processes import report
 from graphshard.errors import GraphshardError
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -128,12 +128,7 @@ def mismatch(plan: str) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     scenario, plan = sys.argv[1:]
-    try:
-        result = {"train": train, "meta": meta, "mismatch": mismatch}[scenario](plan)
-    except GraphshardError as error:
-        result = {"error": type(error).__name__, "message": str(error)}
-    print(json.dumps(result), flush=True)
-    os._exit(0)  # peers may be gone: leaving the process group in order would wait for them
+    report({"train": train, "meta": meta, "mismatch": mismatch}[scenario], plan)
 
 
 if __name__ == "__main__":

@@ -16,61 +16,11 @@ from graphshard.errors import NotEquivalent
 from graphshard.pipeline import Context, Pass, parse_passes
 from graphshard.program import Program
 from graphshard.rewrite import copied, list_arg
+from two_layers import two_layers
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
-
-MODEL = """graphshard 1
-mesh pp=2 dp=2
-microbatches 2
-param "a.w" : f32[4,4] group=0
-param "b.w" : f32[4,4] group=0
-
-graph prologue {
-  %zero = aten.full.default([], 0.0)
-  %za = aten.full.default([4, 4], 0.0)
-  %zb = aten.full.default([4, 4], 0.0)
-  return carry "loss" %zero, carry "grad:a.w" %za, carry "grad:b.w" %zb
-}
-
-graph body {
-  %a : f32[4,4] = param "a.w"
-  %b : f32[4,4] = param "b.w"
-  %x : f32[2,4] = batch 0
-  %loss : f32[] = carry "loss"
-  %ca : f32[4,4] = carry "grad:a.w"
-  %cb : f32[4,4] = carry "grad:b.w"
-  %h = aten.mm.default(%x, %a) {module=a}
-  %y = aten.mm.default(%h, %b) {module=b}
-  %l = aten.mean.default(%y) {module=b}
-  %loss1 = aten.add.Tensor(%loss, %l)
-  %gy = aten.full.default([2, 4], 0.125) {phase=backward, module=b, forward=l}
-  %ht = aten.t.default(%h) {phase=backward, module=b, forward=y}
-  %gb = aten.mm.default(%ht, %gy) {phase=backward, module=b, forward=y}
-  %cb1 = aten.add.Tensor(%cb, %gb) {phase=backward}
-  %bt = aten.t.default(%b) {phase=backward, module=b, forward=y}
-  %gh = aten.mm.default(%gy, %bt) {phase=backward, module=b, forward=y}
-  %xt = aten.t.default(%x) {phase=backward, module=a, forward=h}
-  %ga = aten.mm.default(%xt, %gh) {phase=backward, module=a, forward=h}
-  %ca1 = aten.add.Tensor(%ca, %ga) {phase=backward}
-  return carry "loss" %loss1, carry "grad:a.w" %ca1, carry "grad:b.w" %cb1
-}
-
-graph epilogue {
-  %loss : f32[] = carry "loss"
-  %ga : f32[4,4] = carry "grad:a.w"
-  %gb : f32[4,4] = carry "grad:b.w"
-  %a : f32[4,4] = param "a.w"
-  %b : f32[4,4] = param "b.w"
-  %mean = aten.mul.Tensor(%loss, 0.5)
-  %da = aten.mul.Tensor(%ga, 0.05)
-  %a1 = aten.sub.Tensor(%a, %da)
-  %db = aten.mul.Tensor(%gb, 0.05)
-  %b1 = aten.sub.Tensor(%b, %db)
-  return loss "loss" %mean, param "a.w" %a1, param "b.w" %b1
-}
-"""
 
 
 @pytest.mark.parametrize("microbatches", [1, 2])
@@ -80,7 +30,7 @@ graph epilogue {
     ["zero:stage=0;bucket", "zero:stage=1;bucket", "zero:stage=2;bucket", "zero:stage=3;bucket;hoist:budget_gb=1"],
 )
 def test_every_pass_keeps_the_meaning(passes: str, stages: int, microbatches: int) -> None:
-    program = text.parse(MODEL.replace("pp=2 ", "" if stages == 1 else "pp=2 ").replace("es 2", f"es {microbatches}"))
+    program = text.parse(two_layers("dp=2" if stages == 1 else "pp=2 dp=2", microbatches))
     listed = parse_passes(f"normalize;pipeline-cut;{passes};overlap")
     assert list(check_passes(program, listed, Context(program.mesh))) == listed
 
@@ -207,7 +157,7 @@ def test_a_fault_is_found_and_its_pass_named(name: str) -> None:
     option, fault = FAULTS[name]
     pass_name = option.partition(":")[0]
     mesh = "pp=2 dp=2" if pass_name == "pipeline-cut" else "dp=2"
-    program = text.parse(MODEL.replace("pp=2 dp=2", mesh))
+    program = text.parse(two_layers(mesh))
     good = parse_passes("normalize;pipeline-cut")
     before = (
         good[: [item.name for item in good].index(pass_name)] if pass_name in ("normalize", "pipeline-cut") else good
@@ -221,7 +171,7 @@ def test_a_fault_is_found_and_its_pass_named(name: str) -> None:
 
 
 def test_the_first_node_that_differs_is_named() -> None:
-    program = text.parse(MODEL.replace("pp=2 dp=2", "dp=2"))
+    program = text.parse(two_layers("dp=2"))
     broken = copied(program)
     changed(
         next(n for n in broken.body.nodes() if n.name == "gh"), 0, next(n for n in broken.body.nodes() if n.name == "y")
@@ -231,9 +181,9 @@ def test_the_first_node_that_differs_is_named() -> None:
 
 
 def test_exact_means_every_bit() -> None:
-    program = text.parse(MODEL.replace("pp=2 dp=2", "dp=2"))
+    program = text.parse(two_layers("dp=2"))
     other = text.parse(
-        MODEL.replace("pp=2 dp=2", "dp=2")
+        two_layers("dp=2")
         .replace(
             "%da = aten.mul.Tensor(%ga, 0.05)", "%da0 = aten.mul.Tensor(%ga, 0.1)\n  %da = aten.mul.Tensor(%da0, 0.5)"
         )
