@@ -1,4 +1,4 @@
-"""One rank of a plan over torch.distributed: gloo between CPUs, NCCL between GPUs."""
+"""One rank of a plan over torch.distributed: NCCL between GPUs; gloo between CPUs, shared memory within a machine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from graphshard.mesh import Mesh
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.groups import join_world, make_groups, ranks_by
-from graphshard.runtime.machine import Handle, Machine
+from graphshard.runtime.machine import Communicator, Handle, Machine
+from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.segments import SegmentFunction
+from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
 _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
 
@@ -29,7 +31,8 @@ class DistributedExecutor(Executor):
     """This process is one rank of ``mesh``.
 
     Args:
-        device: "cpu" for gloo, "cuda" for NCCL on the GPU that LOCAL_RANK names.
+        device: "cpu": ranks of one machine exchange through shared memory, unless GRAPHSHARD_SHARED_MEMORY=0 is in the
+            environment of one of them, and others over gloo. "cuda": NCCL, on the GPU that LOCAL_RANK names.
         timeout_s: a rank that waits longer in one instruction raises WaitTimeout. On GPUs the host learns of it at the
             beginning of the next step but one.
 
@@ -58,12 +61,19 @@ class DistributedExecutor(Executor):
         self._groups = make_groups(mesh, device, timeout_s)
         self.rank = dist.get_rank()
         super().__init__(mesh, (self.rank,), device, measure_memory)
-        self._link = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
+        self._link: Communicator = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
+        self._neighbours: Neighbours | None = None
+        if device.type == "cpu":
+            self._neighbours = Neighbours(self._groups.control, timeout_s)
+            self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
         self._fingerprints: dict[int, tuple[int, int]] = {}
         self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
 
     def close(self) -> None:
         """Leave the process group."""
+        if self._neighbours is not None:
+            self._neighbours.close()
+            self._neighbours = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -117,9 +127,10 @@ class DistributedExecutor(Executor):
                     raise
                 agreement.explain()
                 raise PeerFailed(self.rank, loaded.instruction_of(self.rank), "its peer", _line(error)) from error
-            assert isinstance(handle, Works)
+            assert handle is not None, "a machine that is not preempted stops only where it must wait"
             self._complete(handle, lambda: loaded.instruction_of(self.rank), agreement)
             if self.device.type == "cuda":
+                assert isinstance(handle, Works)
                 self._running.append((handle, loaded.instruction_of(self.rank)))
 
     def _complete(self, handle: Handle, what: str | Callable[[], str], agreement: _Agreement | None = None) -> None:

@@ -1,0 +1,286 @@
+"""Ranks on one machine: a value is copied once into shared memory, and a note over a Unix socket says where it lies.
+
+The reader uses it there and answers with a note, so that its owner can write the next value into the same block. Blocks
+and sockets have no names in the file system: nothing stays behind, however a process ends; and a peer that ends is
+known at once, because its sockets close. Everything happens on the calling thread. Only ``wait_for`` blocks: a note
+that a full socket does not take stays here until it does.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_NOTE = struct.Struct("<BIIQ")  # kind, channel, block, bytes
+_CREDENTIALS = struct.Struct("3i")  # process, user, group of the other end; see unix(7), SO_PEERCRED
+_WASTE = 2  # a free block is used for a value when it is at most so many times as large
+_SWITCH = "GRAPHSHARD_SHARED_MEMORY"  # "0" in the environment: this rank has no neighbours
+_NAMESPACES = ("pid", "net")  # processes that share these reach each other's sockets and see the same process ids
+
+
+class PeerGone(RuntimeError):
+    """The other process has ended or closed its end."""
+
+
+class TookTooLong(RuntimeError):
+    """Nothing came within the time that was given."""
+
+
+class _Kind(IntEnum):
+    BLOCK = 0  # here is a new block: the note carries its file descriptor
+    VALUE = 1  # a value lies in this block
+    READ = 2  # I have read it
+
+
+@dataclass
+class Arrival:
+    """A value that a peer puts into its shared memory; ``value`` is its bytes there, once it has come."""
+
+    peer: int
+    value: Tensor | None = None
+    block: int = -1
+
+
+@dataclass
+class _Block:
+    number: int
+    memory: Tensor  # uint8
+    readers: int = 0
+
+
+@dataclass
+class _Peer:
+    """The other end of one socket."""
+
+    link: socket.socket
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    expected: dict[int, deque[Arrival]] = field(default_factory=dict)  # by channel: asked for and not here
+    early: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)  # here and not asked for: (block, bytes)
+    unsent: deque[tuple[bytes, int | None]] = field(default_factory=deque)
+    gone: bool = False
+
+
+class Neighbours:
+    """This rank's connections to the other ranks of its machine.
+
+    On each channel between two ranks, the k-th value that one puts in is the k-th that the other expects.
+
+    Args:
+        control: a group of all ranks; every rank must make its Neighbours at the same point.
+        timeout_s: how long to wait for the others to connect.
+
+    Raises:
+        TookTooLong: another rank did not connect.
+    """
+
+    def __init__(self, control: dist.ProcessGroup, timeout_s: float) -> None:
+        rank, world_size = dist.get_rank(control), dist.get_world_size(control)
+        self._peers: dict[int, _Peer] = {}
+        self._by_descriptor: dict[int, int] = {}
+        self._poll = select.poll()
+        self._blocks: list[_Block] = []
+        self._free: list[_Block] = []
+        place = _place()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            address = ""
+            if place:
+                address = f"\0graphshard-{secrets.token_hex(16)}"  # the kernel's own name space, not the file system's
+                listener.bind(address)
+                listener.listen(world_size)
+            given: list[tuple[str, str, int]] = [("", "", 0)] * world_size
+            dist.all_gather_object(given, (place, address, os.getpid()), group=control)
+            here = [other for other in range(world_size) if place and given[other][0] == place and other != rank]
+            listener.settimeout(timeout_s)
+            for other in (other for other in here if other < rank):
+                link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                link.connect(given[other][1])
+                self._add(other, link)
+            rank_of = {given[other][2]: other for other in here if other > rank}
+            while rank_of:
+                try:
+                    link, _ = listener.accept()
+                except TimeoutError as error:
+                    raise TookTooLong(f"ranks {sorted(rank_of.values())} did not connect") from error
+                process, user, _ = _CREDENTIALS.unpack(
+                    link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+                )
+                if user != os.getuid() or process not in rank_of:
+                    link.close()  # a stranger
+                    continue
+                self._add(rank_of.pop(process), link)
+        self.ranks = frozenset(self._peers)
+
+    def put(self, peers: Sequence[int], channel: int, value: Tensor) -> None:
+        """Give ``peers`` a contiguous ``value``; it may be changed as soon as this returns.
+
+        Raises:
+            PeerGone: one of them has ended.
+            OSError: the machine has no memory left for it.
+        """
+        self.listen()
+        for peer in peers:
+            if self._peers[peer].gone:
+                raise PeerGone(f"rank {peer} has ended")
+        block = self._block(value.nbytes)
+        block.memory[: value.nbytes].view(value.dtype).copy_(value.view(-1))
+        block.readers = len(peers)
+        note = _NOTE.pack(_Kind.VALUE, channel, block.number, value.nbytes)
+        for peer in peers:
+            self._send(self._peers[peer], note)
+
+    def expect(self, peer: int, channel: int) -> Arrival:
+        """The next value that ``peer`` puts in on ``channel`` and that was not expected before."""
+        state, arrival = self._peers[peer], Arrival(peer)
+        if early := state.early.get(channel):
+            _fill(state, arrival, *early.popleft())
+        else:
+            state.expected.setdefault(channel, deque()).append(arrival)
+        return arrival
+
+    def wait_for(self, peers: Sequence[int], deadline: float) -> None:
+        """Take in what has come; before ``deadline`` (of time.monotonic) there is something.
+
+        Raises:
+            PeerGone: one of ``peers`` has ended, and all that it had sent was taken in before.
+            TookTooLong: nothing came.
+        """
+        for peer in peers:
+            if self._peers[peer].gone:
+                raise PeerGone(f"rank {peer} has ended")
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TookTooLong(f"nothing from ranks {sorted(peers)} in time")
+        self.listen(left)
+
+    def release(self, arrival: Arrival) -> None:
+        """The value has been read: its owner may use the memory again."""
+        assert arrival.value is not None
+        arrival.value = None
+        self._send(self._peers[arrival.peer], _NOTE.pack(_Kind.READ, 0, arrival.block, 0))
+
+    def listen(self, wait_s: float = 0.0) -> None:
+        """Take in what has come; wait up to ``wait_s`` until something does."""
+        for descriptor, events in self._poll.poll(wait_s * 1000):
+            peer = self._peers[self._by_descriptor[descriptor]]
+            if events & select.POLLOUT:
+                self._flush(peer)
+            if events & ~select.POLLOUT:
+                self._receive(peer)
+
+    def close(self) -> None:
+        """Disconnect. What was put in can still be read."""
+        for peer in self._peers.values():
+            peer.link.setblocking(True)
+            self._flush(peer)
+            peer.link.close()
+
+    def _add(self, rank: int, link: socket.socket) -> None:
+        link.setblocking(False)
+        self._peers[rank] = _Peer(link)
+        self._by_descriptor[link.fileno()] = rank
+        self._poll.register(link, select.POLLIN)
+
+    def _block(self, size: int) -> _Block:
+        """A free block of at least ``size`` bytes, the smallest that there is, or a new one."""
+        fits = [block for block in self._free if size <= block.memory.numel() <= _WASTE * max(size, mmap.PAGESIZE)]
+        if fits:
+            best = min(fits, key=lambda block: block.memory.numel())
+            self._free.remove(best)
+            return best
+        size = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
+        descriptor = os.memfd_create("graphshard")
+        try:
+            os.posix_fallocate(descriptor, 0, size)  # an error here, not a signal at the first write
+            block = _Block(len(self._blocks), _map(descriptor, size))
+            note = _NOTE.pack(_Kind.BLOCK, 0, block.number, size)
+            for peer in self._peers.values():
+                self._send(peer, note, descriptor)
+        finally:
+            os.close(descriptor)
+        self._blocks.append(block)
+        return block
+
+    def _send(self, peer: _Peer, note: bytes, descriptor: int | None = None) -> None:
+        peer.unsent.append((note, None if descriptor is None else os.dup(descriptor)))
+        self._flush(peer)
+
+    def _flush(self, peer: _Peer) -> None:
+        was_behind = len(peer.unsent) > 1
+        while peer.unsent:
+            note, descriptor = peer.unsent[0]
+            try:
+                if descriptor is None:
+                    peer.link.send(note)
+                else:
+                    socket.send_fds(peer.link, [note], [descriptor])
+            except BlockingIOError:
+                self._poll.modify(peer.link, select.POLLIN | select.POLLOUT)
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # it has ended: _receive notices, after what it had sent
+            if descriptor is not None:
+                os.close(descriptor)
+            peer.unsent.popleft()
+        if was_behind and not peer.gone:
+            self._poll.modify(peer.link, select.POLLIN)
+
+    def _receive(self, peer: _Peer) -> None:
+        while True:
+            try:
+                note, descriptors, _, _ = socket.recv_fds(peer.link, _NOTE.size, 1)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                continue  # it ended before it had read everything; what it had sent is still there
+            if not note:
+                peer.gone = True
+                self._poll.unregister(peer.link)
+                return
+            kind, channel, number, size = _NOTE.unpack(note)
+            if kind == _Kind.BLOCK:
+                peer.blocks[number] = _map(descriptors[0], size)
+                os.close(descriptors[0])
+            elif kind == _Kind.READ:
+                block = self._blocks[number]
+                block.readers -= 1
+                if not block.readers:
+                    self._free.append(block)
+            elif expected := peer.expected.get(channel):
+                _fill(peer, expected.popleft(), number, size)
+            else:
+                peer.early.setdefault(channel, deque()).append((number, size))
+
+
+def _fill(peer: _Peer, arrival: Arrival, block: int, size: int) -> None:
+    arrival.block = block
+    arrival.value = peer.blocks[block][:size]
+
+
+def _map(descriptor: int, size: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+
+
+def _place() -> str:
+    """What ranks that can share memory have in common; "" where this one cannot share any, or is not to."""
+    if os.environ.get(_SWITCH) == "0":
+        return ""
+    try:
+        os.close(os.memfd_create("graphshard"))
+        machine = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return " ".join([machine, *(str(Path("/proc/self/ns", name).readlink()) for name in _NAMESPACES)])
+    except (AttributeError, OSError):
+        return ""
