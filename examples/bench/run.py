@@ -1,7 +1,8 @@
 """Speed, side by side: graphshard against eager, DDP, FSDP2 and torch.distributed.pipelining on local CPU processes.
 
 Every row runs in processes of its own, one thread each; the rows of a group take turns, forth and back, so that
-whatever drifts on the machine touches all of them. A step during which others used the processors is left out.
+whatever drifts on the machine touches all of them. A step is left out if others used the processors meanwhile, or if a
+small probe beside it found them slower than at their fastest, as they are when another guest of the host is busy.
 
     python examples/bench/run.py --only zero3 --steps 4 --rounds 2
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import signal
@@ -19,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     runs, failures = _run_all(options, console)
     reference = runs["eager"][0]["losses"] if "eager" in runs else []
-    rows = [summarize(name, runs[name], reference, sizes, parameters, options.foreign) for name in ROWS if name in runs]
+    limits = Limits(options.foreign, options.slow, fastest_probes(runs))
+    rows = [summarize(name, runs[name], reference, sizes, parameters, limits) for name in ROWS if name in runs]
     comparisons = [compare(c, rows) for group in options.only for c in GROUPS[group]]
     console.print(row_table(rows))
     console.print(comparison_table([c for c in comparisons if c is not None]))
@@ -65,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "sizes": dataclasses.asdict(sizes),
         "parameters": parameters,
         "machine": _machine(),
-        "options": {name: getattr(options, name) for name in ("steps", "rounds", "warmup", "foreign")},
+        "options": {name: getattr(options, name) for name in ("steps", "rounds", "warmup", "foreign", "slow")},
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.output, json.dumps(result, indent=2) + "\n")
@@ -81,6 +85,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     foreign = "leave out steps with more foreign CPU time than this part of all cores'"
     parser.add_argument("--foreign", type=float, default=0.03, help=foreign)
+    slow = "leave out steps beside which a probe of the processors' speed took this part longer than the fastest"
+    parser.add_argument("--slow", type=float, default=0.25, help=slow)
     parser.add_argument("--sizes", type=json.loads, default={}, help='JSON of other sizes, such as {"layers": 2}')
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one run")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
@@ -163,14 +169,42 @@ def _last_error(said: str) -> str:
     return next(errors, lines[-1])
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Which steps count; ``probes`` is the fastest probe by number of ranks."""
+
+    foreign: float
+    slow: float
+    probes: Mapping[int, float]
+
+    def quiet(self, step: Mapping[str, float], ranks: int) -> bool:
+        """Whether nothing else took the processors, or slowed them down, while ``step`` ran."""
+        cores = os.cpu_count() or 1
+        alone = step["foreign_cpu_seconds"] <= self.foreign * cores * step["seconds"]
+        return alone and step["probe_seconds"] <= (1 + self.slow) * self.probes[ranks]
+
+
+def fastest_probes(runs: Runs) -> dict[int, float]:
+    """The fastest probe of all runs with the same number of ranks."""
+    found: dict[int, float] = {}
+    for name, measured in runs.items():
+        probes = [step["probe_seconds"] for run in measured for step in run["steps"]]
+        found[ROWS[name].world] = min([*probes, found.get(ROWS[name].world, math.inf)])
+    return found
+
+
 def summarize(
-    name: str, runs: Sequence[dict[str, Any]], reference: Sequence[float], sizes: Sizes, parameters: int, foreign: float
+    name: str,
+    runs: Sequence[dict[str, Any]],
+    reference: Sequence[float],
+    sizes: Sizes,
+    parameters: int,
+    limits: Limits,
 ) -> dict[str, Any]:
     """A row of the result, from all its runs. ``disturbed``: every step was, and all are counted."""
     row = ROWS[name]
     steps = [step for run in runs for step in run["steps"]]
-    cores = os.cpu_count() or 1
-    quiet = [s for s in steps if s["foreign_cpu_seconds"] <= foreign * cores * s["seconds"]]
+    quiet = [step for step in steps if limits.quiet(step, row.world)]
     kept = quiet or steps
     report = runs[-1]["report"]
     m = sizes.microbatches(row.dp)

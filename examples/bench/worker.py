@@ -9,13 +9,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from model import Sizes
 from rows import ROWS
+
+Number = TypeVar("Number", int, float)
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -45,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
     """Per step: seconds, foreign CPU seconds, bytes on the loopback device, loss; and what the run took in memory.
 
-    A step is timed between two barriers, so it is the slowest rank's.
+    A step is timed between two barriers, so it is the slowest rank's. ``probe_seconds`` is what the same small piece of
+    work took the slowest rank right before or right after it: other machines on the same host slow the processors down
+    without a trace in this one's counters.
     """
     begin = time.perf_counter()
     runner = ROWS[name].start(sizes, ROWS[name].dp)
@@ -55,12 +59,15 @@ def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
     _reset_peak_rss()
     processes = _gather(os.getpid())
     taken: list[dict[str, float]] = []
+    probes = [_probe_seconds()]
     for index in range(warmup, warmup + steps):
         _barrier()
         before = _Clock.read(processes)
         losses.append(runner.step(index))
         _barrier()
         taken.append(_Clock.read(processes).since(before))
+        probes.append(_probe_seconds())
+        taken[-1]["probe_seconds"] = max(probes[-2:])
     return {
         "row": name,
         "world": len(processes),
@@ -97,6 +104,20 @@ class _Clock:
         }
 
 
+def _probe_seconds() -> float:
+    """CPU seconds for a matrix product and a copy, the best of a few, on the slowest rank while all do the same."""
+    left, right, target = torch.ones(512, 2048), torch.ones(2048, 512), torch.empty(4, 512, 2048)
+    source = torch.ones_like(target)
+    _barrier()
+    times = []
+    for _ in range(3):
+        begin = time.thread_time()
+        torch.mm(left, right)
+        target.copy_(source)
+        times.append(time.thread_time() - begin)
+    return max(_gather(min(times)))
+
+
 def _busy_seconds() -> float:
     # user nice system idle iowait irq softirq steal: what is left without idle and iowait was used or taken away.
     fields = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -127,10 +148,10 @@ def _barrier() -> None:
         dist.barrier()
 
 
-def _gather(value: int) -> list[int]:
+def _gather(value: Number) -> list[Number]:
     if not dist.is_initialized():
         return [value]
-    values: list[int] = [0] * dist.get_world_size()
+    values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

@@ -11,14 +11,18 @@ import torch
 
 from model import Sizes, batch_of, cut_points, make_part
 from rows import GROUPS, ROWS, rows_of
-from run import compare, summarize
+from run import Limits, compare, fastest_probes, summarize
 
 SIZES = Sizes(layers=3, width=16, heads=2, vocabulary=32, sequence=8, batch=8, microbatch=2)
 PARAMETERS = 1000
 
 
-def step(seconds: float, foreign: float) -> dict[str, float]:
-    return {"seconds": seconds, "foreign_cpu_seconds": foreign, "own_cpu_seconds": seconds, "loopback_bytes": 10}
+LIMITS = Limits(foreign=0.03, slow=0.25, probes={2: 0.1})
+
+
+def step(seconds: float, foreign: float, probe: float = 0.1) -> dict[str, float]:
+    cpu = {"foreign_cpu_seconds": foreign, "own_cpu_seconds": seconds, "probe_seconds": probe}
+    return {"seconds": seconds, "loopback_bytes": 10, **cpu}
 
 
 def measured(*steps: dict[str, float], losses: list[float]) -> dict[str, Any]:
@@ -28,16 +32,27 @@ def measured(*steps: dict[str, float], losses: list[float]) -> dict[str, Any]:
 
 def test_disturbed_steps_are_left_out() -> None:
     cores = os.cpu_count() or 1
-    runs = [measured(step(1.0, 0.0), step(9.0, 9.0 * cores), step(3.0, 0.01), losses=[1.0, 1.5])]
-    row = summarize("FSDP2", runs, [1.0, 1.25], SIZES, PARAMETERS, foreign=0.03)
+    runs = [
+        measured(step(1.0, 0.0), step(9.0, 9.0 * cores), step(8.0, 0.0, 0.13), step(3.0, 0.01, 0.12), losses=[1.0, 1.5])
+    ]
+    row = summarize("FSDP2", runs, [1.0, 1.25], SIZES, PARAMETERS, LIMITS)
     assert (row["seconds"], row["steps_kept"], row["disturbed"]) == (2.0, 2, False)
     assert (row["loss_difference"], row["peak_rss_bytes"]) == (0.25, 7)
 
 
 def test_a_row_without_quiet_steps_counts_all_and_says_so() -> None:
     runs = [measured(step(2.0, 1e6), step(4.0, 1e6), losses=[1.0])]
-    row = summarize("DDP", runs, [], SIZES, PARAMETERS, foreign=0.03)
+    row = summarize("DDP", runs, [], SIZES, PARAMETERS, LIMITS)
     assert (row["seconds"], row["disturbed"], row["loss_difference"]) == (3.0, True, None)
+
+
+def test_probes_are_compared_among_rows_with_as_many_ranks() -> None:
+    one = [measured(step(1.0, 0.0), losses=[])]
+    two = [measured(step(1.0, 0.0, 0.3), step(1.0, 0.0, 0.2), losses=[])]
+    assert fastest_probes({"eager": one, "DDP": two, "FSDP2": two}) == {
+        1: 0.1,
+        2: 0.2,
+    }
 
 
 def test_the_faster_peer_is_compared() -> None:
