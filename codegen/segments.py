@@ -25,6 +25,9 @@ aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
 
+LARGE_PRODUCT = 2**26
+"""Multiply-adds from which on it matters which library computes a matrix product."""
+
 
 @dataclass
 class Code:
@@ -244,6 +247,8 @@ class _Emitter:
         arguments = [self._expression(a) for a in node.args]
         arguments += [f"{k}={self._expression(v)}" for k, v in node.kwargs.items() if k != "pin_memory"]
         assert isinstance(node.target, torch._ops.OpOverload)
+        if _is_large_product(node):
+            return f"products.{node.target._schema.name.removeprefix('aten::')}({', '.join(arguments)})"
         return f"torch.ops.{node.target}({', '.join(arguments)})"
 
     def _start(self, destination: _Destination) -> None:
@@ -272,7 +277,9 @@ class _Emitter:
         self._start(destination)
         view = self._view(destination, node, offset)
         left, right = (self._expression(a) for a in node.args)
-        if destination.overwrite:
+        if _is_large_product(node):
+            self._line(f"products.{'mm_into' if destination.overwrite else 'add_mm'}({view}, {left}, {right})")
+        elif destination.overwrite:
             self._line(f"torch.mm({left}, {right}, out={view})")
         else:
             self._line(f"{view}.addmm_({left}, {right})")
@@ -309,6 +316,16 @@ class _Emitter:
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
         return repr(value)
+
+
+def _is_large_product(node: fx.Node) -> bool:
+    """Whether the runtime chooses the library that computes ``node``; see products.py."""
+    if node.target not in (aten.mm.default, aten.addmm.default) or val(node).dtype is not torch.float32:
+        return False
+    *bias, left, _ = (val(source) for source in node.args)  # type: ignore[arg-type]
+    if bias and (node.kwargs or bias[0].shape != val(node).shape[1:]):
+        return False
+    return bool(val(node).numel() * left.shape[1] >= LARGE_PRODUCT)
 
 
 def resolve(node: fx.Node) -> fx.Node:

@@ -10,6 +10,7 @@ import torch
 
 import graphshard.ops  # noqa: F401  (segments call torch.ops.graphshard)
 from graphshard.execution import Segment
+from graphshard.runtime import products
 
 SegmentFunction = Callable[[list[torch.Tensor], Mapping[str, int], torch.device], tuple[torch.Tensor, ...]]
 
@@ -20,7 +21,7 @@ def compile_segment(segment: Segment) -> SegmentFunction:
     filename = f"<segment {segment.name} {digest}>"
     # No modification time: linecache keeps the lines for good instead of looking for a file.
     linecache.cache[filename] = (len(segment.source), None, segment.source.splitlines(keepends=True), filename)
-    namespace: dict[str, object] = {"torch": torch}
+    namespace: dict[str, object] = {"torch": torch, "products": products}
     exec(compile(segment.source, filename, "exec"), namespace)
     function: SegmentFunction = namespace[segment.name]  # type: ignore[assignment]
     return function

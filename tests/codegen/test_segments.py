@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphshard.codegen import segments
 from graphshard.codegen.segments import emit
 from segment_code import code, evaluate, run, section
 
@@ -179,3 +180,54 @@ def test_arguments_of_every_kind() -> None:
     x = torch.randn(4, 2)
     for result, expected in zip(run(code(graph), {"x": x}), evaluate(graph, {"x": x}), strict=True):
         torch.testing.assert_close(result, expected)
+
+
+def test_the_runtime_chooses_who_computes_large_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = section(GRADIENTS)
+    monkeypatch.setattr(segments, "LARGE_PRODUCT", 2 * 3 * 4)
+    values = inputs()
+    made = code(graph, first=True)
+    assert "products.mm_into(flat[0:12].view([3, 4]), xt, gy)" in made.segment.source
+    torch.testing.assert_close(run(made, values)[0], packed(values))
+    made = code(graph)
+    assert "products.add_mm(total[0:12].view([3, 4]), xt, gy)" in made.segment.source
+    torch.testing.assert_close(run(made, values | {"total": torch.ones(32)})[0], 1 + packed(values))
+    monkeypatch.setattr(segments, "LARGE_PRODUCT", 2 * 3 * 4 + 1)
+    assert "products" not in code(graph).segment.source
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bias", "options", "chosen"),
+    [
+        ("f32", "[4]", "", True),
+        ("f64", "[4]", "", False),
+        ("f32", "[3,4]", "", False),
+        ("f32", "[1]", "", False),
+        ("f32", "[4]", ", alpha=2", False),
+    ],
+)
+def test_a_large_product_with_a_bias(
+    dtype: str, bias: str, options: str, chosen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "LARGE_PRODUCT", 1)
+    graph = section(f"""
+      %b : {dtype}{bias} = batch 0
+      %x : {dtype}[3,2] = batch 1
+      %w : {dtype}[2,4] = batch 2
+      %y = aten.addmm.default(%b, %x, %w{options})
+      %z = aten.mm.default(%x, %w)
+      return output "y" %y
+      return output "z" %z
+    """)
+    values = {
+        name: value.to(torch.float64 if dtype == "f64" else torch.float32)
+        for name, value in {
+            "b": torch.randn([int(size) for size in bias[1:-1].split(",")]),
+            "x": torch.randn(3, 2),
+            "w": torch.randn(2, 4),
+        }.items()
+    }
+    made = code(graph)
+    assert ("products.addmm(b, x, w)" in made.segment.source) == chosen
+    assert ("products.mm(x, w)" in made.segment.source) == (dtype == "f32")
+    torch.testing.assert_close(list(run(made, dict(values))), evaluate(graph, values))
