@@ -216,8 +216,7 @@ def test_a_large_product_with_a_bias(
       %w : {dtype}[2,4] = batch 2
       %y = aten.addmm.default(%b, %x, %w{options})
       %z = aten.mm.default(%x, %w)
-      return output "y" %y
-      return output "z" %z
+      return output 0 %y, output 1 %z
     """)
     values = {
         name: value.to(torch.float64 if dtype == "f64" else torch.float32)
