@@ -1,11 +1,11 @@
-"""How the stages of a plan meet: transfers in pairs, collectives in one order, and nobody waiting in a circle.
+"""How those who run a plan meet: transfers in pairs, collectives in one order, and nobody waiting in a circle.
 
 The channel model is described in prove.py, which calls these checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -15,54 +15,65 @@ from graphshard.execution import Instruction, Op
 _CONTEXT = 3  # instructions shown before and after a spot
 
 
-def reject(
-    rule: str,
-    lists: Sequence[Sequence[Instruction]] | Mapping[int, Sequence[Instruction]],
-    spots: Iterable[tuple[int, int]],
-) -> NoReturn:
-    """Raise PlanError with the instructions around ``spots``: (stage, position), the end being behind the last one."""
+@dataclass(frozen=True)
+class Parties:
+    """Lists of instructions that run against each other, and what messages call them."""
+
+    lists: Sequence[tuple[Instruction, ...]]
+    names: Sequence[str]
+
+
+def of_stages(lists: Sequence[tuple[Instruction, ...]]) -> Parties:
+    """One list per pipeline stage, in order."""
+    return Parties(lists, [f"stage {stage}" for stage in range(len(lists))])
+
+
+def reject(rule: str, parties: Parties, spots: Iterable[tuple[int, int]]) -> NoReturn:
+    """Raise PlanError with the instructions around ``spots``: (party, position), the end being behind the last one."""
     lines = []
-    for stage, position in spots:
-        instructions = lists[stage]
-        lines.append(f"stage {stage}:")
+    for party, position in spots:
+        instructions = parties.lists[party]
+        lines.append(f"{parties.names[party]}:")
         for at in range(max(0, position - _CONTEXT), min(len(instructions), position + _CONTEXT + 1)):
-            lines.append(f"  {'>' if at == position else ' '} {at:4} {instructions[at]}".rstrip())
+            maker = f"  [{instructions[at].made_by}]" if at == position and instructions[at].made_by else ""
+            lines.append(f"  {'>' if at == position else ' '} {at:4} {instructions[at]}{maker}".rstrip())
         if position >= len(instructions):
             lines.append(f"  > {len(instructions):4} end of the step")
     raise PlanError(rule, "\n".join(lines))
 
 
-def _channel(stage: int, ins: Instruction) -> tuple[int, int]:
-    assert ins.peer is not None
-    return (stage, ins.peer) if ins.op is Op.SEND else (ins.peer, stage)
-
-
-def check_transfers(lists: Sequence[tuple[Instruction, ...]]) -> None:
-    """On each directed pair of stages the k-th send and the k-th receive are about one value."""
+def check_transfers(pipeline: Parties) -> None:
+    """On each directed pair of stages the k-th send and the k-th receive are about one value. One party per stage."""
     ends: dict[tuple[int, int], dict[Op, list[int]]] = {}
-    for stage, instructions in enumerate(lists):
+    for stage, instructions in enumerate(pipeline.lists):
         for position, ins in enumerate(instructions):
             if ins.op in (Op.SEND, Op.RECV):
-                ends.setdefault(_channel(stage, ins), {Op.SEND: [], Op.RECV: []})[ins.op].append(position)
+                ends.setdefault(_pair(stage, ins), {Op.SEND: [], Op.RECV: []})[ins.op].append(position)
     for (source, target), both in sorted(ends.items()):
         sends, receives = both[Op.SEND], both[Op.RECV]
+        sender, receiver = pipeline.names[source], pipeline.names[target]
         for k, (at_source, at_target) in enumerate(zip(sends, receives, strict=False)):
-            send, receive = lists[source][at_source], lists[target][at_target]
+            send, receive = pipeline.lists[source][at_source], pipeline.lists[target][at_target]
             sent, received = send.inputs[0], receive.outputs[0]
-            where = f"transfer {k} from stage {source} to stage {target}"
+            where = f"transfer {k} from {sender} to {receiver}"
             spots = [(source, at_source), (target, at_target)]
             if send.type != receive.type:
-                reject(f"{where} is sent as {_full(send)} and received as {_full(receive)}", lists, spots)
+                reject(f"{where} is sent as {_full(send)} and received as {_full(receive)}", pipeline, spots)
             if sent.microbatch != received.microbatch:
-                reject(f"{where} sends {sent} but receives {received}: two micro-batches", lists, spots)
+                reject(f"{where} sends {sent} but receives {received}: two micro-batches", pipeline, spots)
             if send.name != receive.name:
-                reject(f"{where} sends {send.name!r} but receives {receive.name!r}", lists, spots)
+                reject(f"{where} sends {send.name!r} but receives {receive.name!r}", pipeline, spots)
         if len(sends) > len(receives):
-            rule = f"stage {target} never receives what stage {source} sends"
-            reject(rule, lists, [(source, sends[len(receives)]), (target, len(lists[target]))])
+            rule = f"{receiver} never receives what {sender} sends"
+            reject(rule, pipeline, [(source, sends[len(receives)]), (target, len(pipeline.lists[target]))])
         if len(receives) > len(sends):
-            rule = f"stage {source} never sends what stage {target} receives"
-            reject(rule, lists, [(target, receives[len(sends)]), (source, len(lists[source]))])
+            rule = f"{sender} never sends what {receiver} receives"
+            reject(rule, pipeline, [(target, receives[len(sends)]), (source, len(pipeline.lists[source]))])
+
+
+def _pair(stage: int, ins: Instruction) -> tuple[int, int]:
+    assert ins.peer is not None
+    return (stage, ins.peer) if ins.op is Op.SEND else (ins.peer, stage)
 
 
 def _full(ins: Instruction) -> str:
@@ -70,88 +81,111 @@ def _full(ins: Instruction) -> str:
     return f"{ins.type} with strides {list(ins.type.stride)}"
 
 
-def check_collectives(lists: Sequence[tuple[Instruction, ...]]) -> None:
-    """All stages issue the same collectives over the stage axis; over other axes a group shares one list anyway."""
+def check_collectives(group: Parties, axis: str, over: str) -> None:
+    """The members of a group along ``axis`` issue the same collectives about the same values, in one order. ``over``:
+    what messages call the axis."""
     orders = [
-        [at for at, ins in enumerate(instructions) if ins.op in (Op.GATHER, Op.REDUCE) and ins.axis == "pp"]
-        for instructions in lists
+        [at for at, ins in enumerate(instructions) if ins.op in (Op.GATHER, Op.REDUCE) and ins.axis == axis]
+        for instructions in group.lists
     ]
-    for stage, positions in enumerate(orders[1:], 1):
+    for member, positions in enumerate(orders[1:], 1):
+        first, other = group.names[0], group.names[member]
         for k in range(max(len(positions), len(orders[0]))):
-            here = positions[k] if k < len(positions) else len(lists[stage])
-            there = orders[0][k] if k < len(orders[0]) else len(lists[0])
-            spots = [(0, there), (stage, here)]
+            here = positions[k] if k < len(positions) else len(group.lists[member])
+            there = orders[0][k] if k < len(orders[0]) else len(group.lists[0])
+            spots = [(0, there), (member, here)]
             if k >= len(positions) or k >= len(orders[0]):
-                reject(f"collective {k} over the stages is issued by only one of stages 0 and {stage}", lists, spots)
-            ours, theirs = lists[stage][here], lists[0][there]
-            if _signature(ours) != _signature(theirs):
-                reject(f"collective {k} over the stages differs between stages 0 and {stage}", lists, spots)
+                reject(f"collective {k} {over} is issued by only one of {first} and {other}", group, spots)
+            if _signature(group.lists[member][here]) != _signature(group.lists[0][there]):
+                reject(f"collective {k} {over} differs between {first} and {other}", group, spots)
 
 
 def _signature(ins: Instruction) -> tuple[object, ...]:
     assert ins.type is not None
-    return (ins.name, ins.type.shape, ins.type.dtype, ins.peer)
+    return (ins.name, ins.type.shape, ins.type.dtype, ins.peer, ins.outputs[0])
+
+
+Channel = tuple[object, ...]
+Meets = Callable[[int, Instruction], tuple[Channel, tuple[int, ...]] | None]
+"""For a party's instruction: the channel it communicates on and the parties that meet there; None for no meeting."""
+
+
+def between_stages(count: int) -> Meets:
+    """Meetings of representatives, one per stage. Data-parallel peers are alike, so that their collectives complete."""
+    everyone = tuple(range(count))
+
+    def meets(stage: int, ins: Instruction) -> tuple[Channel, tuple[int, ...]] | None:
+        if ins.op in (Op.SEND, Op.RECV):
+            pair = _pair(stage, ins)
+            return ("transfers", *pair), pair
+        if ins.op in (Op.GATHER, Op.REDUCE) and ins.axis == "pp":
+            return ("collectives",), everyone
+        return None
+
+    return meets
 
 
 @dataclass(frozen=True)
 class _Meeting:
-    """The k-th communication of a channel, and which stages must have issued their end for it to be complete."""
+    """The k-th communication of a channel."""
 
-    channel: tuple[int, ...]
+    channel: Channel
     index: int
 
 
-def check_progress(lists: Sequence[tuple[Instruction, ...]], waits: Sequence[dict[int, int]]) -> None:
-    """Run the stages against each other; what cannot finish waits in a circle. Each meeting wakes its waiters once."""
-    everyone = tuple(range(len(lists)))
-    needed: dict[_Meeting, set[int]] = {}  # stages that have not issued their end yet
-    joined: list[dict[int, _Meeting]] = [{} for _ in lists]  # per stage: position of a communication to its meeting
-    counts: dict[tuple[int, tuple[int, ...]], int] = {}
-    for stage, instructions in enumerate(lists):
+def check_progress(parties: Parties, waits: Sequence[dict[int, int]], meets: Meets) -> None:
+    """Run the parties against each other; what cannot finish waits in a circle, or for one that never comes. Each
+    meeting wakes its waiters once."""
+    needed: dict[_Meeting, set[int]] = {}  # parties that have not issued their end yet
+    joined: list[dict[int, _Meeting]] = [{} for _ in parties.lists]  # position of a communication to its meeting
+    counts: dict[tuple[int, Channel], int] = {}
+    for party, instructions in enumerate(parties.lists):
         for position, ins in enumerate(instructions):
-            across = ins.op in (Op.GATHER, Op.REDUCE) and ins.axis == "pp"
-            if ins.op not in (Op.SEND, Op.RECV) and not across:
+            if (met := meets(party, ins)) is None:
                 continue
-            channel = everyone if across else _channel(stage, ins)
-            channel = (int(across), *channel)
-            index = counts.get((stage, channel), 0)
-            counts[stage, channel] = index + 1
-            joined[stage][position] = _Meeting(channel, index)
-            needed.setdefault(joined[stage][position], set()).add(stage)
+            channel, members = met
+            index = counts.get((party, channel), 0)
+            counts[party, channel] = index + 1
+            joined[party][position] = _Meeting(channel, index)
+            if joined[party][position] not in needed:
+                needed[joined[party][position]] = set(members)
 
-    at = [0] * len(lists)
+    at = [0] * len(parties.lists)
     sleeping: dict[_Meeting, list[int]] = {}
-    ready = list(everyone)
+    ready = list(range(len(parties.lists)))
     while ready:
-        stage = ready.pop()
-        while at[stage] < len(lists[stage]):
-            position = at[stage]
-            meeting = joined[stage].get(position)
+        party = ready.pop()
+        while at[party] < len(parties.lists[party]):
+            position = at[party]
+            meeting = joined[party].get(position)
             if meeting is not None:
-                needed[meeting].discard(stage)
+                needed[meeting].discard(party)
                 if not needed[meeting]:
                     ready += sleeping.pop(meeting, [])
-            elif lists[stage][position].op is Op.WAIT:
-                awaited = joined[stage].get(waits[stage][position])
+            elif parties.lists[party][position].op is Op.WAIT:
+                awaited = joined[party].get(waits[party][position])
                 if awaited is not None and needed[awaited]:
-                    sleeping.setdefault(awaited, []).append(stage)
+                    sleeping.setdefault(awaited, []).append(party)
                     break
-            at[stage] += 1
-    stuck = {stage: meeting for meeting, stages in sleeping.items() for stage in stages}
+            at[party] += 1
+    stuck = {party: meeting for meeting, sleepers in sleeping.items() for party in sleepers}
     if stuck:
-        _fail_stuck(lists, at, stuck, needed)
+        _fail_stuck(parties, at, stuck, needed)
 
 
 def _fail_stuck(
-    lists: Sequence[tuple[Instruction, ...]],
-    at: Sequence[int],
-    stuck: dict[int, _Meeting],
-    needed: dict[_Meeting, set[int]],
-) -> None:
-    """Follow who waits for whom until a stage comes up again: that is the circle."""
+    parties: Parties, at: Sequence[int], stuck: dict[int, _Meeting], needed: dict[_Meeting, set[int]]
+) -> NoReturn:
+    """Follow who waits for whom until one comes up again: that is the circle. Or one has ended and never comes."""
     chain = [min(stuck)]
     while (following := min(needed[stuck[chain[-1]]])) not in chain:
+        if following not in stuck:
+            spots = [(chain[-1], at[chain[-1]]), (following, len(parties.lists[following]))]
+            waiting, ended = parties.names[chain[-1]], parties.names[following]
+            reject(f"{waiting} waits for {ended}, which ends without it", parties, spots)
         chain.append(following)
     circle = chain[chain.index(following) :]
-    story = ", ".join(f"stage {a} waits for stage {b}" for a, b in zip(circle, circle[1:] + circle[:1], strict=True))
-    reject(f"stages wait in a circle: {story}", lists, [(stage, at[stage]) for stage in circle])
+    links = zip(circle, circle[1:] + circle[:1], strict=True)
+    story = ", ".join(f"{parties.names[a]} waits for {parties.names[b]}" for a, b in links)
+    kind = "stages" if parties.names[0].startswith("stage") else "ranks"
+    reject(f"{kind} wait in a circle: {story}", parties, [(party, at[party]) for party in circle])

@@ -27,4 +27,5 @@ def write_plan(folder: Path, plan: ExecutionPlan) -> None:
     write_atomic(folder / "plan.txt", str(plan))
     for index, stage in enumerate(plan.stages):
         code = "\n\n".join(segment.source for segment in stage.segments.values())
-        write_atomic(folder / f"stage{index}.py", f'"""Segments of stage {index}."""\n\nimport torch\n\n\n{code}')
+        imports = "import torch\n" + ("\nfrom graphshard.runtime import products\n" if "products." in code else "")
+        write_atomic(folder / f"stage{index}.py", f'"""Segments of stage {index}."""\n\n{imports}\n\n{code}')

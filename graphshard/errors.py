@@ -176,20 +176,22 @@ class StuckPlan(GraphshardError):
 
 
 class WaitTimeout(GraphshardError):
-    """A rank waited too long in one instruction."""
+    """A rank waited too long in one instruction. ``account``: what all ranks say of themselves, in lines."""
 
-    def __init__(self, rank: int, instruction: str, peers: str, timeout_s: float) -> None:
+    def __init__(self, rank: int, instruction: str, peers: str, timeout_s: float, account: str = "") -> None:
         super().__init__(
             f"rank {rank} waited more than {timeout_s:g} s for {peers} in: {instruction}; "
-            "that rank failed, hangs or is slower than timeout_s allows"
+            + (account or "that rank failed, hangs or is slower than timeout_s allows")
         )
 
 
 class PeerFailed(GraphshardError):
-    """The other side of a communication is gone."""
+    """The other side of a communication is gone. ``account``: what all ranks say of themselves, in lines."""
 
-    def __init__(self, rank: int, instruction: str, peers: str, cause: str) -> None:
-        super().__init__(f"rank {rank} lost {peers} in: {instruction}; look for that rank's own error ({cause})")
+    def __init__(self, rank: int, instruction: str, peers: str, cause: str, account: str = "") -> None:
+        super().__init__(
+            f"rank {rank} lost {peers} in: {instruction} ({cause}); " + (account or "look for that rank's own error")
+        )
 
 
 class PlanMismatch(GraphshardError):

@@ -15,7 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-from graphshard.channels import check_collectives, check_progress, check_transfers, reject
+from graphshard.channels import (
+    Parties,
+    between_stages,
+    check_collectives,
+    check_progress,
+    check_transfers,
+    of_stages,
+    reject,
+)
 from graphshard.execution import (
     ExecutionPlan,
     Instruction,
@@ -39,15 +47,30 @@ def prove(plan: ExecutionPlan) -> None:
     Raises:
         PlanError: the broken rule, and for each stage involved the instructions around the spot.
     """
-    variants = (False, True) if any(stage.first_epilogue is not None for stage in plan.stages) else (False,)
-    for first in variants:
+    for first in variants(plan):
         lists = [stage.step(first) for stage in plan.stages]
         waits = [match_waits(instructions) for instructions in lists]
         for stage, instructions in enumerate(lists):
             _Values(plan, stage, first, instructions, waits[stage]).check()
-        check_transfers(lists)
-        check_collectives(lists)
-        check_progress(lists, waits)
+        pipeline = of_stages(lists)
+        check_transfers(pipeline)
+        check_collectives(pipeline, "pp", "over the stages")
+        check_progress(pipeline, waits, between_stages(len(lists)))
+
+
+def variants(plan: ExecutionPlan) -> tuple[bool, ...]:
+    """The steps there are to prove: later ones, and the first one if it ends otherwise."""
+    return (False, True) if any(stage.first_epilogue is not None for stage in plan.stages) else (False,)
+
+
+def check_values(plan: ExecutionPlan, stage: int, first: bool) -> None:
+    """Every value of ``stage`` is there when it is read, and gone or a result at the end.
+
+    Raises:
+        PlanError: the broken rule.
+    """
+    instructions = plan.stages[stage].step(first)
+    _Values(plan, stage, first, instructions, match_waits(instructions)).check()
 
 
 def dense(kind: TensorType) -> bool:
@@ -82,7 +105,7 @@ class _Values:
         self._end(set(reads))
 
     def _fail(self, rule: str, position: int) -> NoReturn:
-        reject(rule, {self.stage: self.instructions}, [(self.stage, position)])
+        reject(rule, Parties([self.instructions], [f"stage {self.stage}"]), [(0, position)])
 
     def _instruction(self, position: int, ins: Instruction) -> None:
         if ins.op in _COMMUNICATION:

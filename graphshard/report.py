@@ -16,7 +16,8 @@ from graphshard.simulate import simulate_memory
 
 
 def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executor | None = None) -> dict[str, Any]:
-    """Data that json can write: what ``compiled.report()`` promises, plus measured peaks where an executor ran."""
+    """Data that json can write: what ``compiled.report()`` promises, plus measured peaks and the machine's
+    choices where there is an executor."""
     flops = stage_flops(program)
     stages = []
     for stage in range(program.stages):
@@ -71,6 +72,7 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
             for b in plan.buckets.values()
         ],
         "stored": sorted({str(b.store) for b in plan.buckets.values()}),
+        "machine": {} if executor is None else executor.choices(),
     }
 
 
@@ -158,4 +160,6 @@ def explain(data: dict[str, Any]) -> str:
     for bucket in data["buckets"]:
         size = f"{human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters"
         lines.append(f"  stage {bucket['stage']}  {size}  {bucket['name']}")
+    if data["machine"]:
+        lines += ["", "this machine", *(f"  {what}: {choice}" for what, choice in data["machine"].items())]
     return "\n".join(lines) + "\n"

@@ -16,6 +16,7 @@ from torch import Tensor
 from graphshard.errors import NoValue, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.mesh import Mesh
+from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.groups import join_world, make_groups, ranks_by
@@ -24,6 +25,7 @@ from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
+_COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV)
 _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
 
 
@@ -66,6 +68,7 @@ class DistributedExecutor(Executor):
         if device.type == "cpu":
             self._neighbours = Neighbours(self._groups.control, timeout_s)
             self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
+        self._blame = Blame(mesh, self.rank)
         self._fingerprints: dict[int, tuple[int, int]] = {}
         self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
 
@@ -76,6 +79,15 @@ class DistributedExecutor(Executor):
             self._neighbours = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def choices(self) -> dict[str, str]:
+        if self._neighbours is None:
+            return super().choices() | {"exchange": "NCCL"}
+        near, others = len(self._neighbours.ranks), self.mesh.world_size - 1
+        exchange = f"shared memory with {near} of {others} other ranks, gloo with the rest"
+        if near in (0, others):
+            exchange = "shared memory" if near else "gloo"
+        return super().choices() | {"exchange": exchange}
 
     def load(self, plan: ExecutionPlan) -> Loaded:
         loaded = super().load(plan)
@@ -121,12 +133,16 @@ class DistributedExecutor(Executor):
                 self._complete(agreement, "comparing plans")
                 agreement.check()
                 return {self.rank: end.value}
-            except RuntimeError as error:
-                if machine.instruction.op not in (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV):
-                    error.add_note(f"on rank {self.rank} in instruction {loaded.instruction_of(self.rank)}")
-                    raise
-                agreement.explain()
-                raise PeerFailed(self.rank, loaded.instruction_of(self.rank), "its peer", _line(error)) from error
+            except Exception as error:
+                at = loaded.instruction_of(self.rank)
+                if isinstance(error, RuntimeError) and machine.instruction.op in _COMMUNICATION:
+                    agreement.explain()
+                    account = self._give_up("its peer", at)
+                    raise PeerFailed(self.rank, at, "its peer", _line(error), account) from error
+                error.add_note(f"on rank {self.rank} in instruction {at}")
+                self._blame.fail(f"{type(error).__name__}: {_line(error)}", at)
+                self._alarm()
+                raise
             assert handle is not None, "a machine that is not preempted stops only where it must wait"
             self._complete(handle, lambda: loaded.instruction_of(self.rank), agreement)
             if self.device.type == "cuda":
@@ -144,9 +160,19 @@ class DistributedExecutor(Executor):
                 agreement.explain()
             at = what if isinstance(what, str) else what()
             peers = _name(self, getattr(handle, "peers", range(self.mesh.world_size)))
+            account = self._give_up(peers, at)
             if late:
-                raise WaitTimeout(self.rank, at, peers, self.timeout_s) from error
-            raise PeerFailed(self.rank, at, peers, _line(error)) from error
+                raise WaitTimeout(self.rank, at, peers, self.timeout_s, account) from error
+            raise PeerFailed(self.rank, at, peers, _line(error), account) from error
+
+    def _give_up(self, peers: str, at: str) -> str:
+        """Tell the others that this rank waits in vain, and hear what they say; see Blame.account."""
+        self._alarm()
+        return self._blame.account(peers, at, self._neighbours.ended if self._neighbours is not None else ())
+
+    def _alarm(self) -> None:
+        if self._neighbours is not None:
+            self._neighbours.alarm()
 
     def _drain(self) -> None:
         """On a GPU waiting happens there: see that the step before has finished, so that a hang is noticed."""
@@ -155,7 +181,8 @@ class DistributedExecutor(Executor):
         for works, what in running:
             while not works.completed():
                 if time.monotonic() > deadline:
-                    raise WaitTimeout(self.rank, what, _name(self, works.peers), self.timeout_s)
+                    peers = _name(self, works.peers)
+                    raise WaitTimeout(self.rank, what, peers, self.timeout_s, self._give_up(peers, what))
                 time.sleep(1e-4)
 
 

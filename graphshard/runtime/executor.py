@@ -20,6 +20,7 @@ from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.machine import Machine
 from graphshard.runtime.memory import StorageMeter, keep_freed_memory
+from graphshard.runtime.products import onednn_is_faster
 from graphshard.runtime.segments import SegmentFunction, compile_segments
 from graphshard.runtime.traffic import sent_bytes
 
@@ -53,6 +54,12 @@ class Executor(ABC):
         self.state_keys: frozenset[str] = frozenset()  # the optimizer state that exists, the same on every rank
         self.meters = {rank: StorageMeter() for rank in self.ranks} if measure_memory else {}
         self._loaded: dict[int, Loaded] = {}
+
+    def choices(self) -> dict[str, str]:
+        """What was chosen on this machine, for ``explain``."""
+        if self.device.type != "cpu":
+            return {}
+        return {"large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS"}
 
     def load(self, plan: ExecutionPlan) -> Loaded:
         """Prove and prepare ``plan``; a plan loaded before is not prepared again.

@@ -8,6 +8,7 @@ that a full socket does not take stays here until it does.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import secrets
@@ -27,13 +28,14 @@ from torch import Tensor
 
 _NOTE = struct.Struct("<BIIQ")  # kind, channel, block, bytes
 _CREDENTIALS = struct.Struct("3i")  # process, user, group of the other end; see unix(7), SO_PEERCRED
+_FAREWELL_S = 2.0  # how long a process that leaves waits for one that does not listen
 _WASTE = 2  # a free block is used for a value when it is at most so many times as large
 _SWITCH = "GRAPHSHARD_SHARED_MEMORY"  # "0" in the environment: this rank has no neighbours
 _NAMESPACES = ("pid", "net")  # processes that share these reach each other's sockets and see the same process ids
 
 
 class PeerGone(RuntimeError):
-    """The other process has ended or closed its end."""
+    """Another process has ended, or has said that it cannot go on."""
 
 
 class TookTooLong(RuntimeError):
@@ -44,6 +46,8 @@ class _Kind(IntEnum):
     BLOCK = 0  # here is a new block: the note carries its file descriptor
     VALUE = 1  # a value lies in this block
     READ = 2  # I have read it
+    ALARM = 3  # I cannot go on
+    BYE = 4  # I am done
 
 
 @dataclass
@@ -71,7 +75,9 @@ class _Peer:
     expected: dict[int, deque[Arrival]] = field(default_factory=dict)  # by channel: asked for and not here
     early: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)  # here and not asked for: (block, bytes)
     unsent: deque[tuple[bytes, int | None]] = field(default_factory=deque)
-    gone: bool = False
+    left: bool = False  # it said that it is done
+    gone: bool = False  # its end is closed
+    alarm: bool = False  # it cannot go on, or is gone without a word
 
 
 class Neighbours:
@@ -151,16 +157,29 @@ class Neighbours:
             state.expected.setdefault(channel, deque()).append(arrival)
         return arrival
 
+    @property
+    def ended(self) -> list[int]:
+        """Ranks whose end is closed."""
+        return [rank for rank, peer in self._peers.items() if peer.gone]
+
+    def alarm(self) -> None:
+        """Tell all others that this rank cannot go on: whoever waits stops waiting."""
+        for peer in self._peers.values():
+            self._send(peer, _NOTE.pack(_Kind.ALARM, 0, 0, 0))
+
     def wait_for(self, peers: Sequence[int], deadline: float) -> None:
-        """Take in what has come; before ``deadline`` (of time.monotonic) there is something.
+        """Take in what has come; if nothing has, wait for something until ``deadline`` (of time.monotonic).
 
         Raises:
-            PeerGone: one of ``peers`` has ended, and all that it had sent was taken in before.
-            TookTooLong: nothing came.
+            PeerGone: one of ``peers`` has ended, and all that it had sent was taken in before; or some rank cannot
+                go on.
+            TookTooLong: the deadline has passed.
         """
-        for peer in peers:
-            if self._peers[peer].gone:
-                raise PeerGone(f"rank {peer} has ended")
+        for rank, peer in self._peers.items():
+            if peer.gone and (rank in peers or peer.alarm):
+                raise PeerGone(f"rank {rank} has ended")
+            if peer.alarm:
+                raise PeerGone(f"rank {rank} cannot go on")
         left = deadline - time.monotonic()
         if left <= 0:
             raise TookTooLong(f"nothing from ranks {sorted(peers)} in time")
@@ -184,9 +203,11 @@ class Neighbours:
     def close(self) -> None:
         """Disconnect. What was put in can still be read."""
         for peer in self._peers.values():
-            peer.link.setblocking(True)
-            self._flush(peer)
+            peer.link.settimeout(_FAREWELL_S)
+            with contextlib.suppress(OSError):  # it does not listen any more
+                self._send(peer, _NOTE.pack(_Kind.BYE, 0, 0, 0))
             peer.link.close()
+        self._peers.clear()
 
     def _add(self, rank: int, link: socket.socket) -> None:
         link.setblocking(False)
@@ -247,6 +268,7 @@ class Neighbours:
             except ConnectionResetError:
                 continue  # it ended before it had read everything; what it had sent is still there
             if not note:
+                peer.alarm = peer.alarm or not peer.left
                 peer.gone = True
                 self._poll.unregister(peer.link)
                 return
@@ -259,6 +281,10 @@ class Neighbours:
                 block.readers -= 1
                 if not block.readers:
                     self._free.append(block)
+            elif kind == _Kind.ALARM:
+                peer.alarm = True
+            elif kind == _Kind.BYE:
+                peer.left = True
             elif expected := peer.expected.get(channel):
                 _fill(peer, expected.popleft(), number, size)
             else:

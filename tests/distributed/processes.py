@@ -18,7 +18,13 @@ Plan = TypeVar("Plan")
 HERE = Path(__file__).resolve().parent
 
 
-def launch(script: str, world_size: int, *arguments: str, timeout_s: float = 120.0) -> list[dict[str, Any]]:
+def launch(
+    script: str,
+    world_size: int,
+    *arguments: str,
+    timeout_s: float = 120.0,
+    environment: Mapping[str, str] | None = None,
+) -> list[dict[str, Any]]:
     """Run ``script`` of this folder as ``world_size`` processes; the JSON in the last line of each.
 
     Their input is closed one after the other, in the order of ranks, each when the one before has ended.
@@ -28,6 +34,7 @@ def launch(script: str, world_size: int, *arguments: str, timeout_s: float = 120
         port = probe.getsockname()[1]
     path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= environment or {}
     processes = [
         subprocess.Popen(
             [sys.executable, str(HERE / script), *arguments],

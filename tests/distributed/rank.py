@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import torch
 
 import handmade
 from distributed.processes import report
+from graphshard.errors import PeerFailed
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.runtime.distributed import DistributedExecutor
@@ -41,6 +43,7 @@ def train(plan: ExecutionPlan) -> dict[str, object]:
             "state": {key: value["momentum"].tolist() for key, value in storage.read_state().items()},
             "sent": executor.sent_bytes[RANK],
         }
+        found["exchange"] = executor.choices().get("exchange")
         found["rank0_only"] = sorted(storage.read_params(rank0_only=True))
     return found
 
@@ -88,9 +91,29 @@ def late(plan: ExecutionPlan) -> dict[str, object]:
     return {}
 
 
+def ends(plan: ExecutionPlan) -> dict[str, object]:
+    """After a step together the last rank ends."""
+    executor = DistributedExecutor(plan.mesh, timeout_s=30.0)
+    Storage(executor, plan).write_params(handmade.weights())
+    _step(executor, plan, 0)
+    if LAST:
+        return {}
+    began = time.monotonic()
+    try:
+        _step(executor, plan, 1)
+    except PeerFailed as error:
+        return {"error": type(error).__name__, "message": str(error), "seconds": time.monotonic() - began}
+    return {}
+
+
 def main() -> None:
     torch.set_num_threads(1)
-    scenarios = {"together": lambda plan: train(plan) | communicate(plan), "mismatch": mismatch, "late": late}
+    scenarios = {
+        "together": lambda plan: train(plan) | communicate(plan),
+        "mismatch": mismatch,
+        "late": late,
+        "ends": ends,
+    }
     plan = handmade.two_stages(int(os.environ["WORLD_SIZE"]) // 2)
     report(scenarios[sys.argv[1]], plan)
 

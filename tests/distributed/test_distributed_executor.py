@@ -8,10 +8,15 @@ import pytest
 
 from distributed.processes import launch
 
+GLOO = {"GRAPHSHARD_SHARED_MEMORY": "0"}
 
-@pytest.fixture(scope="module", params=[2, 4])
+
+@pytest.fixture(scope="module", params=[(2, "shared memory"), (2, "gloo"), (4, "shared memory"), (4, "gloo")])
 def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    return launch("rank.py", request.param, "together")
+    world_size, exchange = request.param
+    results = launch("rank.py", world_size, "together", environment=GLOO if exchange == "gloo" else None)
+    assert [result["exchange"] for result in results] == [exchange] * world_size
+    return results
 
 
 def test_processes_end_with_what_one_process_ends_with(together: list[dict[str, Any]]) -> None:
@@ -35,8 +40,18 @@ def test_ranks_with_different_plans_all_say_so() -> None:
         assert "rank" in result["message"]
 
 
-def test_a_rank_that_waits_too_long_names_instruction_and_peer() -> None:
-    waiting, _ = launch("rank.py", 2, "late")
+@pytest.mark.parametrize("environment", [{}, GLOO], ids=["shared memory", "gloo"])
+def test_a_rank_that_waits_too_long_names_instruction_and_peer(environment: dict[str, str]) -> None:
+    waiting, _ = launch("rank.py", 2, "late", environment=environment)
     assert waiting["error"] == "WaitTimeout"
     assert "rank 0 waited more than 4 s for rank 1 (stage 1) in:" in waiting["message"]
     assert "B0.0 WAIT" in waiting["message"]
+
+
+def test_a_rank_that_ends_is_noticed_at_once() -> None:
+    waiting, ended = launch("rank.py", 2, "ends")
+    assert ended == {}
+    assert waiting["error"] == "PeerFailed"
+    assert "rank 1 has ended" in waiting["message"]
+    assert "B0.0 WAIT" in waiting["message"]
+    assert waiting["seconds"] < 10  # and the limit is 30

@@ -1,0 +1,83 @@
+"""Whose fault it is when a step cannot go on: ranks say where they stand, through the store of the process group."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from graphshard.mesh import Mesh
+
+_HEARING_S = 3.0  # how long a rank that gives up listens to what the others say
+_ANSWER_S = 5.0  # how long the store may take to answer
+_FAILED = "failed"
+
+
+class Blame:
+    """This rank's line to the others; silent where no launcher's environment names a store."""
+
+    def __init__(self, mesh: Mesh, rank: int) -> None:
+        self._mesh, self._rank = mesh, rank
+        self._store: Any = None  # a torch.distributed.Store
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if host and port and mesh.world_size > 1:
+            try:
+                timeout = timedelta(seconds=_ANSWER_S)
+                store = dist.TCPStore(host, int(port), is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+            except (RuntimeError, ValueError):
+                return  # a process group that was set up otherwise
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            self._store = dist.PrefixStore(f"graphshard.blame.{attempt}", store)  # type: ignore[attr-defined]
+
+    def fail(self, reason: str, instruction: str) -> None:
+        """Say that this rank failed on its own."""
+        self._say(f"{_FAILED}: {reason} in {instruction}")
+
+    def account(self, waits_for: str, instruction: str, ended: Sequence[int]) -> str:
+        """Say that this rank waits, hear the others, and put together who is at fault, and a line for every rank.
+
+        Args:
+            waits_for: names of ranks.
+            ended: ranks that are known to have ended.
+        """
+        self._say(f"waits for {waits_for} in {instruction}")
+        said = self._hear(ended)
+        failed = [rank for rank, line in said.items() if line.startswith(_FAILED)]
+        silent = [rank for rank in range(self._mesh.world_size) if rank not in said]
+        if self._store is None:
+            return ""
+        names = ", ".join(f"rank {rank}" for rank in failed or silent)
+        verdict = f"at fault: {names}" if names else "all ranks wait for one another"
+        lines = []
+        for rank in range(self._mesh.world_size):
+            gone = "has ended" if rank in ended else "says nothing: it is dead, stopped or far behind"
+            lines.append(f"  rank {rank} (stage {self._mesh.coordinates(rank)['pp']}) {said.get(rank, gone)}")
+        return "\n".join([verdict, *lines])
+
+    def _say(self, line: str) -> None:
+        if self._store is not None:
+            try:
+                self._store.set(str(self._rank), line)
+            except RuntimeError:
+                self._store = None  # the process that held it is gone
+
+    def _hear(self, ended: Sequence[int]) -> dict[int, str]:
+        """What each rank has said; waits until all have that can, but not long."""
+        said: dict[int, str] = {}
+        deadline = time.monotonic() + _HEARING_S
+        while self._store is not None:
+            try:
+                for rank in range(self._mesh.world_size):
+                    if rank not in said and self._store.check([str(rank)]):
+                        said[rank] = self._store.get(str(rank)).decode()
+            except RuntimeError:
+                self._store = None
+                break
+            if len(said) + len(set(ended) - said.keys()) >= self._mesh.world_size or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return said

@@ -1,0 +1,97 @@
+"""What each of the two processes of test_neighbours.py runs: values through shared memory. Arguments: scenario."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from distributed.processes import report
+from graphshard.runtime.neighbours import Neighbours, PeerGone, TookTooLong
+
+RANK = int(os.environ["RANK"])
+OTHER = 1 - RANK
+MANY = 3000
+
+
+def _take(link: Neighbours, channel: int, dtype: torch.dtype, seconds: float = 20.0) -> torch.Tensor:
+    arrival, deadline = link.expect(OTHER, channel), time.monotonic() + seconds
+    while arrival.value is None:
+        link.wait_for([OTHER], deadline)
+    value = arrival.value.view(dtype).clone()
+    link.release(arrival)
+    return value
+
+
+def values(link: Neighbours) -> dict[str, object]:
+    """Every dtype and size, nothing included; two channels, each in its own order."""
+    sent = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64):
+        for size in (0, 1, 5, 4096, 100_000):
+            sent.append(torch.randint(0, 2, (size,), generator=torch.Generator().manual_seed(size)).to(dtype))
+    for value in sent:
+        link.put([OTHER], 7, value)
+        link.put([OTHER], 8, value.flip(0))
+    flipped = [_take(link, 8, value.dtype) for value in sent]
+    taken = [_take(link, 7, value.dtype) for value in sent]
+    same = all(torch.equal(a, b) and torch.equal(a.flip(0), c) for a, b, c in zip(sent, taken, flipped, strict=True))
+    return {"same": same}
+
+
+def many(link: Neighbours) -> dict[str, object]:
+    """More values than the sockets hold, while the other side does not listen; then one at a time."""
+    if RANK == 0:
+        for index in range(MANY):
+            link.put([OTHER], 0, torch.tensor([index]))
+    else:
+        time.sleep(0.5)
+    taken = [int(_take(link, 0, torch.int64)) for _ in range(MANY)] if RANK else list(range(MANY))
+    blocks = len(link._blocks)
+    for _ in range(50):
+        link.put([OTHER], 1, torch.ones(1000))
+        _take(link, 1, torch.float32)
+    return {"in_order": taken == list(range(MANY)), "more_blocks": len(link._blocks) - blocks}
+
+
+def ends(link: Neighbours) -> dict[str, object]:
+    """Rank 1 leaves: what it had put in arrives, and nothing after that."""
+    if RANK:
+        link.put([OTHER], 0, torch.ones(3))
+        link.close()
+        return {}
+    found: dict[str, object] = {}
+    time.sleep(0.5)
+    found["taken"] = _take(link, 0, torch.float32).tolist()
+    for what in ("take", "put"):
+        try:
+            _take(link, 0, torch.float32) if what == "take" else link.put([OTHER], 0, torch.ones(1))
+        except PeerGone as error:
+            found[what] = str(error)
+    return found
+
+
+def silent(link: Neighbours) -> dict[str, object]:
+    """Nothing comes."""
+    if RANK:
+        sys.stdin.read()
+        return {}
+    try:
+        _take(link, 0, torch.float32, seconds=0.2)
+    except TookTooLong as error:
+        return {"message": str(error)}
+    return {}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    assert dist.group.WORLD is not None
+    link = Neighbours(dist.group.WORLD, 20.0)
+    assert link.ranks == {OTHER}
+    report({"values": values, "many": many, "ends": ends, "silent": silent}[sys.argv[1]], link)
+
+
+if __name__ == "__main__":
+    main()

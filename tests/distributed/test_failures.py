@@ -1,0 +1,76 @@
+"""A rank that is killed, stopped or fails at a random instruction: the others end in time and name it.
+
+FAILURES in the environment sets how often each way is tried.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from distributed.processes import HERE
+
+RANKS = 4
+LIMIT_S = 4.0  # as in failing_rank.py
+GRACE_S = 12.0  # on top of it: hearing what the others say, and leaving
+
+
+@pytest.mark.parametrize("how", ["kill", "stop", "raise"])
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FAILURES", "1"))))
+def test_the_others_end_and_name_it(how: str, seed: int) -> None:
+    victim = random.Random(f"{how} {seed}").randrange(RANKS)
+    # The launcher holds the store, as torchrun does, so that any rank may die.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
+    common = {
+        "WORLD_SIZE": str(RANKS),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
+    }
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "failing_rank.py"), str(victim), how, str(seed)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        failed_at = _failed(processes[victim], how)
+        for rank, process in enumerate(processes):
+            if rank == victim:
+                continue
+            out, err = process.communicate(timeout=max(failed_at + LIMIT_S + GRACE_S - time.monotonic(), 0.1))
+            assert process.returncode not in (0, None)
+            assert "finished" not in out
+            assert f"at fault: rank {victim}\n" in err, err
+            assert f"  rank {victim} (stage {victim // 2}) " in err
+            if how == "raise":
+                assert "failed: ValueError: out of luck in " in err
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def _failed(process: subprocess.Popen[str], how: str) -> float:
+    """Wait until the victim has failed; when that was."""
+    if how == "stop":
+        _, status = os.waitpid(process.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status), status
+    else:
+        process.wait(timeout=120)
+        assert process.returncode == (-signal.SIGKILL if how == "kill" else 1)
+    return time.monotonic()

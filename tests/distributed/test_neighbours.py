@@ -1,0 +1,25 @@
+"""Values through shared memory between two processes."""
+
+from __future__ import annotations
+
+from distributed.processes import launch
+
+
+def test_values_arrive_in_the_order_of_their_channel() -> None:
+    assert launch("neighbours_rank.py", 2, "values") == [{"same": True}] * 2
+
+
+def test_nothing_blocks_when_the_other_side_does_not_listen_and_blocks_are_used_again() -> None:
+    for result in launch("neighbours_rank.py", 2, "many"):
+        assert result["in_order"]
+        assert result["more_blocks"] <= 2  # the other side may be one value behind
+
+
+def test_a_peer_that_has_ended() -> None:
+    waiting, _ = launch("neighbours_rank.py", 2, "ends")
+    assert waiting == {"taken": [1.0] * 3, "take": "rank 1 has ended", "put": "rank 1 has ended"}
+
+
+def test_nothing_in_time() -> None:
+    waiting, _ = launch("neighbours_rank.py", 2, "silent")
+    assert waiting == {"message": "nothing from ranks [1] in time"}

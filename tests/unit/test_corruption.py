@@ -1,0 +1,112 @@
+"""Broken plans, of one rank or of a stage's ranks alike: none is let through, and no sound plan is turned away.
+
+CORRUPTIONS in the environment sets how many are tried.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import graphshard
+from corruption import kinds
+from graphshard.errors import PlanError, PlanMismatch, WorldSizeMismatch
+from graphshard.execution import ExecutionPlan
+from graphshard.prove import prove
+from graphshard.prove_ranks import prove_ranks
+from models import zoo
+
+PLANS = (
+    "dp2",
+    "zero1:size=2",
+    "zero2:size=2",
+    "zero3:size=4+accum2",
+    "dp2+zero3:size=2",
+    *(
+        f"{data}pp{stages}:schedule={schedule},microbatches={microbatches}"
+        for data, stages in (("", 2), ("", 4), ("zero3:size=2+", 2), ("zero1:size=2+", 4), ("dp2+", 3))
+        for schedule in ("gpipe", "1f1b", "zb-h1")
+        for microbatches in (2, 4)
+    ),
+)
+
+
+@functools.cache
+def made(plan: str) -> ExecutionPlan:
+    """The plan of a small model, with each stage's later steps as one list, so that edits can be anywhere."""
+    model, (args, kwargs), loss_fn = zoo.MODELS["mlp"](rows=16)
+    compiled = graphshard.compile(
+        model,
+        plan,
+        loss_fn=loss_fn,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+        max_grad_norm=1.0,
+        executor="local",
+        example_inputs=(args, kwargs),
+    )
+    lowered = compiled.execution_plan
+    prove(lowered)
+    flat = (replace(s, prologue=(), body=s.step(), epilogue=(), first_epilogue=None) for s in lowered.stages)
+    return replace(lowered, stages=tuple(flat))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_sound_plans_pass(plan: str) -> None:
+    prove(made(plan))
+    copies = [replace(made(plan)) for _ in range(made(plan).mesh.world_size)]
+    prove_ranks(copies)
+    # The same for ranks that are not known to be alike: one has a name for itself.
+    odd = copies[0].stages[0]
+    renamed = tuple(replace(ins, made_by="somebody else") for ins in odd.body)
+    prove_ranks([replace(copies[0], stages=(replace(odd, body=renamed), *copies[0].stages[1:])), *copies[1:]])
+
+
+@settings(
+    max_examples=int(os.environ.get("CORRUPTIONS", "300")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+@given(st.sampled_from(PLANS), st.sampled_from(sorted(kinds(2))), st.integers(0, 2**32))
+def test_every_corruption_is_found(name: str, kind: str, seed: int) -> None:
+    choose, plan = random.Random(seed), made(name)
+    stage = choose.randrange(len(plan.stages))
+    body = list(plan.stages[stage].body)
+    assume(kinds(len(plan.stages))[kind](body, choose))
+    stages = list(plan.stages)
+    stages[stage] = replace(stages[stage], body=tuple(body))
+    broken = replace(plan, stages=tuple(stages))
+    alone = "collective" in kind or "group" in kind or choose.random() < 0.5
+    ranks = [rank for rank in range(plan.mesh.world_size) if plan.mesh.coordinates(rank)["pp"] == stage]
+    victims = {choose.choice(ranks)} if alone else set(ranks)
+    with pytest.raises(PlanError) as caught:
+        prove_ranks([broken if rank in victims else plan for rank in range(plan.mesh.world_size)])
+    assert "  > " in caught.value.excerpt
+    if not alone:
+        with pytest.raises(PlanError):
+            prove(broken)
+
+
+def test_ranks_must_have_plans_for_one_mesh() -> None:
+    two, four = made("dp2"), made("zero3:size=4+accum2")
+    with pytest.raises(PlanMismatch, match=r"mesh: ranks 0 have dp=2; ranks 1 have dp=4"):
+        prove_ranks([two, four])
+    with pytest.raises(WorldSizeMismatch):
+        prove_ranks([two])
+
+
+def test_both_ranks_are_shown() -> None:
+    plan = made("dp2")
+    (only,) = plan.stages
+    body = list(only.body)
+    assert kinds(1)["two collectives are swapped"](body, random.Random(0))
+    with pytest.raises(PlanError) as caught:
+        prove_ranks([plan, replace(plan, stages=(replace(only, body=tuple(body)),))])
+    assert "differs between rank 0 and rank 1" in caught.value.rule
+    assert [line for line in caught.value.excerpt.splitlines() if line.startswith("rank")] == ["rank 0:", "rank 1:"]
