@@ -51,7 +51,7 @@ def prove(plan: ExecutionPlan) -> None:
         lists = [stage.step(first) for stage in plan.stages]
         waits = [match_waits(instructions) for instructions in lists]
         for stage, instructions in enumerate(lists):
-            _Values(plan, stage, first, instructions, waits[stage]).check()
+            _Values(plan, stage, first, f"stage {stage}", instructions, waits[stage]).check()
         pipeline = of_stages(lists)
         check_transfers(pipeline)
         check_collectives(pipeline, "pp", "over the stages")
@@ -63,14 +63,15 @@ def variants(plan: ExecutionPlan) -> tuple[bool, ...]:
     return (False, True) if any(stage.first_epilogue is not None for stage in plan.stages) else (False,)
 
 
-def check_values(plan: ExecutionPlan, stage: int, first: bool) -> None:
-    """Every value of ``stage`` is there when it is read, and gone or a result at the end.
+def check_values(plan: ExecutionPlan, stage: int, first: bool, name: str) -> None:
+    """Every value of ``stage`` is there when it is read, and gone or a result at the end. ``name``: what messages call
+    who runs it.
 
     Raises:
         PlanError: the broken rule.
     """
     instructions = plan.stages[stage].step(first)
-    _Values(plan, stage, first, instructions, match_waits(instructions)).check()
+    _Values(plan, stage, first, name, instructions, match_waits(instructions)).check()
 
 
 def dense(kind: TensorType) -> bool:
@@ -90,6 +91,7 @@ class _Values:
     plan: ExecutionPlan
     stage: int
     first: bool
+    name: str
     instructions: tuple[Instruction, ...]
     waits: dict[int, int]
     types: dict[Ref, TensorType | None] = field(default_factory=dict)  # live values; None: type unknown
@@ -105,7 +107,7 @@ class _Values:
         self._end(set(reads))
 
     def _fail(self, rule: str, position: int) -> NoReturn:
-        reject(rule, Parties([self.instructions], [f"stage {self.stage}"]), [(0, position)])
+        reject(rule, Parties([self.instructions], [self.name]), [(0, position)])
 
     def _instruction(self, position: int, ins: Instruction) -> None:
         if ins.op in _COMMUNICATION:

@@ -41,7 +41,8 @@ def prove_ranks(plans: Sequence[ExecutionPlan]) -> None:
         if not any(first in variants(plan) for plan in classes.plans):
             continue
         for rank in classes.representatives():
-            check_values(plans[rank], mesh.coordinates(rank)["pp"], first)
+            stage = mesh.coordinates(rank)["pp"]
+            check_values(plans[rank], stage, first, f"rank {rank} (stage {stage})")
         lists = classes.lists(first)
         for pipeline in classes.combinations("pp"):
             parties = _parties(lists, pipeline)

@@ -229,6 +229,5 @@ class Loaded:
         return self._traffic[rank, first]
 
     def instruction_of(self, rank: int) -> str:
-        """The instruction ``rank`` is at, with its position."""
-        machine = self.machines[rank]
-        return f"{machine.position} {' '.join(str(machine.instruction).split())}"
+        """The instruction ``rank`` is at."""
+        return self.machines[rank].describe()

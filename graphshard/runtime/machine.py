@@ -91,6 +91,7 @@ class Machine:
         self.stage = plan.mesh.coordinates(rank)["pp"]
         self.update_begins = len(stage_plan.prologue) + len(stage_plan.body)
         self._instructions = {first: stage_plan.step(first) for first in (False, True)}
+        self._waits = {first: match_waits(listed) for first, listed in self._instructions.items()}
         self._environment: Environment = []
         self._first = False
         resolver = _Resolver(plan, rank, communicator, functions, device)
@@ -112,6 +113,23 @@ class Machine:
     def instruction(self) -> Instruction:
         """The instruction being run."""
         return self._instructions[self._first][self.position]
+
+    def describe(self) -> str:
+        """The instruction being run with its position; of a WAIT, what it waits for; and which pass made that."""
+        told = f"{self.position} {' '.join(str(self.instruction).split())}"
+        source = self.instruction
+        if source.op is Op.WAIT:
+            source = self._instructions[self._first][self._waits[self._first][self.position]]
+            way = "to" if source.op is Op.SEND else "from"
+            told += (
+                f" for {source.name} over {source.axis}"
+                if source.axis
+                else f" for {source.op} {way} stage {source.peer}"
+            )
+            told += f" of {source.type}"
+        origin = [f"bucket {source.bucket}"] if source.bucket else []
+        origin += [f"made by {source.made_by}"] if source.made_by else []
+        return told + (f" ({', '.join(origin)})" if origin else "")
 
     def step(
         self, values: dict[Ref, Tensor], first: bool = False, preempt: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 import graphshard
 from corruption import kinds
 from graphshard.errors import PlanError, PlanMismatch, WorldSizeMismatch
-from graphshard.execution import ExecutionPlan
+from graphshard.execution import ExecutionPlan, Op, Ref
 from graphshard.prove import prove
 from graphshard.prove_ranks import prove_ranks
 from models import zoo
@@ -102,11 +103,36 @@ def test_ranks_must_have_plans_for_one_mesh() -> None:
 
 
 def test_both_ranks_are_shown() -> None:
+    """One rank exchanges two values that the other does not: each list is sound by itself."""
     plan = made("dp2")
     (only,) = plan.stages
-    body = list(only.body)
-    assert kinds(1)["two collectives are swapped"](body, random.Random(0))
+    reduced = [at for at, ins in enumerate(only.body) if ins.op is Op.REDUCE][:2]
+    one, two = (only.body[at].outputs[0] for at in reduced)
+    names = {one: two, two: one}
+
+    def renamed(refs: Iterable[Ref]) -> list[Ref]:
+        return [names.get(ref, ref) for ref in refs]
+
+    body = (
+        replace(
+            ins,
+            inputs=tuple(renamed(ins.inputs)),
+            outputs=tuple(renamed(ins.outputs)),
+            last=frozenset(renamed(ins.last)),
+        )
+        for ins in only.body
+    )
     with pytest.raises(PlanError) as caught:
         prove_ranks([plan, replace(plan, stages=(replace(only, body=tuple(body)),))])
-    assert "differs between rank 0 and rank 1" in caught.value.rule
+    assert caught.value.rule == "collective 0 over axis dp differs between rank 0 and rank 1"
     assert [line for line in caught.value.excerpt.splitlines() if line.startswith("rank")] == ["rank 0:", "rank 1:"]
+
+
+def test_a_broken_list_is_its_rank_s() -> None:
+    plan = made("zero3:size=2+pp2:schedule=1f1b,microbatches=2")
+    body = list(plan.stages[1].body)
+    assert kinds(2)["freed too early"](body, random.Random(0))
+    broken = replace(plan, stages=(plan.stages[0], replace(plan.stages[1], body=tuple(body))))
+    with pytest.raises(PlanError) as caught:
+        prove_ranks([plan, plan, plan, broken])
+    assert caught.value.excerpt.startswith("rank 3 (stage 1):\n")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import graphshard
 from graphshard.errors import PlanError
 from graphshard.execution import ExecutionPlan, Instruction, Op, StagePlan, TensorType
 from graphshard.prove import prove
+from graphshard.prove_ranks import prove_ranks
 from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.storage import Storage
 from handmade import GPIPE, ONE_F_ONE_B, collective, eager, edited, free, kind, refs, run, two_stages, wait, weights
@@ -204,7 +209,7 @@ def test_stages_must_agree_on_collectives_over_stages() -> None:
     first, second = plan.stages
     more = [collective(Op.REDUCE, "all_reduce", "shard:b1", "twice", kind(8), "epilogue", "pp"), wait("twice", "")]
     second = replace(second, body=(*second.body, *more, free("twice", "")))
-    with pytest.raises(PlanError, match="collective 0 over the stages differs between stages 0 and 1"):
+    with pytest.raises(PlanError, match="collective 0 over the stages differs between stage 0 and stage 1"):
         prove(replace(plan, stages=(first, second)))
 
 
@@ -256,3 +261,31 @@ def test_what_is_proved_runs_and_gives_the_same(seed: int) -> None:
     assert loss is not None and loss.item() == pytest.approx(losses[0], rel=1e-5)
     for name, value in storage.read_params().items():
         assert value.allclose(params[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_thousand_ranks_are_proved_by_their_representatives() -> None:
+    """1,024 ranks and 64 micro-batches: half a minute on one core is asked for, some seconds are allowed here."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(32)))
+        rows = torch.empty(64 * 64, 8)
+    compiled = graphshard.compile(
+        model,
+        "zero3+pp16:microbatches=64",
+        loss_fn=lambda output: output.square().mean(),
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+        executor="none",
+        world_size=1024,
+        example_inputs=rows,
+    )
+    plan = compiled.execution_plan
+    begin = time.process_time()
+    prove_ranks([plan] * 1024)
+    assert time.process_time() - begin < 15
+    body = list(plan.stages[7].body)
+    swapped = [at for at, ins in enumerate(body) if ins.op is Op.SEND and ins.peer == 8][30:32]
+    body[swapped[0]], body[swapped[1]] = body[swapped[1]], body[swapped[0]]
+    stages = list(plan.stages)
+    stages[7] = replace(stages[7], body=tuple(body))
+    odd = plan.mesh.rank({"pp": 7, "dp": 33})
+    with pytest.raises(PlanError, match=rf"rank {odd} "):
+        prove_ranks([replace(plan, stages=tuple(stages)) if rank == odd else plan for rank in range(1024)])
