@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
@@ -109,7 +110,7 @@ def _run_all(options: argparse.Namespace, console: Console) -> tuple[Runs, dict[
                     progress.update(task, description=name)
                     if name not in failures:
                         try:
-                            measured = run_row(name, options)
+                            measured = _run_twice(name, options, progress.console)
                         except RowFailed as error:
                             failures[name] = str(error)
                             progress.console.print(f"{name}: failed")
@@ -119,6 +120,15 @@ def _run_all(options: argparse.Namespace, console: Console) -> tuple[Runs, dict[
                             progress.console.print(f"{name}: {times} s", highlight=False)
                     progress.advance(task)
     return runs, failures
+
+
+def _run_twice(name: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """A run of a row; once more if it fails, as FSDP2 on gloo does now and then, by a signal in native code."""
+    try:
+        return run_row(name, options)
+    except RowFailed as error:
+        console.print(f"{name}: once more after: {escape(str(error))}", highlight=False)
+        return run_row(name, options)
 
 
 class RowFailed(Exception):
@@ -160,11 +170,12 @@ def run_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _last_error(said: str) -> str:
-    """The exception line of the first traceback in ``said``, or the last line there is."""
+    """The exception line of the first traceback in ``said``, or a signal, or the last line there is."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     begun = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
     if begun is None:
-        return lines[-1] if lines else "it said nothing"
+        signals = (line for line in lines if re.search(r"Signal \d+ \(SIG", line))
+        return next(signals, lines[-1] if lines else "it said nothing")
     errors = (line for line in lines[begun:] if "Error: " in line or line.endswith("Error"))
     return next(errors, lines[-1])
 

@@ -17,7 +17,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -47,7 +47,6 @@ class _Kind(IntEnum):
     VALUE = 1  # a value lies in this block
     READ = 2  # I have read it
     ALARM = 3  # I cannot go on
-    BYE = 4  # I am done
 
 
 @dataclass
@@ -75,9 +74,8 @@ class _Peer:
     expected: dict[int, deque[Arrival]] = field(default_factory=dict)  # by channel: asked for and not here
     early: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)  # here and not asked for: (block, bytes)
     unsent: deque[tuple[bytes, int | None]] = field(default_factory=deque)
-    left: bool = False  # it said that it is done
     gone: bool = False  # its end is closed
-    alarm: bool = False  # it cannot go on, or is gone without a word
+    alarm: bool = False  # it cannot go on
 
 
 class Neighbours:
@@ -97,38 +95,43 @@ class Neighbours:
         rank, world_size = dist.get_rank(control), dist.get_world_size(control)
         self._peers: dict[int, _Peer] = {}
         self._by_descriptor: dict[int, int] = {}
-        self._poll = select.poll()
         self._blocks: list[_Block] = []
         self._free: list[_Block] = []
-        place = _place()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            address = ""
-            if place:
-                address = f"\0graphshard-{secrets.token_hex(16)}"  # the kernel's own name space, not the file system's
+        place, given = _place(), [("", "", 0)] * world_size
+        if not place:
+            dist.all_gather_object(given, ("", "", 0), group=control)
+        else:
+            self._poll = select.poll()
+            with _socket() as listener:
+                address = f"\0graphshard-{secrets.token_hex(16)}"  # in the kernel's name space, not the file system's
                 listener.bind(address)
                 listener.listen(world_size)
-            given: list[tuple[str, str, int]] = [("", "", 0)] * world_size
-            dist.all_gather_object(given, (place, address, os.getpid()), group=control)
-            here = [other for other in range(world_size) if place and given[other][0] == place and other != rank]
-            listener.settimeout(timeout_s)
-            for other in (other for other in here if other < rank):
-                link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                link.connect(given[other][1])
-                self._add(other, link)
-            rank_of = {given[other][2]: other for other in here if other > rank}
-            while rank_of:
-                try:
-                    link, _ = listener.accept()
-                except TimeoutError as error:
-                    raise TookTooLong(f"ranks {sorted(rank_of.values())} did not connect") from error
-                process, user, _ = _CREDENTIALS.unpack(
-                    link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-                )
-                if user != os.getuid() or process not in rank_of:
-                    link.close()  # a stranger
-                    continue
-                self._add(rank_of.pop(process), link)
+                listener.settimeout(timeout_s)
+                dist.all_gather_object(given, (place, address, os.getpid()), group=control)
+                here = {other: given[other] for other in range(world_size) if given[other][0] == place}
+                self._connect({other: where for other, (_, where, _) in here.items() if other < rank})
+                self._accept(listener, {process: other for other, (_, _, process) in here.items() if other > rank})
         self.ranks = frozenset(self._peers)
+
+    def _connect(self, addresses: Mapping[int, str]) -> None:
+        for rank, address in addresses.items():
+            link = _socket()
+            link.connect(address)
+            self._add(rank, link)
+
+    def _accept(self, listener: socket.socket, rank_of: dict[int, int]) -> None:
+        """Wait for the processes that are the keys of ``rank_of``."""
+        while rank_of:
+            try:
+                link, _ = listener.accept()
+            except TimeoutError as error:
+                raise TookTooLong(f"ranks {sorted(rank_of.values())} did not connect") from error
+            credentials = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            process, user, _ = _CREDENTIALS.unpack(credentials)
+            if user == os.getuid() and process in rank_of:
+                self._add(rank_of.pop(process), link)
+            else:
+                link.close()  # a stranger
 
     def put(self, peers: Sequence[int], channel: int, value: Tensor) -> None:
         """Give ``peers`` a contiguous ``value``; it may be changed as soon as this returns.
@@ -176,7 +179,7 @@ class Neighbours:
             TookTooLong: the deadline has passed.
         """
         for rank, peer in self._peers.items():
-            if peer.gone and (rank in peers or peer.alarm):
+            if peer.gone and rank in peers:
                 raise PeerGone(f"rank {rank} has ended")
             if peer.alarm:
                 raise PeerGone(f"rank {rank} cannot go on")
@@ -205,7 +208,7 @@ class Neighbours:
         for peer in self._peers.values():
             peer.link.settimeout(_FAREWELL_S)
             with contextlib.suppress(OSError):  # it does not listen any more
-                self._send(peer, _NOTE.pack(_Kind.BYE, 0, 0, 0))
+                self._flush(peer)
             peer.link.close()
         self._peers.clear()
 
@@ -268,7 +271,6 @@ class Neighbours:
             except ConnectionResetError:
                 continue  # it ended before it had read everything; what it had sent is still there
             if not note:
-                peer.alarm = peer.alarm or not peer.left
                 peer.gone = True
                 self._poll.unregister(peer.link)
                 return
@@ -283,12 +285,14 @@ class Neighbours:
                     self._free.append(block)
             elif kind == _Kind.ALARM:
                 peer.alarm = True
-            elif kind == _Kind.BYE:
-                peer.left = True
             elif expected := peer.expected.get(channel):
                 _fill(peer, expected.popleft(), number, size)
             else:
                 peer.early.setdefault(channel, deque()).append((number, size))
+
+
+def _socket() -> socket.socket:
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
 def _fill(peer: _Peer, arrival: Arrival, block: int, size: int) -> None:
