@@ -187,5 +187,5 @@ def _fail_stuck(
     circle = chain[chain.index(following) :]
     links = zip(circle, circle[1:] + circle[:1], strict=True)
     story = ", ".join(f"{parties.names[a]} waits for {parties.names[b]}" for a, b in links)
-    kind = "stages" if parties.names[0].startswith("stage") else "ranks"
-    reject(f"{kind} wait in a circle: {story}", parties, [(party, at[party]) for party in circle])
+    noun, _, _ = parties.names[0].partition(" ")
+    reject(f"{noun}s wait in a circle: {story}", parties, [(party, at[party]) for party in circle])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -72,3 +73,11 @@ class Mesh:
         """Inverse of ``str``: ``"pp=2 dp=4"``."""
         pairs = (item.partition("=") for item in text.split())
         return cls(tuple((name, int(size)) for name, _, size in pairs))
+
+
+def ranks_by(given: Sequence[str]) -> dict[str, list[int]]:
+    """Each value of ``given`` (one per rank) to the ranks that have it."""
+    result: dict[str, list[int]] = {}
+    for rank, value in enumerate(given):
+        result.setdefault(value, []).append(rank)
+    return result

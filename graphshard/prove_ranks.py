@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 
 from graphshard.channels import Channel, Parties, check_collectives, check_progress, check_transfers
 from graphshard.errors import PlanMismatch, WorldSizeMismatch
-from graphshard.execution import ExecutionPlan, Instruction, Op, StagePlan, match_waits
-from graphshard.mesh import DATA_AXES, Mesh
+from graphshard.execution import ExecutionPlan, Instruction, Op, match_waits
+from graphshard.mesh import DATA_AXES, Mesh, ranks_by
 from graphshard.prove import check_values, prove, variants
 
 
@@ -52,9 +52,7 @@ def prove_ranks(plans: Sequence[ExecutionPlan]) -> None:
             for group in classes.combinations(axis):
                 check_collectives(_parties(lists, group), axis, f"over axis {axis}")
         everyone = _parties(lists, range(mesh.world_size))
-        waits = {
-            id(instructions): match_waits(instructions) for instructions in lists
-        }  # ranks that are alike share one
+        waits = {id(shared): match_waits(shared) for shared in lists}  # ranks that are alike share a list
         check_progress(everyone, [waits[id(instructions)] for instructions in lists], _Meets(mesh))
 
 
@@ -62,7 +60,7 @@ def _same_frame(plans: Sequence[ExecutionPlan]) -> None:
     meshes, microbatches = [str(plan.mesh) for plan in plans], [str(plan.microbatches) for plan in plans]
     for what, given in (("mesh", meshes), ("number of micro-batches", microbatches)):
         if len(set(given)) > 1:
-            raise PlanMismatch(what, {value: [r for r, v in enumerate(given) if v == value] for value in given})
+            raise PlanMismatch(what, ranks_by(given))
     if plans[0].mesh.world_size != len(plans):
         raise WorldSizeMismatch(meshes[0], plans[0].mesh.world_size, len(plans))
 
@@ -77,12 +75,12 @@ class _Classes:
     def __init__(self, plans: Sequence[ExecutionPlan]) -> None:
         self._mesh = plans[0].mesh
         self.plans: list[ExecutionPlan] = []  # one of each class
-        known: dict[tuple[tuple[Instruction, ...], ...], int] = {}
+        known: dict[object, int] = {}
         by_identity: dict[int, int] = {}
         self._of: list[int] = []
         for plan in plans:
             if id(plan) not in by_identity:
-                key = tuple(part for stage in plan.stages for part in _parts(stage))
+                key = tuple((s.prologue, s.body, s.epilogue, s.first_epilogue) for s in plan.stages)
                 if key not in known:
                     known[key] = len(self.plans)
                     self.plans.append(plan)
@@ -115,10 +113,6 @@ class _Classes:
                 group = self._mesh.group(rank, axis)
                 seen.setdefault(tuple((self._of[r], at["pp"] if axis != "pp" else 0) for r in group), group)
         return iter(seen.values())
-
-
-def _parts(stage: StagePlan) -> Iterator[tuple[Instruction, ...]]:
-    yield from (stage.prologue, stage.body, stage.epilogue, stage.first_epilogue or ())
 
 
 class _Meets:

@@ -101,13 +101,7 @@ class TorchCommunicator:
         works = [group.recv([arriving[(me - d) % size]], (me - d) % size, _EXCHANGE_TAG) for d in range(1, size)]
         works += [group.send([parts[(me + d) % size]], (me + d) % size, _EXCHANGE_TAG) for d in range(1, size)]
 
-        def add() -> None:
-            # In order of the ranks, so that the sum does not depend on who is summing.
-            torch.add(arriving[0], arriving[1], out=total)
-            for part in arriving[2:]:
-                total.add_(part)
-
-        return Works(works, peers, self._timeout, (source,), add)
+        return Works(works, peers, self._timeout, (source,), lambda: add_up(arriving, total))
 
     def all_reduce(self, axis: str, value: Tensor) -> Handle:
         peers = self._members[axis]
@@ -144,6 +138,14 @@ class TorchCommunicator:
             return self._groups.axes["pp"], peer, 1 + source * self._stages + target
         # Ranks of a column ascend with the stage, and groups sort their ranks.
         return self._groups.pairs[source, target], int(peer > self._at["pp"]), 0
+
+
+def add_up(terms: Sequence[Tensor], total: Tensor) -> None:
+    """``total``, which may be one of the first two ``terms``, becomes their sum: in the order of the ranks, so that it
+    does not depend on who is summing."""
+    torch.add(terms[0], terms[1], out=total)
+    for term in terms[2:]:
+        total.add_(term)
 
 
 # torch 2.13 renames these two and warns at the old names.

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from graphshard.errors import NoValue, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
-from graphshard.mesh import Mesh
+from graphshard.mesh import Mesh, ranks_by
 from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.executor import Executor, Loaded
-from graphshard.runtime.groups import join_world, make_groups, ranks_by
+from graphshard.runtime.groups import join_world, make_groups
 from graphshard.runtime.machine import Communicator, Handle, Machine
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.segments import SegmentFunction

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from graphshard.errors import NoProcessGroup, PlanMismatch, WorldSizeMismatch
-from graphshard.mesh import Mesh
+from graphshard.mesh import Mesh, ranks_by
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -74,11 +74,3 @@ def make_groups(mesh: Mesh, device: torch.device, timeout_s: float) -> Groups:
                     if rank in (column[source], column[target]):
                         pairs[source, target] = group
     return Groups(control, axes, pairs)
-
-
-def ranks_by(given: list[str]) -> dict[str, list[int]]:
-    """Each value of ``given`` (one per rank) to the ranks that have it."""
-    result: dict[str, list[int]] = {}
-    for rank, value in enumerate(given):
-        result.setdefault(value, []).append(rank)
-    return result

@@ -91,13 +91,17 @@ class Machine:
         self.stage = plan.mesh.coordinates(rank)["pp"]
         self.update_begins = len(stage_plan.prologue) + len(stage_plan.body)
         self._instructions = {first: stage_plan.step(first) for first in (False, True)}
-        self._waits = {first: match_waits(listed) for first, listed in self._instructions.items()}
+        same = stage_plan.first_epilogue is None
+        waits = match_waits(self._instructions[False])
+        self._waits = {False: waits, True: waits if same else match_waits(self._instructions[True])}
         self._environment: Environment = []
         self._first = False
         resolver = _Resolver(plan, rank, communicator, functions, device)
-        steady = resolver.resolve(self._instructions[False])
-        begun = steady if stage_plan.first_epilogue is None else resolver.resolve(self._instructions[True])
-        self._code = {False: steady, True: begun}
+        steady = resolver.resolve(self._instructions[False], waits)
+        self._code = {
+            False: steady,
+            True: steady if same else resolver.resolve(self._instructions[True], self._waits[True]),
+        }
         reads = {first: read_refs(plan, self.stage, first) for first in (False, True)}
         self.reads: dict[bool, dict[Ref, tuple[Slot, TensorType]]] = reads
         self.results: dict[Ref, Slot] = result_refs(plan, self.stage)
@@ -208,8 +212,7 @@ class _Resolver:
     def place(self, ref: Ref) -> int:
         return self._places.setdefault(ref, len(self._places))
 
-    def resolve(self, instructions: tuple[Instruction, ...]) -> list[Action]:
-        waits = match_waits(instructions)
+    def resolve(self, instructions: tuple[Instruction, ...], waits: Mapping[int, int]) -> list[Action]:
         return [self._action(position, ins, waits) for position, ins in enumerate(instructions)]
 
     def _action(self, position: int, ins: Instruction, waits: Mapping[int, int]) -> Action:

@@ -26,19 +26,19 @@ _TRIALS = 7
 
 def mm(left: Tensor, right: Tensor) -> Tensor:
     """The product of two matrices."""
-    return _by_onednn(left, right) if left.is_cpu and onednn_is_faster() else torch.mm(left, right)
+    return _by_onednn(left, right) if _goes_to_onednn(left) else torch.mm(left, right)
 
 
 def addmm(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The product of two matrices, plus ``bias`` (1-D) in every row."""
-    if left.is_cpu and onednn_is_faster():
+    if _goes_to_onednn(left):
         return _by_onednn(left, right, bias)
     return torch.addmm(bias, left, right)
 
 
 def mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:
     """Overwrite ``target`` with the product of two matrices."""
-    if left.is_cpu and onednn_is_faster():
+    if _goes_to_onednn(left):
         target.copy_(_by_onednn(left, right))
     else:
         torch.mm(left, right, out=target)
@@ -46,10 +46,14 @@ def mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 def add_mm(target: Tensor, left: Tensor, right: Tensor) -> None:
     """Add the product of two matrices to ``target``."""
-    if left.is_cpu and onednn_is_faster():
+    if _goes_to_onednn(left):
         target.add_(_by_onednn(left, right))
     else:
         target.addmm_(left, right)
+
+
+def _goes_to_onednn(left: Tensor) -> bool:
+    return left.is_cpu and onednn_is_faster()
 
 
 @functools.cache

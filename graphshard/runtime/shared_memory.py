@@ -10,10 +10,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from graphshard.mesh import Mesh
+from graphshard.runtime.collectives import add_up
 from graphshard.runtime.machine import Communicator, Handle
 from graphshard.runtime.neighbours import Arrival, Neighbours
 
@@ -157,9 +157,7 @@ class SharedMemoryCommunicator:
             mine = parts[place].clone() if place >= 2 else parts[place]  # ``total`` may be the same memory
             terms = [value.view(mine.dtype) for value in values]
             terms.insert(place, mine)
-            torch.add(terms[0], terms[1], out=total)
-            for term in terms[2:]:
-                total.add_(term)
+            add_up(terms, total)
             then()
 
         return Exchange(self, [self._neighbours.expect(peer, channel) for peer in others], add)

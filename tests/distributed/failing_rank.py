@@ -1,6 +1,6 @@
 """What each process of test_failures.py runs: steps of a small model, in one of which the victim fails.
 
-Arguments: the victim's rank, how it fails (kill, stop or raise), and a number that chooses the instruction.
+Arguments: the victim's rank, how it fails (kill, stop or raise), a number that chooses the instruction, and timeout_s.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from graphshard.runtime.machine import Machine
 from models import zoo
 
 RANK = int(os.environ["RANK"])
-LIMIT_S = 4.0
 
 
 def fail(how: str) -> None:
@@ -48,7 +47,7 @@ def main() -> None:
         "zero3:size=2+pp2",
         loss_fn=loss_fn,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
-        timeout_s=LIMIT_S,
+        timeout_s=float(sys.argv[4]),
     )
     rows = 16 // compiled.dp_size
     mine = [value[compiled.dp_rank * rows : (compiled.dp_rank + 1) * rows] for value in args]

@@ -18,6 +18,26 @@ Plan = TypeVar("Plan")
 HERE = Path(__file__).resolve().parent
 
 
+def start(
+    script: str, world_size: int, port: int, *arguments: str, environment: Mapping[str, str] | None = None
+) -> list[subprocess.Popen[str]]:
+    """``script`` of this folder as ``world_size`` processes that meet at ``port``."""
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | dict(environment or {})
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HERE / script), *arguments],
+            env=os.environ | common | {"RANK": str(rank)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
 def launch(
     script: str,
     world_size: int,
@@ -32,20 +52,7 @@ def launch(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
-    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= environment or {}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), *arguments],
-            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    processes = start(script, world_size, port, *arguments, environment=environment)
     results = []
     try:
         for process in processes:

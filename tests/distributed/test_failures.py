@@ -9,17 +9,16 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from datetime import timedelta
 
 import pytest
 import torch.distributed as dist
 
-from distributed.processes import HERE
+from distributed.processes import start
 
 RANKS = 4
-LIMIT_S = 4.0  # as in failing_rank.py
+LIMIT_S = 4.0
 GRACE_S = 12.0  # on top of it: hearing what the others say, and leaving
 
 
@@ -29,24 +28,13 @@ def test_the_others_end_and_name_it(how: str, seed: int) -> None:
     victim = random.Random(f"{how} {seed}").randrange(RANKS)
     # The launcher holds the store, as torchrun does, so that any rank may die.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
-    common = {
-        "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "failing_rank.py"), str(victim), how, str(seed)],
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
+    processes = start(
+        "failing_rank.py",
+        RANKS,
+        store.port,
+        *(str(victim), how, str(seed), str(LIMIT_S)),
+        environment={"TORCHELASTIC_USE_AGENT_STORE": "True"},
+    )
     try:
         failed_at = _failed(processes[victim], how)
         for rank, process in enumerate(processes):
