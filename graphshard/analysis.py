@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten
 
 from graphshard.dataflow import is_getitem, is_view
-from graphshard.program import Phase, Program, Role, Section, info, val
+from graphshard.program import Phase, Program, Role, Section, info, tensors, val
 
 aten = torch.ops.aten
 
@@ -24,7 +23,7 @@ _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten
 
 def nbytes(value: Any) -> int:
     """Bytes of a tensor's elements, summed over the tensors of a nested value."""
-    return sum(t.numel() * t.element_size() for t in tree_flatten(value)[0] if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors(value))
 
 
 def flops(node: fx.Node) -> int:
@@ -54,7 +53,7 @@ def flops(node: fx.Node) -> int:
         case name if "attention" in name:
             return 4 * prod(shapes[0]) * shapes[1][-2]
         case _:
-            return sum(t.numel() for t in tree_flatten(val(node))[0] if isinstance(t, torch.Tensor))
+            return sum(t.numel() for t in tensors(val(node)))
 
 
 def cost(node: fx.Node) -> float:
@@ -69,7 +68,7 @@ def cost(node: fx.Node) -> float:
 
 def has_products(node: fx.Node) -> bool:
     """Whether the node multiplies matrices: its FLOPs exceed its elements."""
-    return flops(node) > sum(t.numel() for t in tree_flatten(val(node))[0] if isinstance(t, torch.Tensor))
+    return flops(node) > sum(t.numel() for t in tensors(val(node)))
 
 
 def is_random(node: fx.Node) -> bool:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from graphshard.alignment import Alignment
-from graphshard.errors import NotEquivalent
+from graphshard.errors import NodeFailed, NotEquivalent, TooLargeToCheck
 from graphshard.pipeline import Context, Pass, run_passes
-from graphshard.program import Program, info
+from graphshard.program import Program, info, tensors, val
 from graphshard.reference import Inputs, Results, random_inputs, run
 from graphshard.rewrite import copied
 
@@ -37,7 +37,20 @@ def check(
         NotEquivalent: what differs, by how much, and the first node that does.
     """
     given = inputs if inputs is not None else random_inputs(before)
-    _compare(before, after, run(before, given), run(after, given), exact, pass_name)
+    _compare(before, after, run(before, given), _run_after(after, given, pass_name), exact, pass_name)
+
+
+def require_fits(program: Program, limit_gb: float) -> None:
+    """Whether all ranks of ``program`` fit into this process, in float64, with every value of a micro-batch kept.
+
+    Raises:
+        TooLargeToCheck: they take more than ``limit_gb`` times 10^9 bytes.
+    """
+    stored = 4 * sum(p.numel for p in program.params.values()) * program.mesh.world_size  # with gradients and state
+    values = [t.numel() for node in program.body.graph.nodes if node.op != "output" for t in tensors(val(node))]
+    held = 8e-9 * (stored + sum(values) * program.mesh.dp_size)
+    if held > limit_gb:
+        raise TooLargeToCheck(held, limit_gb)
 
 
 def check_passes(program: Program, passes: list[Pass], ctx: Context, inputs: Inputs | None = None) -> Iterator[Pass]:
@@ -50,10 +63,18 @@ def check_passes(program: Program, passes: list[Pass], ctx: Context, inputs: Inp
     expected = run(program, given)
     for item in passes:
         after = run_passes(copied(program), [item], ctx)
-        found = run(after, given)
+        found = _run_after(after, given, item.name)
         _compare(program, after, expected, found, item.exact, item.name)
         program, expected = after, found
         yield item
+
+
+def _run_after(program: Program, inputs: Inputs, pass_name: str) -> Results:
+    """As :func:`run`, for a program whose predecessor ran: if it does not, the pass is at fault."""
+    try:
+        return run(program, inputs)
+    except NodeFailed as failed:
+        raise NotEquivalent(pass_name, f"it cannot be run: {failed.what}", "") from failed
 
 
 def _compare(before: Program, after: Program, expected: Results, found: Results, exact: bool, pass_name: str) -> None:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_unflatten
 
 from graphshard import dump, report, trace
 from graphshard.batch import MicroBatch, split_batch
-from graphshard.check import check_passes
+from graphshard.check import check_passes, require_fits
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
 from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor, UnknownExecutor
@@ -29,8 +29,10 @@ from graphshard.pipeline import Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
 from graphshard.prove import prove
+from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
+from graphshard.shrink import shrunk
 from graphshard.trace import Captured
 from graphshard.update import add_update, check_elementwise, make_optimizer
 
@@ -137,6 +139,7 @@ class _Build:
     mode: Mode
     example: MicroBatch
     placement: Placement | None  # what the passes were given
+    source: Program | None = None  # the program before the first pass; kept where accounts are all that is asked for
 
 
 @dataclass
@@ -289,10 +292,11 @@ class Compiled:
             logger.warning("graphshard: new input shapes %s: tracing %s again", _shapes(example), mode)
         captured = self._capture(mode, args, kwargs, microbatches)
         first, placement = self._main is None, self._placement
+        source = copied(captured.program) if self.executor == "none" else None
         observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
         program = run_passes(captured.program, self.passes, Context(self.mesh, placement), observer)
         plan = lower(program, self._schedule(mode, microbatches))
-        build = self._builds[key] = _Build(program, plan, captured, mode, example, placement)
+        build = self._builds[key] = _Build(program, plan, captured, mode, example, placement, source)
         if first:
             self._main, self._placement = build, _placement(program)
             if self.dump_dir is not None and self.rank == 0:
@@ -427,23 +431,38 @@ class Compiled:
         program = run_passes(*self._before_passes(build), dump.writer(Path(path)))
         dump.write_plan(Path(path), lower(program, self._schedule(build.mode, program.microbatches)))
 
-    def verify(self) -> Iterator[Pass]:
+    def verify(self, full_size: bool = False, limit_gb: float = 4.0) -> Iterator[Pass]:
         """Run the passes once more, each checked against the program before it on random inputs (see check.py), prove
         the plan, and give each pass that is found right.
 
+        Args:
+            full_size: with the model's own sizes and all ranks. Else both are as small as the structure allows (see
+                shrink.py), with parameters on the stages where the model has them.
+            limit_gb: most memory, in 10^9 bytes, that all ranks in one process may take.
+
         Raises:
+            TooLargeToCheck: they take more.
             NotEquivalent: a pass does not keep the program's meaning.
             IllegalProgram: a pass leaves a program that breaks a rule.
             PlanError: the plan cannot run.
         """
         build = self._built()
-        yield from check_passes(*self._before_passes(build))
+        program, passes, ctx = self._before_passes(build)
+        if full_size:
+            require_fits(program, limit_gb)
+        else:
+            program = shrunk(program, limit_gb)
+            ctx = Context(program.mesh, Placement(_placement(build.program).stages))
+        yield from check_passes(program, passes, ctx)
         prove(build.plan)
 
     def _before_passes(self, build: _Build) -> tuple[Program, list[Pass], Context]:
-        """The program of ``build`` captured once more, and what to run on it to get where ``build`` is."""
-        captured = self._capture(build.mode, *build.example.arguments(), build.program.microbatches)
-        return captured.program, self.passes, Context(self.mesh, build.placement)
+        """The program that ``build`` began with, and what to run on it to get where ``build`` is."""
+        if build.source is not None:
+            program = copied(build.source)
+        else:
+            program = self._capture(build.mode, *build.example.arguments(), build.program.microbatches).program
+        return program, self.passes, Context(self.mesh, build.placement)
 
     def explain(self) -> str:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class GraphshardError(Exception):
@@ -32,8 +33,19 @@ class TooLargeToCheck(GraphshardError):
 
     def __init__(self, gigabytes: float, limit: float) -> None:
         super().__init__(
-            f"checking runs all ranks here in float64, which takes {gigabytes:.0f} GB for parameters and --limit-gb is "
-            f"{limit:g}; build a smaller model of the same structure, or take fewer ranks"
+            f"checking runs all ranks in this process in float64, which takes {gigabytes:.1f} GB where the limit is "
+            f"{limit:g}; build a smaller model of the same structure, take fewer ranks, or raise --limit-gb"
+        )
+
+
+class NodeFailed(GraphshardError):
+    """An operator of a program refuses the values that a check gives it."""
+
+    def __init__(self, node: Any, error: Exception) -> None:
+        self.node, self.what = node, f"%{node.name} = {node.target} says {str(error).partition(chr(10))[0]!r}"
+        super().__init__(
+            f"the program cannot be run on random inputs: {self.what}; check a model that takes any floats, and "
+            "integers of 0 and 1"
         )
 
 

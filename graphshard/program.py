@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_flatten
 
 import graphshard.ops  # noqa: F401  a graph may hold any of its operators
 from graphshard.mesh import Mesh
@@ -219,3 +220,8 @@ def set_info(node: fx.Node, **changes: Any) -> None:
 def val(node: fx.Node) -> Any:
     """The fake value of ``node``: a FakeTensor, or a tuple of them for an operator with several results."""
     return node.meta["val"]
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors of a nested value, in order."""
+    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]

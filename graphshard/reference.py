@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
+from torch.fx.node import map_aggregate
 
+from graphshard.errors import NodeFailed
 from graphshard.program import Bucket, Level, Program, Role, Section, Slot, info, val
 
 gs = torch.ops.graphshard
 c10d = torch.ops._c10d_functional
 
 _WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
+
 
 Batch = Sequence[Sequence[Sequence[Tensor]]]
 """Of one step: per data-parallel rank, per micro-batch, the tensors in flattening order."""
@@ -198,10 +200,17 @@ class _Run:
             return {rank: special(self, node, env, rank) for rank in holders}
         result = {}
         for rank in holders:
-            here = {source: env[source][rank] for source in node.all_input_nodes}
-            args, kwargs = fx.map_arg((node.args, node.kwargs), here.__getitem__)
-            args, kwargs = tree_map_only(torch.dtype, lambda dtype: _WIDE.get(dtype, dtype), (args, kwargs))
-            result[rank] = target(*args, **kwargs)
+
+            def value(leaf: Any, rank: int = rank) -> Any:
+                if isinstance(leaf, fx.Node):
+                    return env[leaf][rank]
+                return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+
+            args, kwargs = map_aggregate((node.args, node.kwargs), value)
+            try:
+                result[rank] = target(*args, **kwargs)
+            except Exception as error:  # whatever the operator raises
+                raise NodeFailed(node, error) from error
         return result
 
     # What ranks do together
