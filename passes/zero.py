@@ -103,7 +103,8 @@ def _shard_update(section: Section, shardings: list[_Sharding]) -> None:
             states.setdefault((slot.name, slot.stage), []).append(slot)
     for sharding in shardings:
         sharding.examine(inputs, states.get((sharding.slot.name, sharding.slot.stage), []))
-    active = [sharding for sharding in shardings if sharding.carry in inputs]
+    # A replica of a tied weight may get all its gradient from another stage.
+    active = [sharding for sharding in shardings if sharding.carry in inputs or sharding.slot in inputs]
     owners: dict[tuple[Role, str, int], _Sharding] = {}
     for sharding in reversed(active):  # the first stage that holds a tied weight hands out its gradient
         name, stage = sharding.slot.name, sharding.slot.stage
@@ -270,7 +271,7 @@ class _Sharding:
     def start_flat(self, section: Section, node: fx.Node, inputs: dict[Slot, fx.Node]) -> None:
         """The same for a result that is a constant."""
         if self.elementwise and self._is_created(node):
-            self._create_like(section, node, inputs[self.carry])
+            self._create_like(section, node, inputs.get(self.carry) or inputs[self.slot])
 
     def update(self, section: Section, inputs: dict[Slot, fx.Node]) -> list[fx.Node]:
         """Rewrite the update; returns the nodes whose type changed, for what is behind them to be typed again."""
@@ -292,10 +293,10 @@ class _Sharding:
 
     def _update_flat(self, section: Section, inputs: dict[Slot, fx.Node]) -> list[fx.Node]:
         """The update on flat storage: elementwise, so the same operators on other shapes."""
-        carry, sharded = self.carry, self.zero >= 1
+        sharded = self.zero >= 1
         changed: list[fx.Node] = []
-        new_gradient = self._reduced_gradient(section, inputs[carry])
-        changed.append(new_gradient)
+        if self.carry in inputs:
+            changed.append(self._reduced_gradient(section, inputs[self.carry]))
         for slot in self.states:
             old = inputs[slot]
             whole = tuple(old.meta["val"].shape) == self.param.shape and slot.key != "step"
@@ -312,7 +313,7 @@ class _Sharding:
             old.replace_all_uses_with(stored)
             remove_input(section, old)
             changed.append(stored)
-        self._reduce_norms(section, new_gradient)
+        self._reduce_norms(section, changed)
         return changed
 
     def _reduced_gradient(self, section: Section, old: fx.Node) -> fx.Node:
@@ -339,11 +340,11 @@ class _Sharding:
             reader.replace_input_with(accumulated, node)
         return node
 
-    def _reduce_norms(self, section: Section, gradient: fx.Node) -> None:
+    def _reduce_norms(self, section: Section, sharded: list[fx.Node]) -> None:
         """A sum of squares over shards is a partial sum: reduce it, once for all parameters of a norm."""
         if self.zero == 0 or self.parts == 1:
             return
-        for norm in downstream([gradient], stop=_is_norm, include_stop=True):
+        for norm in downstream(sharded, stop=_is_norm, include_stop=True):
             if norm.target is not gs.sq_norm.default or info(norm).layout:
                 continue
             readers = list(norm.users)
@@ -355,14 +356,14 @@ class _Sharding:
 
     def _update_whole(self, section: Section, inputs: dict[Slot, fx.Node]) -> None:
         """The update on whole parameters, for an optimizer that is not elementwise: views of the bucket."""
-        graph, carry = section.graph, self.carry
-        shape, stride = list(self.param.shape), _contiguous(self.param.shape)
-        readers = list(inputs[carry].users)
-        reduced = self._reduced_gradient(section, inputs[carry])
-        with after(reduced):
-            view = call(graph, aten.as_strided.default, (reduced, shape, stride, 0), self.record)
-        for reader in readers:
-            reader.replace_input_with(reduced, view)
+        graph, shape, stride = section.graph, list(self.param.shape), _contiguous(self.param.shape)
+        if self.carry in inputs:
+            readers = list(inputs[self.carry].users)
+            reduced = self._reduced_gradient(section, inputs[self.carry])
+            with after(reduced):
+                view = call(graph, aten.as_strided.default, (reduced, shape, stride, 0), self.record)
+            for reader in readers:
+                reader.replace_input_with(reduced, view)
         if self.slot in inputs:
             old = inputs[self.slot]
             stored = add_input(section, self.store, self._flat(old, False), info(old), self.bucket.name)

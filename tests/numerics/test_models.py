@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torch.utils._pytree import tree_flatten
 
 import graphshard
-from numerics.cases import adamw, maker
+from numerics.cases import adagrad, adamw, maker
 from numerics.reference import assert_close, check_parity
 
 PLANS = ("dp2", "zero2:size=2", "zero3+pp2", "zero3+pp2:schedule=zb-h1")
@@ -53,6 +53,40 @@ def test_frozen_unused_and_shared_parameters(plan: str) -> None:
     for name in ("frozen.weight", "unused.weight", "unused.bias", "scale"):
         assert torch.equal(state[name], untouched[name].double()), name
     assert "unused.weight" not in compiled.optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("plan", ["dp2", "zero3+pp2"])
+def test_state_made_beforehand_of_parameters_that_are_never_updated(plan: str) -> None:
+    """Adagrad makes all of its state in the constructor."""
+    compiled = check_parity(lambda: odd(16), plan, adagrad, dtype=torch.float64)
+    assert compiled.optimizer.state_dict()["state"]["unused.weight"]["sum"].shape == (8, 8)
+
+
+class HalfTied(nn.Module):
+    """A table is read at both ends, but only one of them trains it."""
+
+    def __init__(self, trained: str) -> None:
+        super().__init__()
+        self.trained = trained
+        self.table = nn.Parameter(torch.randn(16, 8))
+        self.between = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        first = self.table if self.trained == "first" else self.table.detach()
+        last = self.table if self.trained == "last" else self.table.detach()
+        result: Tensor = self.between(F.embedding(ids, first)) @ last.t()
+        return result
+
+
+@pytest.mark.parametrize("trained", ["first", "last"])
+@pytest.mark.parametrize("plan", ["dp2+pp2", "zero1+pp2", "zero3+pp2"])
+def test_a_replica_that_gets_all_its_gradient_from_another_stage(plan: str, trained: str) -> None:
+    def make() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
+        torch.manual_seed(0)
+        return HalfTied(trained), (torch.randint(16, (16,)), torch.randint(16, (16,))), {}, F.cross_entropy
+
+    stages = plan.replace("pp2", "pp2:stages=between.2")
+    check_parity(make, stages, adamw, dtype=torch.float64, max_grad_norm=0.1)
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
