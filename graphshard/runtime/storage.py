@@ -41,6 +41,7 @@ class Storage:
         self.buckets: dict[str, Bucket] = {}
         self._slots: dict[Slot, TensorType] = {}
         self._unplaced: dict[str, Tensor] = {}  # buffers that no plan so far reads
+        self._idle: dict[str, dict[str, Tensor]] = {}  # optimizer state of parameters that no step updates
         for plan in plans:
             self.learn(plan)
 
@@ -128,10 +129,9 @@ class Storage:
 
     def read_state(self, rank0_only: bool = False) -> dict[str, dict[str, Tensor]]:
         """Optimizer state in full: parameter to key to tensor; empty before the first step. Collective."""
-        result: dict[str, dict[str, Tensor]] = {}
-        if not self.executor.state_keys:
-            return result
-        for place in self._state_places():
+        known = not rank0_only or 0 in self.executor.ranks
+        result = {name: {k: t.clone() for k, t in state.items()} for name, state in self._idle.items() if known}
+        for place in self._state_places() if self.executor.state_keys else ():
             members = [(n, at) for n, at in self._members(place) if self.params[n].stages[0] == place.stage]
             value = self._read(place, rank0_only) if members else None
             for name, at in members if value is not None else ():
@@ -148,6 +148,7 @@ class Storage:
                 nothing is stored then.
         """
         places = list(self._state_places())
+        updated = {name for place in places for name, _ in self._members(place)}
         for place in places if tensors else ():
             key, scalar = place.slot.key, not place.kind.shape
             members = self._members(place)
@@ -157,6 +158,11 @@ class Storage:
             if scalar and any(tensors[n][key].item() != tensors[members[0][0]][key].item() for n, _ in members):
                 names = ", ".join(name for name, _ in members)
                 raise StateMismatch(f"state {key} of {names}", "different values", "one: they are stored together")
+        self._idle = {
+            name: {key: value.detach().clone() for key, value in state.items()}
+            for name, state in tensors.items()
+            if name not in updated
+        }
         for store in self.executor.stores.values():
             for ref in [ref for ref in store if ref.name.startswith(f"{Role.STATE}:")]:
                 del store[ref]
