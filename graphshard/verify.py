@@ -8,9 +8,9 @@ from collections import Counter
 import torch
 from torch import fx
 
-from graphshard.dataflow import is_view
 from graphshard.errors import IllegalProgram
-from graphshard.program import Level, MemoryTag, Phase, Program, Role, Section, info
+from graphshard.postconditions import require
+from graphshard.program import Level, Phase, Program, Role, Section, info
 
 _NAMESPACES = {
     Level.CAPTURED: {"aten", "prims", "graphshard"},
@@ -40,8 +40,7 @@ def verify(program: Program, after: str = "") -> None:
                 _check_phase_order(node, where)
     _check_carries(program, suffix)
     _check_parameters(program, suffix)
-    if program.level is Level.SHARDED:
-        _check_gathers(program.body, f"graph body{suffix}")
+    require(program, suffix)
 
 
 def _fail(rule: str, node: fx.Node | str, where: str) -> None:
@@ -145,32 +144,3 @@ def _check_parameters(program: Program, suffix: str) -> None:
                 _fail(f"{slot} exists before parameters are sharded", str(slot), where)
     for member in sorted(members - set(program.params)):
         _fail(f"bucket member {member!r} is not in the table of parameters", member, suffix.strip() or "buckets")
-
-
-def _check_gathers(body: Section, where: str) -> None:
-    """A gathered parameter is not kept from forward to backward, unless the gather is tagged ``save``."""
-    for node in body.nodes():
-        if node.target is not torch.ops._c10d_functional.all_gather_into_tensor.default:
-            continue
-        if info(node).tag is MemoryTag.SAVE or info(node).phase is not Phase.FORWARD:
-            continue
-        for reader in _readers(node):
-            if info(reader).phase is not Phase.FORWARD:
-                rule = (
-                    f"gathered parameter %{node.name} is kept from forward to backward, where %{reader.name} reads it"
-                )
-                _fail(rule, node, where)
-
-
-def _readers(gather: fx.Node) -> set[fx.Node]:
-    """Operations that read the gathered buffer, through waits and views as well."""
-    found: set[fx.Node] = set()
-    stack = [gather]
-    while stack:
-        for user in stack.pop().users:
-            if user.op == "output" or user in found:
-                continue
-            found.add(user)
-            if user.target is torch.ops._c10d_functional.wait_tensor.default or is_view(user):
-                stack.append(user)
-    return found
