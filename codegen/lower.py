@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,20 @@ from graphshard.codegen.order import order
 from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit, resolve
 from graphshard.dataflow import is_getitem, is_view, upstream
-from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, Segment, StagePlan, Storage, TensorType, slot_ref
+from graphshard.execution import (
+    ExecutionPlan,
+    Instruction,
+    Op,
+    Ref,
+    Segment,
+    StagePlan,
+    Storage,
+    TensorType,
+    slot_ref,
+    variants,
+)
 from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
+from graphshard.simulate import simulate_memory
 
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
@@ -38,7 +50,7 @@ def lower(program: Program, schedule: Schedule) -> ExecutionPlan:
     """The plan of ``program`` run by ``schedule``; shapes, sizes and peers are all fixed here."""
     assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
     lowered = [_StageLowering(program, stage, schedule) for stage in range(program.stages)]
-    return ExecutionPlan(
+    plan = ExecutionPlan(
         mesh=program.mesh,
         stages=tuple(item.run() for item in lowered),
         microbatches=program.microbatches,
@@ -49,6 +61,8 @@ def lower(program: Program, schedule: Schedule) -> ExecutionPlan:
         buckets=program.buckets,
         constants=program.constants,
     )
+    peaks = [max(simulate_memory(plan, s, f).peak_bytes for f in variants(plan)) for s in range(program.stages)]
+    return replace(plan, peak_bytes=tuple(peaks))
 
 
 def tensor_type(node: fx.Node) -> TensorType:

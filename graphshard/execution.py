@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import torch
@@ -177,6 +177,7 @@ class ExecutionPlan:
     params: dict[str, Param]
     buckets: dict[str, Bucket]
     constants: dict[str, torch.Tensor]
+    peak_bytes: tuple[int, ...] = ()  # per stage: the most that a rank's values take in any step; (): not stated
 
     @property
     def state_keys(self) -> frozenset[str]:
@@ -197,6 +198,7 @@ class ExecutionPlan:
 
     def __str__(self) -> str:
         lines = [f"mesh {self.mesh}", f"microbatches {self.microbatches}"]
+        lines += [f"stage {stage}: at most {peak} bytes a rank" for stage, peak in enumerate(self.peak_bytes)]
         for i, stage in enumerate(self.stages):
             for part in ("prologue", "body", "epilogue", "first_epilogue"):
                 instructions = getattr(stage, part)
@@ -221,6 +223,15 @@ def slot_ref(slot: Slot, microbatch: int | None = None) -> Ref:
     return Ref(f"{slot.role}:{slot.name}" + (f":{slot.key}" if slot.key else ""), microbatch)
 
 
+def made_type(ins: Instruction, given: TensorType, mesh: Mesh) -> TensorType:
+    """The type of what a communication makes; ``given`` is the instruction's own."""
+    if not ins.axis or ins.name in ("all_reduce", "broadcast"):
+        return given
+    size = mesh.size(ins.axis)
+    head = given.shape[0] * size if ins.op is Op.GATHER else given.shape[0] // size
+    return replace(given, shape=(head, *given.shape[1:]))
+
+
 def match_waits(instructions: Sequence[Instruction]) -> dict[int, int]:
     """Position of each WAIT to that of the communication it completes: the oldest one outstanding that makes the value,
     or sends it (to the WAIT's ``peer``, if it names one). A WAIT for nothing is left out."""
@@ -238,6 +249,11 @@ def match_waits(instructions: Sequence[Instruction]) -> dict[int, int]:
                 candidates.remove(chosen)
                 result[position] = chosen
     return result
+
+
+def variants(plan: ExecutionPlan) -> tuple[bool, ...]:
+    """The steps there are: later ones (False), and the first one (True) if it ends otherwise."""
+    return (False, True) if any(stage.first_epilogue is not None for stage in plan.stages) else (False,)
 
 
 def read_refs(plan: ExecutionPlan, stage: int, first: bool) -> dict[Ref, tuple[Slot, TensorType]]:

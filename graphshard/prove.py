@@ -30,13 +30,16 @@ from graphshard.execution import (
     Op,
     Ref,
     TensorType,
+    made_type,
     match_waits,
     read_refs,
     result_refs,
     slot_ref,
+    variants,
 )
 from graphshard.mesh import AXES
 from graphshard.program import Role
+from graphshard.prove_memory import check_memory
 
 _COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV)
 
@@ -56,11 +59,8 @@ def prove(plan: ExecutionPlan) -> None:
         check_transfers(pipeline)
         check_collectives(pipeline, "pp", "over the stages")
         check_progress(pipeline, waits, between_stages(len(lists)))
-
-
-def variants(plan: ExecutionPlan) -> tuple[bool, ...]:
-    """The steps there are to prove: later ones, and the first one if it ends otherwise."""
-    return (False, True) if any(stage.first_epilogue is not None for stage in plan.stages) else (False,)
+        for stage, name in enumerate(pipeline.names):
+            check_memory(plan, stage, first, name)
 
 
 def check_values(plan: ExecutionPlan, stage: int, first: bool, name: str) -> None:
@@ -136,7 +136,7 @@ class _Values:
         if ins.op is Op.BIND and len(ins.inputs) != len(ins.outputs):
             self._fail(f"BIND gives {len(ins.inputs)} values {len(ins.outputs)} names", position)
         for index, ref in enumerate(ins.outputs):
-            self._define(position, ins, ref, sources[index] if ins.op is Op.BIND else self._made_type(ins))
+            self._define(position, ins, ref, sources[index] if ins.op is Op.BIND else self._made(ins))
         if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV):
             self.arriving.update(ins.outputs)
 
@@ -166,13 +166,9 @@ class _Values:
         if ins.name == "broadcast" and (ins.peer is None or not 0 <= ins.peer < size):
             self._fail(f"a broadcast over {size} ranks cannot come from {ins.peer}", position)
 
-    def _made_type(self, ins: Instruction) -> TensorType | None:
-        """The type of a communication's output; segments do not declare theirs."""
-        if ins.type is None or ins.op is Op.RECV or ins.name in ("all_reduce", "broadcast"):
-            return ins.type
-        size = self.plan.mesh.size(ins.axis)
-        head = ins.type.shape[0] * size if ins.op is Op.GATHER else ins.type.shape[0] // size
-        return TensorType((head, *ins.type.shape[1:]), ins.type.dtype, ins.type.stride)
+    def _made(self, ins: Instruction) -> TensorType | None:
+        """Segments do not declare what they return."""
+        return None if ins.type is None else made_type(ins, ins.type, self.plan.mesh)
 
     def _same_type(self, position: int, ref: Ref, given: TensorType | None) -> None:
         known = self.types.get(ref)

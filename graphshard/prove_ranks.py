@@ -18,9 +18,10 @@ from collections.abc import Iterator, Sequence
 
 from graphshard.channels import Channel, Parties, check_collectives, check_progress, check_transfers
 from graphshard.errors import PlanMismatch, WorldSizeMismatch
-from graphshard.execution import ExecutionPlan, Instruction, Op, match_waits
+from graphshard.execution import ExecutionPlan, Instruction, Op, match_waits, variants
 from graphshard.mesh import DATA_AXES, Mesh, ranks_by
-from graphshard.prove import check_values, prove, variants
+from graphshard.prove import check_values, prove
+from graphshard.prove_memory import check_memory
 
 
 def prove_ranks(plans: Sequence[ExecutionPlan]) -> None:
@@ -54,6 +55,8 @@ def prove_ranks(plans: Sequence[ExecutionPlan]) -> None:
         everyone = _parties(lists, range(mesh.world_size))
         waits = {id(shared): match_waits(shared) for shared in lists}  # ranks that are alike share a list
         check_progress(everyone, [waits[id(instructions)] for instructions in lists], _Meets(mesh))
+        for rank in classes.representatives():
+            check_memory(plans[rank], mesh.coordinates(rank)["pp"], first, f"rank {rank}")
 
 
 def _same_frame(plans: Sequence[ExecutionPlan]) -> None:

@@ -15,10 +15,12 @@ class MemoryUse:
     peak_bytes: int
     at_peak: dict[str, int]  # bytes by category at the peak
     peak_action: str  # the schedule's action in which it is reached
+    peak_position: int  # the instruction of the step at which it is
 
 
-def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
-    """The peak of one step of a rank of ``stage``, after the first step, between instructions.
+def simulate_memory(plan: ExecutionPlan, stage: int, first: bool = False) -> MemoryUse:
+    """The peak of one step of a rank of ``stage`` between instructions; ``first``: of the first step, which finds no
+    optimizer state.
 
     What lives only while a segment runs, its handed-over inputs included, is not counted: executors don't measure it.
     """
@@ -27,7 +29,7 @@ def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
     users: Counter[Ref] = Counter()
     sizes: dict[Ref, tuple[int, str]] = {}
     live: Counter[str] = Counter()
-    peak, at_peak, where = 0, dict[str, int](), ""
+    peak, at_peak, where, position = 0, dict[str, int](), "", 0
 
     def define(ref: Ref, root: Ref | None = None) -> None:
         forget(ref)
@@ -52,9 +54,9 @@ def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
         if not users[root]:
             live[sizes[root][1]] -= sizes[root][0]
 
-    for ref in read_refs(plan, stage, first=False):
+    for ref in read_refs(plan, stage, first):
         define(ref)
-    for ins in plan.stages[stage].step():
+    for at, ins in enumerate(plan.stages[stage].step(first)):
         if ins.op is Op.BIND:
             roots = [root_of.get(ref) for ref in ins.inputs]
             for ref, root in zip(ins.outputs, roots, strict=True):
@@ -67,7 +69,7 @@ def simulate_memory(plan: ExecutionPlan, stage: int) -> MemoryUse:
                 define(ref)
         total = sum(live.values())
         if total > peak:
-            peak, at_peak, where = total, {k: n for k, n in live.items() if n}, ins.action
+            peak, at_peak, where, position = total, {k: n for k, n in live.items() if n}, ins.action, at
         for ref in ins.inputs if ins.op is Op.FREE else ins.last:
             forget(ref)
-    return MemoryUse(peak, at_peak, where)
+    return MemoryUse(peak, at_peak, where, position)

@@ -156,6 +156,19 @@ def _never_free(body: Body, choose: random.Random) -> bool:
     return True
 
 
+def _release_late(body: Body, choose: random.Random) -> bool:
+    """A gathered parameter stays for one more segment than it is read by."""
+    gathered = {ref for ins in body if ins.op is Op.GATHER for ref in ins.outputs}
+    runs = [at for at, ins in enumerate(body) if ins.op is Op.RUN]
+    at = _some(body, choose, lambda ins: ins.op is Op.RUN and bool(ins.last & gathered))
+    if at is None or at == runs[-1]:
+        return False
+    ref = choose.choice(sorted(body[at].last & gathered))
+    body[at] = replace(body[at], last=body[at].last - {ref})
+    body.insert(next(run for run in runs if run > at) + 1, Instruction(Op.FREE, inputs=(ref,)))
+    return True
+
+
 def _circle(body: Body, choose: random.Random) -> bool:
     """Wait for a micro-batch's gradient before sending what it is the gradient of."""
     places = []
@@ -220,6 +233,7 @@ def kinds(stages: int) -> dict[str, Corruption]:
         "another micro-batch": _change(lambda ins: ins.op in transfers, _other_microbatch),
         "freed too early": _free_early,
         "never freed": _never_free,
+        "released late": _release_late,
         "a circle of waits": _circle,
         "a wait is dropped": _drop_wait,
         "a group member is missing": _drop_collective,

@@ -14,14 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphshard
+from graphshard import prove_memory
 from graphshard.errors import PlanError
-from graphshard.execution import ExecutionPlan, Instruction, Op, StagePlan, TensorType
+from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, StagePlan, TensorType
 from graphshard.prove import prove
 from graphshard.prove_ranks import prove_ranks
 from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.storage import Storage
 from handmade import GPIPE, ONE_F_ONE_B, collective, eager, edited, free, kind, refs, run, two_stages, wait, weights
 from handmade import batches as batches_of
+from models import zoo
 
 Edit = Callable[[list[Instruction]], None]
 
@@ -289,3 +291,61 @@ def test_a_thousand_ranks_are_proved_by_their_representatives() -> None:
     odd = plan.mesh.rank({"pp": 7, "dp": 33})
     with pytest.raises(PlanError, match=rf"rank {odd} "):
         prove_ranks([replace(plan, stages=tuple(stages)) if rank == odd else plan for rank in range(1024)])
+
+
+def compiled_plan(plan: str) -> ExecutionPlan:
+    model, (args, kwargs), loss_fn = zoo.MODELS["mlp"](rows=16)
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-3)
+    return graphshard.compile(
+        model, plan, loss_fn=loss_fn, optimizer=optimizer, executor="none", example_inputs=(args, kwargs)
+    ).execution_plan
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_plan_that_takes_more_memory_than_it_states_is_refused(stage: int) -> None:
+    plan = compiled_plan("zero3:size=2+pp2")
+    prove(plan)
+    stated = list(plan.peak_bytes)
+    assert all(f"stage {s}: at most {peak} bytes a rank" in str(plan) for s, peak in enumerate(stated))
+    stated[stage] -= 1
+    with pytest.raises(
+        PlanError, match=rf"stage {stage} holds \d+ bytes, where the plan states {stated[stage]} at most"
+    ):
+        prove(replace(plan, peak_bytes=tuple(stated)))
+
+
+def test_a_storage_that_is_accounted_too_small_is_refused() -> None:
+    plan = compiled_plan("zero3:size=2")
+    (stage,) = plan.stages
+    name = next(ins for ins in stage.body if ins.op is Op.GATHER).outputs[0].name
+    storages = stage.storages | {name: replace(stage.storages[name], nbytes=stage.storages[name].nbytes - 1)}
+    with pytest.raises(PlanError, match=rf"%{name}.* takes \d+ bytes, and \d+ are accounted for it"):
+        prove(replace(plan, stages=(replace(stage, storages=storages),)))
+
+
+def test_a_gathered_parameter_that_a_view_keeps_is_refused() -> None:
+    """Another name for the same storage, freed a segment later."""
+    plan = compiled_plan("zero3:size=2")
+    (stage,) = plan.stages
+    body = list(stage.body)
+    runs = [at for at, ins in enumerate(body) if ins.op is Op.RUN]
+    at = next(at for at in runs if any(ref.name in stage.storages and ref in body[at].last for ref in gathered(body)))
+    ref = next(ref for ref in gathered(body) if ref in body[at].last)
+    view = Ref("view", ref.microbatch)
+    later = next(run for run in runs if run > at)
+    body[later] = replace(body[later], inputs=(*body[later].inputs, view), last=body[later].last | {view})
+    body[at] = replace(body[at], outputs=(*body[at].outputs, view))
+    storages = stage.storages | {"view": stage.storages[ref.name]}
+    prove_memory.check_memory(plan, 0, False, "stage 0")
+    kept = replace(plan, stages=(replace(stage, body=tuple(body), storages=storages),), peak_bytes=())
+    prove(kept)  # read there, it may stay
+    del body[later]
+    body.insert(later, stage.body[later])
+    body.insert(later + 1, Instruction(Op.FREE, inputs=(view,)))
+    kept = replace(plan, stages=(replace(stage, body=tuple(body), storages=storages),), peak_bytes=())
+    with pytest.raises(PlanError, match=r"%view.* is released later than where it is read last"):
+        prove(kept)
+
+
+def gathered(body: list[Instruction]) -> list[Ref]:
+    return [ref for ins in body if ins.op is Op.GATHER for ref in ins.outputs]
