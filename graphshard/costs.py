@@ -81,6 +81,11 @@ def costs(program: Program) -> Costs:
     )
 
 
+def communicates(node: fx.Node) -> bool:
+    """Whether the node sends something, or waits for what is sent."""
+    return bool(_axis(node)) or node.target is c10d.wait_tensor.default
+
+
 def _axis(node: fx.Node) -> str:
     """The mesh axis that a node communicates over; "" for what does not."""
     if node.target is gs.transfer.default or node.target in MEETINGS:

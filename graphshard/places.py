@@ -26,11 +26,12 @@ class Places:
 
 def stage_places(program: Program) -> Places:
     """Where everything is; before ``pipeline-cut`` there is one stage."""
-    stages = 1 if program.level is Level.CAPTURED else program.stages
+    nodes = [node for section in program.sections().values() for node in section.graph.nodes if node.op != "output"]
+    if program.level is Level.CAPTURED:
+        return Places(1, dict.fromkeys(nodes, (0,)))
+    # A graph written by hand may name a stage that its mesh lacks; verify.py is who refuses it.
+    stages = max(program.stages, *(1 + (info(node).stage or 0) for node in nodes))
     everywhere = tuple(range(stages))
-    if stages == 1:
-        nodes = (node for section in program.sections().values() for node in section.graph.nodes)
-        return Places(1, dict.fromkeys(nodes, everywhere))
     result: dict[fx.Node, tuple[int, ...]] = {}
     for section in program.sections().values():
         _find(section, everywhere, result)

@@ -114,17 +114,12 @@ def test_peak_of_values_in_node_order() -> None:
 
 
 def test_a_view_keeps_its_storage_alive_and_takes_none() -> None:
-    later = BODY.replace("aten.mul.Tensor(%z, %z)", "aten.mul.Tensor(%z, %v)")
-    # y is saved through its view: three rows live when g is made, which is less than what dw needs.
-    assert of(2, later)[0].peak_bytes == of(2)[0].peak_bytes
-    kept = later.replace("aten.add.Tensor(%sum, %dw)", "aten.add.Tensor(%sum, %dw, alpha=2)").replace(
-        'return carry "grad:w" %new', 'return carry "grad:w" %new, output 0 %v'
-    )
+    kept = BODY.replace('return carry "grad:w" %new', 'return carry "grad:w" %new, output 0 %v, output 1 %y')
     assert of(2, kept)[0].peak_bytes == of(2)[0].peak_bytes + 64
 
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
-    staged = BODY.replace("{{phase", "{{stage=1, phase").replace('"grad:w"', '"grad:w" @1').replace('"w"\n', '"w"\n')
+    staged = BODY.replace("{{phase", "{{stage=1, phase").replace('"grad:w"', '"grad:w" @1')
     staged = (
         staged.replace("%y : f32[2,8] = aten.mm.default(%x, %w)", "%y : f32[2,8] = aten.mm.default(%x, %w) {{stage=0}}")
         .replace("aten.view.default(%y, [16])", "aten.view.default(%y, [16]) {{stage=0}}")
