@@ -22,6 +22,7 @@ from graphshard.errors import (
     MeshMisfit,
     MissingFile,
     NotEquivalent,
+    NothingToCompare,
     PlanError,
     TooLargeToCheck,
 )
@@ -116,10 +117,10 @@ def _diff(options: argparse.Namespace) -> int:
     first = Path(options.first)
     if first.is_dir():
         paths = dumped(first, options.second)
-    elif not options.second:
-        raise MissingFile(options.first if not first.is_file() else "", "a directory that `graphshard dump` wrote")
-    else:
+    elif options.second:
         paths = [first, Path(options.second)]
+    else:
+        raise NothingToCompare(options.first)
     _show(diff_files(paths), options, " to ".join(path.stem for path in (paths[0], paths[-1])))
     return 0
 

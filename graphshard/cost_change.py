@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from graphshard.costs import Costs
+from graphshard.mesh import AXES
 from graphshard.units import human
 
 
@@ -61,3 +62,22 @@ def cost_changes(before: Costs, after: Costs) -> list[CostChange]:
 def _by_name(quantity: str, before: dict[str, int], after: dict[str, int]) -> Iterable[CostChange]:
     for name in [*before, *(name for name in after if name not in before)]:
         yield CostChange(quantity, name, before.get(name, 0), after.get(name, 0))
+
+
+def by_pass(before: Costs, steps: Sequence[tuple[str, Costs]]) -> list[tuple[str, list[CostChange]]]:
+    """What each pass did to the bytes sent, the FLOPs of all phases and the peak of the fullest stage; the same
+    quantities for each, and passes that changed none left out.
+
+    ``steps``: the costs after each pass, in order.
+    """
+    programs = [before, *(costs for _, costs in steps)]
+    axes = [axis for axis in AXES if any(axis in costs.sent_bytes for costs in programs)]
+    result = []
+    for (name, new), old in zip(steps, programs, strict=False):
+        sent = ((axis, old.sent_bytes.get(axis, 0), new.sent_bytes.get(axis, 0)) for axis in axes)
+        changes = [CostChange("sent_bytes", *item) for item in sent]
+        changes.append(CostChange("flops", "all phases", sum(old.flops.values()), sum(new.flops.values())))
+        changes.append(CostChange("peak_bytes", "fullest stage", old.peak_bytes, new.peak_bytes))
+        if any(change.before != change.after for change in changes):
+            result.append((name, changes))
+    return result

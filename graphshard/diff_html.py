@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from importlib import resources
+from itertools import groupby
 from string import Template
 from typing import Any
 
-from graphshard.cost_change import CostChange, cost_changes
+from graphshard.cost_change import CostChange, by_pass, cost_changes
 from graphshard.diff_rows import Row, rows
 from graphshard.difference import Diff, Entry, Kind
 from graphshard.modules import Group, nested
@@ -18,7 +19,7 @@ from graphshard.modules import Group, nested
 MARKS = {
     Kind.ADDED: "+",
     Kind.REMOVED: "−",
-    Kind.DUPLICATED: "⧉",
+    Kind.DUPLICATED: "»",
     Kind.MOVED: "→",
     Kind.RESTAGED: "⇄",
     Kind.CHANGED: "~",
@@ -26,6 +27,9 @@ MARKS = {
     Kind.REORDERED: "↕",
     Kind.SAME: "",
 }
+
+CHUNK = 50
+"""As many rows are drawn, or left undrawn while they are out of sight, together."""
 
 
 def to_html(diff: Diff, title: str) -> str:
@@ -40,8 +44,7 @@ def to_html(diff: Diff, title: str) -> str:
         "costs": _costs(diff),
         "program": _program(diff),
         "graphs": "\n".join(page.graph(name) for name in graphs),
-        # Inside a script only "<" could end it.
-        "data": json.dumps([_data(row) for mine in graphs.values() for row in mine]).replace("<", "\\u003c"),
+        "data": _json([_data(row) for mine in graphs.values() for row in mine]),
         "style": _file("style.css"),
         "script": _file("script.js"),
     }
@@ -52,6 +55,11 @@ def _file(name: str) -> str:
     return resources.files("graphshard").joinpath("diff_page", name).read_text("utf-8").rstrip()
 
 
+def _json(value: Any) -> str:
+    """``value`` to stand in a script element, which only "<" could end."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
 def _chip(kind: Kind, count: int) -> str:
     return (
         f'<button class="chip {kind}" data-kind="{kind}" data-mark="{MARKS[kind] or "="}" '
@@ -60,35 +68,28 @@ def _chip(kind: Kind, count: int) -> str:
 
 
 def _costs(diff: Diff) -> str:
-    head = "<tr><th>a step</th><th>before</th><th>after</th><th>change</th></tr>"
-    body = "".join(_cost_row(change) for change in cost_changes(diff.before, diff.after))
-    tables = [f"<table>{head}{body}</table>"]
-    last, lines = diff.before, []
-    for name, costs in diff.steps:
-        changed = [change for change in cost_changes(last, costs) if change.before != change.after]
-        for index, change in enumerate(changed):
-            lines.append(f"<tr><td>{'' if index else escape(name)}</td>{_cells(change)}</tr>")
-        last = costs
-    if lines:
-        tables.append(f"<table><tr><th>pass</th><th></th><th>change</th></tr>{''.join(lines)}</table>")
+    tables = [_table(("a step", "before", "after", "change"), map(_cost_row, cost_changes(diff.before, diff.after)))]
+    if changes := by_pass(diff.before, diff.steps):
+        heading = ("by pass", *(change.title for change in changes[0][1]))
+        lines = (f"<td>{escape(name)}</td>{''.join(map(_delta, found))}" for name, found in changes)
+        tables.append(_table(heading, lines))
     return f'<details open><summary><b>costs</b></summary><div class="tables">{"".join(tables)}</div></details>'
+
+
+def _table(heading: tuple[str, ...], lines: Iterable[str]) -> str:
+    rows = ["".join(f"<th>{escape(title)}</th>" for title in heading), *lines]
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _cost_row(change: CostChange) -> str:
     old, new, _ = change.spelled()
-    title, delta = change.title, _delta(change)
-    return f"<tr><td>{escape(title)}</td><td>{old}</td><td>{new}</td>{delta}</tr>"
-
-
-def _cells(change: CostChange) -> str:
-    return f"<td>{escape(change.title)}</td>{_delta(change)}"
+    return f"<td>{escape(change.title)}</td><td>{old}</td><td>{new}</td>{_delta(change)}"
 
 
 def _delta(change: CostChange) -> str:
-    better = (change.after or 0) - (change.before or 0)
-    tone = "less" if better < 0 else "more" if better > 0 else "same"
-    _, new, delta = change.spelled()
-    return f'<td class="{tone}">{delta or new}</td>'
+    grown = (change.after or 0) - (change.before or 0)
+    tone = "less" if grown < 0 else "more" if grown > 0 else "none"
+    return f'<td class="{tone}">{change.spelled()[2]}</td>'
 
 
 def _program(diff: Diff) -> str:
@@ -118,21 +119,32 @@ class _Page:
         mine = self.graphs[name]
         sides = [sum(getattr(row, side) is not None for row in mine) for side in ("before", "after")]
         heading = f"<h2>graph {escape(name)}: {sides[0]} lines before, {sides[1]} after</h2>"
-        return f'{heading}\n<div class="graph">\n{"".join(self._items(nested(mine)))}</div>'
+        return f'{heading}\n<div class="graph">\n{"".join(self._items(nested(mine), 0))}</div>'
 
-    def _items(self, group: Group) -> Iterator[str]:
-        for item in group.items:
-            if isinstance(item, Row):
-                yield self._row(item)
-                continue
-            found = list(item.rows())
-            counts = Counter(row.difference.kind for row in found)
-            kinds = [kind for kind in Kind if counts[kind] and kind is not Kind.SAME]
-            tags = [f'<i class="{kind}">{MARKS[kind]}{counts[kind]}</i>' for kind in kinds]
-            opened = " open" if tags else ""
-            yield f"<details{opened}><summary><b>{escape(item.path)}</b> {len(found)}{''.join(tags)}</summary>\n"
-            yield from self._items(item)
-            yield "</details>\n"
+    def _items(self, group: Group, depth: int) -> Iterator[str]:
+        for is_row, items in groupby(group.items, lambda item: isinstance(item, Row)):
+            if is_row:
+                alike = [item for item in items if isinstance(item, Row)]
+                for begin in range(0, len(alike), CHUNK):
+                    chunk = alike[begin : begin + CHUNK]
+                    yield f'<div class="rows" style="--rows:{len(chunk)}">\n'
+                    yield from map(self._row, chunk)
+                    yield "</div>\n"
+            else:
+                for item in items:
+                    assert isinstance(item, Group)
+                    yield from self._module(item, depth + 1)
+
+    def _module(self, group: Group, depth: int) -> Iterator[str]:
+        found = list(group.rows())
+        counts = Counter(row.difference.kind for row in found)
+        kinds = [kind for kind in Kind if counts[kind] and kind is not Kind.SAME]
+        tags = [f'<i class="{kind}">{MARKS[kind]}{counts[kind]}</i>' for kind in kinds]
+        title = f"<b>{escape(group.path)}</b> {len(found)}{''.join(tags)}"
+        style = f"--depth:{depth};--rows:{len(found)}"
+        yield f'<details{" open" if tags else ""} style="{style}"><summary>{title}</summary>\n'
+        yield from self._items(group, depth)
+        yield "</details>\n"
 
     def _row(self, row: Row) -> str:
         kind, number = row.difference.kind, self.numbers[id(row)]
@@ -153,6 +165,7 @@ class _Page:
 
 
 def _data(row: Row) -> dict[str, Any]:
+    """What the script shows of a row beside its text."""
     found = row.difference
     same = found.kind is Kind.SAME
     return {
@@ -167,4 +180,4 @@ def _data(row: Row) -> dict[str, Any]:
 def _entry(entry: Entry | None) -> dict[str, Any] | None:
     if entry is None:
         return None
-    return {"graph": entry.section, "text": entry.text, "attributes": dict(entry.attributes)}
+    return {"graph": entry.section, "attributes": dict(entry.attributes)}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from graphshard.cost_change import cost_changes
+from graphshard.cost_change import by_pass, cost_changes
 from graphshard.diff_rows import Row, rows
 from graphshard.difference import Diff, Difference, Kind
 
@@ -43,13 +43,13 @@ def side_by_side(diff: Diff, console: Console) -> None:
     if not diff:
         console.print("no difference")
         return
-    console.print("\n".join(map(escape, summary(diff))), highlight=False)
+    console.print("\n".join(map(escape, summary(diff))), "", sep="\n", highlight=False)
     for line in diff.header:
         console.print(escape(line), style=_STYLES[line[:1]], highlight=False)
     for section, mine in rows(diff).items():
-        if not _counts(mine):
+        if all(row.difference.kind is Kind.SAME for row in mine):
             continue
-        console.print(f"\n[bold]graph {section}: {_counts(mine)}[/bold]", highlight=False)
+        console.print(f"\n[bold]graph {section}: {_counts(mine) or 'nodes moved away'}[/bold]", highlight=False)
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(ratio=1, overflow="fold")
         table.add_column(width=1)
@@ -60,19 +60,17 @@ def side_by_side(diff: Diff, console: Console) -> None:
 
 
 def summary(diff: Diff) -> Iterator[str]:
-    """The costs of a step before and after, aligned in columns; then after each pass that changed them."""
-    table: list[tuple[str, ...]] = [("a step", "before", "after", "change")]
+    """The costs of a step before and after, aligned in columns; then what each pass did to them."""
+    table = [("a step", "before", "after", "change")]
     table += [(change.title, *change.spelled()) for change in cost_changes(diff.before, diff.after)]
     yield from _columns(table)
-    last = diff.before
-    for name, costs in diff.steps:
-        changed = [c for c in cost_changes(last, costs) if c.before != c.after]
-        if changed:
-            yield f"  {name}: " + ", ".join(f"{c.title} {c.spelled()[2] or c.spelled()[1]}" for c in changed)
-        last = costs
+    if changes := by_pass(diff.before, diff.steps):
+        yield ""
+        heading = ("by pass", *(change.title for change in changes[0][1]))
+        yield from _columns([heading, *((name, *(c.spelled()[2] for c in found)) for name, found in changes)])
 
 
-def _columns(table: list[tuple[str, ...]]) -> Iterator[str]:
+def _columns(table: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for first, *others in table:
         cells = [first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(others, widths[1:], strict=True))]

@@ -1,4 +1,4 @@
-"""Rows of a graph nested by the module they come from, as far as they stand together."""
+"""Rows of a graph nested by the module they come from, as far as they stand together; outputs are one group."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def nested(rows: Iterable[Row]) -> Group:
     whole = Group("")
     stack = [whole]
     for row in rows:
-        path = row.difference.entry.module.split(".") if row.difference.entry.module else []
+        entry = row.difference.entry
+        path = ["return"] if entry.slot else list(filter(None, entry.module.split(".")))
         inside = [group.path for group in stack[1:]]
         same = max(n for n in range(len(path) + 1) if inside[:n] == path[:n])
         del stack[same + 1 :]

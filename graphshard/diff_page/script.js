@@ -17,7 +17,7 @@
     const only = $("only").checked && $("search").value.trim() !== "";
     const matching = new Set(hits);
     for (const row of rows) row.hidden = hidden.has(kindOf(row)) || (only && !matching.has(row));
-    for (const module of modules) module.hidden = !module.querySelector(":scope > .row:not([hidden]), :scope > details:not([hidden])");
+    for (const module of modules) module.hidden = !module.querySelector(":scope > .rows > .row:not([hidden]), :scope > details:not([hidden])");
   }
 
   function search() {
@@ -58,12 +58,13 @@
     if (!usable.length) return;
     at = (at < 0 && by < 0 ? usable.length - 1 : at + by + usable.length) % usable.length;
     $("matches").value = `${at + 1} of ${usable.length} rows`;
-    select(usable[at]);
+    select(usable[at], document.activeElement !== $("search"));
   }
 
   function reveal(row) {
     for (let outer = row.closest("details"); outer; outer = outer.parentElement.closest("details")) outer.open = true;
-    row.scrollIntoView({ block: "nearest" });
+    // Twice: rows that were never drawn have a guessed height.
+    for (let i = 0; i < 2; i++) row.scrollIntoView({ block: "nearest" });
   }
 
   function element(name, text, inside) {
@@ -73,11 +74,14 @@
     return made;
   }
 
-  function side(title, entry, outer) {
+  // The text of a side stands in the row, or in its partner's where a pair is two rows.
+  const textOf = (row, partner, column) => [row, partner].map((one) => one && one.children[column].textContent).find(Boolean);
+
+  function side(title, entry, text, outer) {
     const box = element("div", undefined, outer);
     element("h3", title, box);
     if (!entry) return void element("p", "not there", box);
-    element("pre", entry.text, box);
+    element("pre", text, box);
     const list = element("dl", undefined, box);
     for (const [name, value] of [["graph", entry.graph], ...Object.entries(entry.attributes)]) {
       element("dt", name, list);
@@ -85,7 +89,7 @@
     }
   }
 
-  function select(row) {
+  function select(row, focus = true) {
     if (selected) selected.classList.remove("on");
     for (const old of document.querySelectorAll(".partner")) old.classList.remove("partner");
     selected = row;
@@ -108,11 +112,11 @@
     }
     const sides = element("div", undefined, panel);
     sides.className = "sides";
-    side(found.kind === "duplicated" ? "original" : "before", found.before, sides);
-    side("after", found.kind === "same" ? found.before : found.after, sides);
+    side(found.kind === "duplicated" ? "original" : "before", found.before, textOf(row, partner, 0), sides);
+    side("after", found.kind === "same" ? found.before : found.after, textOf(row, partner, 2), sides);
     panel.hidden = false;
     reveal(row);
-    row.focus({ preventScroll: true });
+    if (focus) row.focus({ preventScroll: true });
   }
 
   function jump() {

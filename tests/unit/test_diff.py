@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
-from graphshard import text
-from graphshard.diff import diff
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffed import BODY, compare, program
+from graphshard.alignment import increasing
 from graphshard.diff_files import diff_files
 from graphshard.diff_text import unified
 from graphshard.difference import Diff, Kind
-
-BODY = """
-  %w : f32[4,8] = param "w"
-  %x : f32[2,4] = batch 0
-  %y : f32[2,8] = aten.mm.default(%x, %w) {module=lin}
-  %z : f32[2,8] = aten.relu.default(%y)
-  return output 0 %z
-"""
-
-
-def program(body: str = BODY, header: str = "", others: str = "") -> str:
-    return f'graphshard 1\nparam "w" : f32[4,8]\n{header}\ngraph body {{{body}}}\n{others}'
-
-
-def compare(before: str, after: str) -> Diff:
-    return diff(text.parse(before), text.parse(after))
 
 
 def names(found: Diff) -> dict[str, list[str]]:
@@ -190,3 +178,67 @@ def test_two_files_are_compared(tmp_path: Path) -> None:
     (tmp_path / "b.graph").write_text(program(BODY.replace("relu", "neg")))
     found = diff_files([tmp_path / "a.graph", tmp_path / "b.graph"])
     assert found.of(Kind.CHANGED)[0].what == ("operator: aten.relu.default -> aten.neg.default",)
+
+
+STAGED = "level staged\nmesh pp=2"
+
+
+def staged(body: str) -> str:
+    return program(body).replace("graphshard 1", f"graphshard 1\n{STAGED}", 1)
+
+
+def test_another_stage_is_not_just_a_change() -> None:
+    before = BODY.replace("{module=lin}", "{module=lin, stage=0}").replace("(%y)", "(%y) {stage=0}")
+    after = before.replace("(%y) {stage=0}", "(%t) {stage=1}").replace(
+        "  %z", "  %t : f32[2,8] = graphshard.transfer.default(%y, 0, 1) {stage=1}\n  %z"
+    )
+    found = compare(staged(before), staged(after.replace("output 0", "output 0 @1")))
+    assert names(found) == {"added": ["t"], "restaged": ["z", "z"]}
+    assert [one.what for one in found.of(Kind.RESTAGED)] == [
+        ("self: %y -> %t", "stage: 0 -> 1"),
+        ("slot: output 0 -> output 0 @1",),
+    ]
+
+
+def test_the_first_stage_a_node_is_given_is_no_new_home() -> None:
+    after = BODY.replace("{module=lin}", "{module=lin, stage=1}")
+    assert names(compare(program(), program(after))) == {"placed": ["y"]}
+    wider = after.replace("aten.relu.default(%y)", "aten.relu.default(%y) {stage=1, tag=save}")
+    assert names(compare(program(), program(wider))) == {"placed": ["y"], "changed": ["z"]}
+
+
+GATHER = """
+  %w : f32[4,8] = param "w"
+  %x : f32[2,4] = batch 0
+  %g : f32[4,4] = _c10d_functional.all_gather_into_tensor.default(%x, 2, "dp")
+  %v : f32[4,4] = _c10d_functional.wait_tensor.default(%g)
+  %a : f32[2,4] = aten.exp.default(%x)
+  %b : f32[2,4] = aten.neg.default(%a)
+  %y : f32[2,8] = aten.mm.default(%b, %w)
+  %z : f32[4,8] = aten.mm.default(%v, %w)
+  return output 0 %z, output 1 %y
+"""
+WAIT = "  %v : f32[4,4] = _c10d_functional.wait_tensor.default(%g)\n"
+
+
+def test_a_wait_that_comes_later_is_reordered() -> None:
+    after = GATHER.replace(WAIT, "").replace("  %z", f"{WAIT}  %z")
+    found = compare(program(GATHER), program(after))
+    assert names(found) == {"reordered": ["v"]}
+    assert found.of(Kind.REORDERED)[0].what == ("place: first -> behind %y",)
+    assert "1 reordered" in shown(found)
+
+
+def test_the_order_of_computations_is_no_difference() -> None:
+    after = GATHER.replace("  %y : f32[2,8] = aten.mm.default(%b, %w)\n", "").replace(
+        "  return", "  %y : f32[2,8] = aten.mm.default(%b, %w)\n  return"
+    )
+    assert not compare(program(GATHER), program(after))
+
+
+@given(st.permutations(list(range(9))))
+def test_the_longest_increasing_subsequence(values: list[int]) -> None:
+    found = [values[position] for position in increasing(values)]
+    assert found == sorted(found)
+    longest = max(size for size in range(10) for chosen in combinations(values, size) if list(chosen) == sorted(chosen))
+    assert len(found) == longest
