@@ -65,8 +65,8 @@ class _Chains:
         if entry.made_by:
             yield entry.made_by
             return
-        first = [name for name, step in self._back(entry) if step.kind in (Kind.ADDED, Kind.DUPLICATED)]
-        yield from first[-1:]
+        # Its way back ends where it was made.
+        yield from (name for name, step in self._back(entry) if step.kind in (Kind.ADDED, Kind.DUPLICATED))
 
     def _back(self, entry: Entry) -> Iterator[tuple[str, Difference]]:
         """What each pass did to what became ``entry``, the last pass first, as far back as it was there."""

@@ -96,6 +96,22 @@ def test_names_are_escaped_everywhere() -> None:
     assert "img" not in found.tags and found.loads == ["data:,"]
 
 
+def test_names_of_modules_are_escaped() -> None:
+    evil = MODULES.replace("{module=h.0.norm}", '{module="<img src=x>"}')
+    found = page(compare(program(evil), program(evil)))
+    assert found.modules[0] == (0, "<img src=x>", False) and found.loads == ["data:,"]
+
+
+def test_both_sides_stay_in_order_when_nodes_changed_theirs() -> None:
+    swapped = MODULES.replace("exp.default(%a)", "exp.default(%x)")
+    first = "  %a : f32[2,4] = aten.exp.default(%x) {module=h.0.norm}\n"
+    after = swapped.replace(first, "").replace("  %c :", f"{first}  %c :")
+    cells = [row["cells"] for row in page(compare(program(swapped), program(after))).rows]
+    names = [[text.split()[0] for text in side if text] for side in zip(*cells, strict=True)]
+    assert names[0][:4] == ["%x", "%a", "%b", "%c"] and names[1][:4] == ["%x", "%b", "%a", "%c"]
+    assert len(cells) == len(names[0]) + 1
+
+
 def test_what_moved_is_two_rows_that_know_each_other() -> None:
     before = BODY.replace("  %y :", "  %h = aten.full.default([2], 1.0)\n  %y :")
     found = page(compare(program(before), program(others=PROLOGUE)))

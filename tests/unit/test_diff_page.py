@@ -105,16 +105,16 @@ def test_it_opens_with_what_differs_in_reach(page: Any) -> None:
 
 def test_search_steps_through_matches_and_opens_their_modules(page: Any) -> None:
     page.keyboard.press("/")
-    page.keyboard.type("n123_d module=h.123")
-    assert page.locator("#matches").inner_text() == "2 rows"
+    page.keyboard.type("n123_ module=h.123.norm")
+    assert page.locator("#matches").inner_text() == "3 rows"
     assert not page.locator(".row.hit").first.is_visible()
     page.keyboard.press("Enter")
-    assert page.locator("#matches").inner_text() == "1 of 2 rows"
-    assert "%n123_d" in selected(page) and in_sight(page, ".row.on")
+    assert page.locator("#matches").inner_text() == "1 of 3 rows"
+    assert "%n123_a :" in selected(page) and in_sight(page, ".row.on")
     page.keyboard.press("Enter")
-    assert "%n123_e" in selected(page)
+    assert "%n123_b :" in selected(page)
     page.keyboard.press("Shift+Enter")
-    assert "%n123_d :" in selected(page)
+    assert "%n123_a :" in selected(page)
     assert page.evaluate("CSS.highlights.get('found').size") > 2
     page.keyboard.press("Escape")
     assert page.locator(".row.hit").count() == 0
@@ -148,6 +148,7 @@ def test_a_click_tells_all_and_leads_to_the_partner(page: Any) -> None:
     first = selected(page)
     page.keyboard.press("p")
     assert selected(page) != first and in_sight(page, ".row.on")
+    assert "%h_1" in panel.locator(".sides > div").nth(1).inner_text()
     page.keyboard.press("p")
     assert selected(page) == first
     page.keyboard.press("Escape")

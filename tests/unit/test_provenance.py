@@ -51,6 +51,17 @@ def test_every_entry_names_its_passes(dump: Path) -> None:
     assert found.steps[-1][1] == found.after
 
 
+def test_what_is_gone_is_followed_through_new_names(dump: Path) -> None:
+    names = {"00-capture": "n", "01-normalize": "n_7", "02-scale": "n"}
+    for graph, name in names.items():
+        (dump / f"{graph}.graph").write_text(
+            program(
+                DROPPED.replace("%n", f"%{name}").replace("aten.neg.default(%y)", "aten.neg.default(%y) {origin=n}")
+            )
+        )
+    assert by(diff_files(dumped(dump)), Kind.REMOVED) == {"n": ("place",)}
+
+
 def test_a_pass_that_changed_something_else_of_a_node_is_not_blamed(dump: Path) -> None:
     path = dump / "02-scale.graph"
     path.write_text(path.read_text().replace("relu.default(%s)", "relu.default(%s) {tag=save}"))
