@@ -17,6 +17,7 @@ from torch import nn
 
 import graphshard
 from graphshard.diff import diff
+from graphshard.diff_text import unified
 from graphshard.pipeline import Context
 from graphshard.program import Program, info, set_info
 
@@ -61,7 +62,7 @@ def main() -> None:
         )
         for passes in ([], [TanhGelu()])
     )
-    print(diff(plain.program, tanh.program).render())
+    print(unified(diff(plain.program, tanh.program)))
     print(f"\nloss {plain.step(x, y).item():.6f}, with tanh-gelu {tanh.step(x, y).item():.6f}")
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -73,6 +74,22 @@ class Alignment:
                         old.remove(found)
                         new.remove(item)
                         self.partner[item.node], self.successor[found.node] = found, item
+
+
+def increasing(values: Sequence[int]) -> list[int]:
+    """Positions of a longest increasing subsequence of ``values``, which are distinct; O(n log n) (Fredman 1975)."""
+    tops: list[int] = []  # of each pile, the position of its smallest last value
+    before: list[int] = []
+    for position, value in enumerate(values):
+        pile = bisect_left(tops, value, key=values.__getitem__)
+        before.append(tops[pile - 1] if pile else -1)
+        tops[pile : pile + 1] = [position]
+    result = []
+    position = tops[-1] if tops else -1
+    while position >= 0:
+        result.append(position)
+        position = before[position]
+    return result[::-1]
 
 
 def without_stage(slot: Slot) -> Hashable:

@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -22,12 +22,15 @@ from graphshard.errors import (
     MeshMisfit,
     MissingFile,
     NotEquivalent,
+    NothingToCompare,
     PlanError,
-    UnknownDump,
 )
 from graphshard.mesh import AXES, Mesh
 from graphshard.plan import Plan
 from graphshard.program import Level, Program
+
+if TYPE_CHECKING:
+    from graphshard.difference import Diff
 
 FAILED_CHECK, BAD_INPUT = 1, 2
 
@@ -104,26 +107,43 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    """What a pass changed."""
-    first, second = Path(options.first), Path(options.second)
-    if first.is_dir():
-        first, second = _around(first, options.second)
-    for path in (first, second):
-        if not path.is_file():
-            raise MissingFile(str(path), "a graph, or a directory that `graphshard dump` wrote and a pass")
-    from graphshard.diff import diff_text
+    """What passes changed, node by node, what it costs and which pass did it."""
+    from graphshard.diff_files import diff_files, dumped
 
-    print(diff_text(first, second, color=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+    first = Path(options.first)
+    if first.is_dir():
+        paths = dumped(first, options.second)
+    elif options.second:
+        paths = [first, Path(options.second)]
+    else:
+        raise NothingToCompare(options.first)
+    _show(diff_files(paths), options, " to ".join(path.stem for path in (paths[0], paths[-1])))
     return 0
 
 
-def _around(directory: Path, name: str) -> tuple[Path, Path]:
-    """The graphs before and after the pass ``name`` (``zero``, or ``03-zero`` where it ran twice) of a dump."""
-    graphs = sorted(path for path in directory.iterdir() if re.fullmatch(r"\d+-.+\.graph", path.name))
-    after = [i for i, path in enumerate(graphs) if i and name in (path.stem, path.stem.partition("-")[2], path.name)]
-    if len(after) != 1:
-        raise UnknownDump(str(directory), name, [path.stem.partition("-")[2] for path in graphs[1:]])
-    return graphs[after[0] - 1], graphs[after[0]]
+def _show(found: Diff, options: argparse.Namespace, title: str) -> None:
+    """Write ``found`` as the options say: a page, JSON, or text as wide as the terminal."""
+    if options.html is not None:
+        from graphshard.diff_html import to_html
+        from graphshard.files import write_atomic
+
+        write_atomic(options.html, to_html(found, title))
+        print(f"wrote {options.html}", file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        from graphshard.diff_json import to_json
+
+        print(json.dumps(to_json(found), indent=2))
+    if options.html is not None or options.json:
+        return
+    from rich.console import Console
+
+    from graphshard.diff_text import SIDE_BY_SIDE_COLUMNS, side_by_side, unified
+
+    console = Console()
+    if console.is_terminal and console.width >= SIDE_BY_SIDE_COLUMNS:
+        side_by_side(found, console)
+    else:
+        print(unified(found, color=console.is_terminal and not console.no_color))
 
 
 def _opt(options: argparse.Namespace) -> int:
@@ -223,7 +243,15 @@ def _parser() -> argparse.ArgumentParser:
     dump.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to write to")
     diff = command("diff", _diff)
     diff.add_argument("first", metavar="DIR|A.graph", help="a dump, or a graph")
-    diff.add_argument("second", metavar="PASS|B.graph", help="a pass of the dump, or a graph")
+    diff.add_argument(
+        "second",
+        metavar="PASS|FROM..TO|B.graph",
+        nargs="?",
+        default="",
+        help="of a dump: a pass, or what lies between two; default: from the capture to the last pass. Else a graph",
+    )
+    diff.add_argument("--json", action="store_true", help="as JSON on stdout; schema: graphshard/diff_json.py")
+    diff.add_argument("--html", metavar="FILE", help="write a page with both graphs side by side")
 
     opt = command("opt", _opt)
     opt.add_argument("file", metavar="FILE.graph")

@@ -140,14 +140,23 @@ class BadFactoryResult(GraphshardError):
 
 
 class UnknownDump(GraphshardError):
-    """``diff DIR PASS`` where DIR has no graph of that pass, or none before it, or several."""
+    """``diff DIR PASS`` or ``diff DIR FROM..TO`` where DIR has no such graphs, or several."""
 
     def __init__(self, directory: str, name: str, dumped: Iterable[str]) -> None:
         names = list(dumped)
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         listing = ", ".join(names) or "no graphs; expected a directory that `graphshard dump` wrote"
-        super().__init__(f"{directory}: cannot tell which pass {name!r} is; {hint}it holds {listing}")
+        super().__init__(f"{directory}: {name!r} is no one pass, nor FROM..TO in order; {hint}it holds {listing}")
+
+
+class NothingToCompare(GraphshardError):
+    """``diff`` with one argument that is no dump."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(
+            f"{path!r} is no directory that `graphshard dump` wrote; expected one, or a second graph to compare it with"
+        )
 
 
 class MeshMisfit(GraphshardError):

@@ -13,6 +13,7 @@ from graphshard.program import Phase, Program, Role, info
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.traffic import sent_bytes
 from graphshard.simulate import simulate_memory
+from graphshard.units import human
 
 
 def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executor | None = None) -> dict[str, Any]:
@@ -104,15 +105,6 @@ def _gathers(plan: ExecutionPlan, stage: int) -> float:
         if ins.op is Op.GATHER and ins.type is not None
     )
     return gathered / whole / plan.microbatches
-
-
-def human(count: float) -> str:
-    """Bytes as a person reads them."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(count) < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _listed(prefix: str, items: list[str], width: int = 140) -> list[str]:

@@ -141,6 +141,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
             "MODEL 'missing.py:f': there is no file 'missing.py'; expected file.py:",
         ),
         ("diff a.graph b.graph", "there is no file 'a.graph'"),
+        ("diff a.graph", "'a.graph' is no directory that `graphshard dump` wrote; expected one, or a second graph"),
         (
             "opt a.graph --passes zero --mesh dp=2pp=2",
             "expected axes in the order pp, dp, shard, tp, such",
@@ -246,6 +247,13 @@ def test_dump_writes_every_pass_and_diff_reads_them(
     said = refused(capsys, "diff", str(out), "zreo")
     assert "did you mean 'zero'?" in said
 
+    assert main(["diff", str(out), "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert [step["pass"] for step in whole["steps"]] == [name[3:-6] for name in graphs[1:]]
+    blamed = {name for change in whole["changes"] for name in change["by"]}
+    assert {"normalize", "pipeline-cut", "zero", "bucket"} <= blamed
+    assert not [change for change in whole["changes"] if not change["by"]]
+
 
 @pytest.fixture
 def graph(tmp_path: Path) -> str:
@@ -283,6 +291,33 @@ def test_diff_of_two_graphs(capsys: pytest.CaptureFixture[str], graph: str, tmp_
     assert capsys.readouterr().out == "no difference\n"
     assert main(["diff", graph, str(other)]) == 0
     assert "other: 0.5 -> 0.25" in capsys.readouterr().out
+
+
+def test_diff_writes_a_page(capsys: pytest.CaptureFixture[str], graph: str, tmp_path: Path) -> None:
+    page = tmp_path / "diff.html"
+    assert main(["diff", graph, graph, "--html", str(page)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert page.read_text().startswith("<!doctype html>")
+    assert main(["diff", graph, graph, "--html", str(page), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["changes"] == []
+    assert captured.err == f"wrote {page}\n"
+
+
+def test_diff_is_in_columns_on_a_wide_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, graph: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.graph"
+    other.write_text(GRAPH.replace("aten.mul.Tensor(%grad, 0.5)", "aten.mul.Tensor(%grad, 0.25)"))
+    printed = {}
+    for columns, terminal in (("200", "1"), ("90", "1"), ("200", "0")):
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setenv("TTY_COMPATIBLE", terminal)
+        assert main(["diff", graph, str(other)]) == 0
+        printed[columns, terminal] = capsys.readouterr().out
+    both = [any(line.count("aten.mul.Tensor") == 2 for line in text.splitlines()) for text in printed.values()]
+    assert both == [True, False, False]
+    assert ["\x1b[" in text for text in printed.values()] == [True, True, False]
 
 
 def test_opt_refuses_edited_text_with_its_line(capsys: pytest.CaptureFixture[str], graph: str) -> None:

@@ -2,44 +2,34 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
-from graphshard import text
-from graphshard.diff import Diff, diff, diff_text
+from hypothesis import given
+from hypothesis import strategies as st
 
-BODY = """
-  %w : f32[4,8] = param "w"
-  %x : f32[2,4] = batch 0
-  %y : f32[2,8] = aten.mm.default(%x, %w) {module=lin}
-  %z : f32[2,8] = aten.relu.default(%y)
-  return output 0 %z
-"""
-
-
-def program(body: str = BODY, header: str = "", others: str = "") -> str:
-    return f'graphshard 1\nparam "w" : f32[4,8]\n{header}\ngraph body {{{body}}}\n{others}'
-
-
-def compare(before: str, after: str) -> Diff:
-    return diff(text.parse(before), text.parse(after))
+from diffed import BODY, compare, program
+from graphshard.alignment import increasing
+from graphshard.diff_files import diff_files
+from graphshard.diff_text import unified
+from graphshard.difference import Diff, Kind
 
 
 def names(found: Diff) -> dict[str, list[str]]:
     """Names of the nodes after (of removed ones before), for what is not empty."""
-    lists = {
-        "added": [e.name for e in found.added],
-        "removed": [e.name for e in found.removed],
-        "changed": [c.after.name for c in found.changed],
-        "moved": [c.after.name for c in found.moved],
-        "duplicated": [c.copy.name for c in found.duplicated],
-    }
-    return {key: value for key, value in lists.items() if value}
+    found_names = {str(kind): [one.entry.name for one in found.of(kind)] for kind in Kind if kind is not Kind.SAME}
+    return {kind: found for kind, found in found_names.items() if found}
+
+
+def shown(found: Diff, color: bool = False) -> str:
+    """The unified text without the table of costs."""
+    return unified(found, color).partition("\n\n")[2]
 
 
 def test_equal_programs_do_not_differ() -> None:
     found = compare(program(), program())
     assert not found
-    assert found.render() == "no difference"
+    assert unified(found) == "no difference"
 
 
 def test_a_new_name_and_a_new_place_are_no_difference() -> None:
@@ -61,8 +51,8 @@ def test_a_node_put_between_two_others_is_added_and_its_reader_changed() -> None
     )
     found = compare(program(), program(after))
     assert names(found) == {"added": ["n"], "changed": ["z"]}
-    assert found.changed[0].what == ("self: %y -> %n",)
-    assert found.render() == (
+    assert found.of(Kind.CHANGED)[0].what == ("self: %y -> %n",)
+    assert shown(found) == (
         "graph body: 1 added, 1 changed\n"
         "  + %n : f32[2,8] = aten.neg.default(%y)\n"
         "  ~ %z : f32[2,8] = aten.relu.default(%n)\n"
@@ -72,12 +62,12 @@ def test_a_node_put_between_two_others_is_added_and_its_reader_changed() -> None
 
 def test_what_is_removed_is_shown_where_it_was() -> None:
     before = BODY.replace("  %z :", "  %n = aten.neg.default(%y) {stage=1}\n  %z :")
-    lines = compare(program(before), program(BODY + "")).render().splitlines()
+    lines = shown(compare(program(before), program(BODY + ""))).splitlines()
     assert lines == ["graph body: 1 removed", "  - %n : f32[2,8] = aten.neg.default(%y) {stage=1}"]
 
     first = BODY.replace("  %y :", "  %n = aten.neg.default(%x)\n  %y :")
     added_later = BODY.replace("  return", "  %e = aten.exp.default(%z)\n  return")
-    lines = compare(program(first), program(added_later)).render().splitlines()
+    lines = shown(compare(program(first), program(added_later))).splitlines()
     assert [line.strip()[:4] for line in lines[1:]] == ["- %n", "+ %e"]
 
 
@@ -85,14 +75,14 @@ def test_another_operator_that_took_over_the_origin_is_a_change() -> None:
     after = BODY.replace("%z : f32[2,8] = aten.relu.default(%y)", "%g = aten.gelu.default(%y) {origin=z, made_by=swap}")
     found = compare(program(), program(after.replace("output 0 %z", "output 0 %g")))
     assert names(found) == {"changed": ["g"]}
-    assert found.changed[0].what == ("operator: aten.relu.default -> aten.gelu.default",)
+    assert found.of(Kind.CHANGED)[0].what == ("operator: aten.relu.default -> aten.gelu.default",)
 
 
 def test_types_constants_and_attributes_that_changed_are_named() -> None:
     before = BODY.replace("aten.relu.default(%y)", "aten.sum.dim_IntList(%y, [1], True)").replace("%z : f32[2,8]", "%z")
     after = BODY.replace("aten.relu.default(%y)", "aten.sum.dim_IntList(%y, [0], dtype=f64) {stage=1, tag=save}")
     found = compare(program(before), program(after.replace("%z : f32[2,8]", "%z")))
-    assert found.changed[0].what == (
+    assert found.of(Kind.CHANGED)[0].what == (
         "dim: [1] -> [0]",
         "keepdim: True -> default",
         "dtype: default -> f64",
@@ -109,8 +99,9 @@ def test_a_recomputed_node_is_a_copy_and_not_an_addition() -> None:
     )
     found = compare(program(), program(after))
     assert names(found) == {"duplicated": ["y_1"]}
-    assert found.duplicated[0].original.name == "y"
-    assert "copy of %y" in found.render()
+    (copy,) = found.of(Kind.DUPLICATED)
+    assert copy.before and copy.before.name == "y"
+    assert "copy of %y" in shown(found)
 
 
 def test_of_two_copies_the_one_in_the_phase_it_was_is_the_original() -> None:
@@ -127,11 +118,12 @@ def test_a_node_in_another_graph_has_moved() -> None:
     prologue = "graph prologue {\n  %h_1 = aten.full.default([2], 1.0) {origin=h}\n  return\n}\n"
     found = compare(program(before), program(others=prologue))
     assert names(found) == {"moved": ["h_1"]}
-    assert (found.moved[0].before.section, found.moved[0].after.section) == ("body", "prologue")
-    assert found.render() == (
+    (move,) = found.of(Kind.MOVED)
+    assert move.before and (move.before.section, move.entry.section) == ("body", "prologue")
+    assert shown(found) == (
         "graph prologue: 1 moved here\n"
         "  ~ %h_1 : f32[2] = aten.full.default([2], 1.0) {origin=h}\n"
-        "      moved from graph body\n"
+        "      graph: body -> prologue\n"
         "      phase: forward -> update"
     )
 
@@ -140,18 +132,18 @@ def test_inputs_and_outputs_are_aligned_by_slot() -> None:
     after = BODY.replace('param "w"', 'param "v"').replace("return output 0 %z", "return output 0 %y, output 1 %z")
     found = compare(program(), program(after, header='param "v" : f32[4,8]'))
     assert names(found) == {"added": ["w", "z"], "removed": ["w"], "changed": ["y", "y"]}
-    assert [c.what for c in found.changed] == [("mat2: %w -> %w",), ("value: %z -> %y",)]
-    assert "  + return output 1 %z" in found.render().splitlines()
+    assert [c.what for c in found.of(Kind.CHANGED)] == [("mat2: %w -> %w",), ("value: %z -> %y",)]
+    assert "  + return output 1 %z" in shown(found).splitlines()
 
 
 def test_what_only_went_to_another_stage_is_not_replaced() -> None:
     after = BODY.replace('param "w"', 'param "w" @1 {stage=1}').replace("output 0 %z", "output 0 @1 %z")
     found = compare(program(), program(after))
-    assert [(c.after.name, c.what) for c in found.changed] == [
+    assert [(c.entry.name, c.what) for c in found.of(Kind.PLACED)] == [
         ("w", ('slot: param "w" -> param "w" @1', "stage: None -> 1")),
         ("z", ("slot: output 0 -> output 0 @1",)),
     ]
-    assert names(found).keys() == {"changed"}
+    assert names(found).keys() == {"placed"}
 
 
 def test_the_header_is_compared_line_by_line_without_the_history() -> None:
@@ -164,8 +156,8 @@ def test_one_change_of_many_nodes_is_one_line() -> None:
     before = BODY.replace("  return", many.replace("ATTRIBUTES", "") + "  return")
     after = BODY.replace("  return", many.replace("ATTRIBUTES", "stage=1") + "  return")
     found = compare(program(before), program(after))
-    assert len(found.changed) == 9
-    assert found.render() == "graph body: 9 changed\n  ~ 9 nodes: stage: None -> 1 (%n_0, %n_1, %n_2, ..., %n_8)"
+    assert len(found.of(Kind.PLACED)) == 9
+    assert shown(found) == "graph body: 9 placed\n  ~ 9 nodes: stage: None -> 1 (%n_0, %n_1, %n_2, ..., %n_8)"
 
 
 def test_colour_only_adds_escapes() -> None:
@@ -175,8 +167,8 @@ def test_colour_only_adds_escapes() -> None:
         "  return", "  %n = aten.neg.default(%z)\n  return"
     )
     found = compare(program(), program(after))
-    colored = found.render(color=True)
-    assert re.sub(r"\x1b\[\d+m", "", colored) == found.render()
+    colored = shown(found, color=True)
+    assert re.sub(r"\x1b\[\d+m", "", colored) == shown(found)
     assert "\x1b[32m  + %n" in colored
     assert "\x1b[33m  ~ %z" in colored
 
@@ -184,4 +176,69 @@ def test_colour_only_adds_escapes() -> None:
 def test_two_files_are_compared(tmp_path: Path) -> None:
     (tmp_path / "a.graph").write_text(program())
     (tmp_path / "b.graph").write_text(program(BODY.replace("relu", "neg")))
-    assert "operator: aten.relu.default -> aten.neg.default" in diff_text(tmp_path / "a.graph", tmp_path / "b.graph")
+    found = diff_files([tmp_path / "a.graph", tmp_path / "b.graph"])
+    assert found.of(Kind.CHANGED)[0].what == ("operator: aten.relu.default -> aten.neg.default",)
+
+
+STAGED = "level staged\nmesh pp=2"
+
+
+def staged(body: str) -> str:
+    return program(body).replace("graphshard 1", f"graphshard 1\n{STAGED}", 1)
+
+
+def test_another_stage_is_not_just_a_change() -> None:
+    before = BODY.replace("{module=lin}", "{module=lin, stage=0}").replace("(%y)", "(%y) {stage=0}")
+    after = before.replace("(%y) {stage=0}", "(%t) {stage=1}").replace(
+        "  %z", "  %t : f32[2,8] = graphshard.transfer.default(%y, 0, 1) {stage=1}\n  %z"
+    )
+    found = compare(staged(before), staged(after.replace("output 0", "output 0 @1")))
+    assert names(found) == {"added": ["t"], "restaged": ["z", "z"]}
+    assert [one.what for one in found.of(Kind.RESTAGED)] == [
+        ("self: %y -> %t", "stage: 0 -> 1"),
+        ("slot: output 0 -> output 0 @1",),
+    ]
+
+
+def test_the_first_stage_a_node_is_given_is_no_new_home() -> None:
+    after = BODY.replace("{module=lin}", "{module=lin, stage=1}")
+    assert names(compare(program(), program(after))) == {"placed": ["y"]}
+    wider = after.replace("aten.relu.default(%y)", "aten.relu.default(%y) {stage=1, tag=save}")
+    assert names(compare(program(), program(wider))) == {"placed": ["y"], "changed": ["z"]}
+
+
+GATHER = """
+  %w : f32[4,8] = param "w"
+  %x : f32[2,4] = batch 0
+  %g : f32[4,4] = _c10d_functional.all_gather_into_tensor.default(%x, 2, "dp")
+  %v : f32[4,4] = _c10d_functional.wait_tensor.default(%g)
+  %a : f32[2,4] = aten.exp.default(%x)
+  %b : f32[2,4] = aten.neg.default(%a)
+  %y : f32[2,8] = aten.mm.default(%b, %w)
+  %z : f32[4,8] = aten.mm.default(%v, %w)
+  return output 0 %z, output 1 %y
+"""
+WAIT = "  %v : f32[4,4] = _c10d_functional.wait_tensor.default(%g)\n"
+
+
+def test_a_wait_that_comes_later_is_reordered() -> None:
+    after = GATHER.replace(WAIT, "").replace("  %z", f"{WAIT}  %z")
+    found = compare(program(GATHER), program(after))
+    assert names(found) == {"reordered": ["v"]}
+    assert found.of(Kind.REORDERED)[0].what == ("place: first -> behind %y",)
+    assert "1 reordered" in shown(found)
+
+
+def test_the_order_of_computations_is_no_difference() -> None:
+    after = GATHER.replace("  %y : f32[2,8] = aten.mm.default(%b, %w)\n", "").replace(
+        "  return", "  %y : f32[2,8] = aten.mm.default(%b, %w)\n  return"
+    )
+    assert not compare(program(GATHER), program(after))
+
+
+@given(st.permutations(list(range(9))))
+def test_the_longest_increasing_subsequence(values: list[int]) -> None:
+    found = [values[position] for position in increasing(values)]
+    assert found == sorted(found)
+    longest = max(size for size in range(10) for chosen in combinations(values, size) if list(chosen) == sorted(chosen))
+    assert len(found) == longest

@@ -1,0 +1,118 @@
+"""What a step of a program costs each pipeline stage, at any level: FLOPs, bytes sent, bytes held.
+
+A rank of a stage stands for its data-parallel peers, which are alike. The body counts once per micro-batch, prologue
+and epilogue once. A captured program is one stage, whatever its mesh says. Communication costs bytes and no FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from graphshard import analysis
+from graphshard.footprint import footprints
+from graphshard.mesh import AXES
+from graphshard.places import MEETINGS, sender, stage_places
+from graphshard.program import Phase, Program, info, val
+
+c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What a step costs one rank of a stage."""
+
+    flops: Mapping[str, int]  # by phase; without phases that do nothing
+    sent_bytes: Mapping[str, int]  # by mesh axis; transfers between stages count for pp
+    stored_bytes: int  # parameters, buffers, constants and optimizer state, held between steps
+    peak_bytes: int  # estimated: see footprint.py
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a step costs, stage by stage."""
+
+    stages: tuple[StageCosts, ...]
+
+    @property
+    def flops(self) -> dict[str, int]:
+        """By phase, summed over one rank of every stage."""
+        return _summed([stage.flops for stage in self.stages], [str(phase) for phase in Phase])
+
+    @property
+    def sent_bytes(self) -> dict[str, int]:
+        """By mesh axis, summed over one rank of every stage."""
+        return _summed([stage.sent_bytes for stage in self.stages], AXES)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the stage that holds most."""
+        return max(stage.peak_bytes for stage in self.stages)
+
+
+def costs(program: Program) -> Costs:
+    """What a step of ``program`` costs, its optimizer state being there already; time is linear in the nodes."""
+    places = stage_places(program)
+    count = places.stages
+    flops, sent = [Counter[str]() for _ in range(count)], [Counter[str]() for _ in range(count)]
+    for name, section in program.sections().items():
+        if name == "first_epilogue":
+            continue
+        times = program.microbatches if name == "body" else 1
+        for node in section.nodes():
+            axis = _axis(node)
+            if axis:
+                for stage in (sender(node),) if node.target is gs.transfer.default else places.of[node]:
+                    sent[stage][axis] += times * _sent(node, program.mesh.size(axis))
+            elif node.target is not c10d.wait_tensor.default:
+                for stage in places.of[node]:
+                    flops[stage][str(info(node).phase)] += times * analysis.flops(node)
+    held = footprints(program, places)
+    return Costs(
+        tuple(
+            StageCosts(dict(+flops[stage]), dict(+sent[stage]), held[stage].stored_bytes, held[stage].peak_bytes)
+            for stage in range(count)
+        )
+    )
+
+
+def communicates(node: fx.Node) -> bool:
+    """Whether the node sends something, or waits for what is sent."""
+    return bool(_axis(node)) or node.target is c10d.wait_tensor.default
+
+
+def _axis(node: fx.Node) -> str:
+    """The mesh axis that a node communicates over; "" for what does not."""
+    if node.target is gs.transfer.default or node.target in MEETINGS:
+        return "pp"
+    return str(node.args[-1]) if node.target in _COLLECTIVES else ""
+
+
+def _sent(node: fx.Node, size: int) -> int:
+    """Bytes that a rank of a group of ``size`` sends for a node that communicates, with the least traffic there is: in
+    an all-gather and a reduce-scatter (n-1)/n of the whole value, in an all-reduce both."""
+    given = analysis.nbytes(val(node.all_input_nodes[0]))
+    if node.target is gs.transfer.default:
+        return given
+    if node.target is c10d.all_gather_into_tensor.default:
+        return (size - 1) * given
+    if node.target is c10d.reduce_scatter_tensor.default:
+        return (size - 1) * given // size
+    return 2 * (size - 1) * given // size
+
+
+_COLLECTIVES = (
+    c10d.all_gather_into_tensor.default,
+    c10d.reduce_scatter_tensor.default,
+    c10d.all_reduce.default,
+)
+
+
+def _summed(parts: Iterable[Mapping[str, int]], order: Iterable[str]) -> dict[str, int]:
+    total = sum((Counter(part) for part in parts), Counter[str]())
+    return {name: total[name] for name in order if total[name]}

@@ -1,0 +1,12 @@
+"""Large numbers as a person reads them."""
+
+from __future__ import annotations
+
+
+def human(count: float, unit: str = "B") -> str:
+    """``count`` of ``unit`` with a decimal prefix: ``12.3 MB``, ``4.5 GFLOP``."""
+    for prefix in ("", "k", "M", "G", "T"):
+        if abs(count) < 1000 or prefix == "T":
+            return f"{count:.0f} {unit}" if not prefix else f"{count:.1f} {prefix}{unit}"
+        count /= 1000
+    raise AssertionError
