@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphshard.alignment import Alignment
-from graphshard.errors import NodeFailed, NotEquivalent, TooLargeToCheck
+from graphshard.errors import NodeFailed, NotEquivalent, NotFinite, TooLargeToCheck
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.program import Program, info, tensors, val
 from graphshard.reference import Inputs, Results, random_inputs, run
@@ -58,9 +58,13 @@ def check_passes(program: Program, passes: list[Pass], ctx: Context, inputs: Inp
 
     Raises:
         NotEquivalent: naming the first pass that does not.
+        NotFinite: on ``inputs`` the loss is NaN or infinite.
     """
     given = inputs if inputs is not None else random_inputs(program)
     expected = run(program, given)
+    for what, copies in expected.values.items():
+        if what.startswith("loss of step") and not copies[0].isfinite():
+            raise NotFinite(copies[0].item())
     for item in passes:
         after = run_passes(copied(program), [item], ctx)
         found = _run_after(after, given, item.name)
@@ -96,7 +100,7 @@ def _same(a: Tensor, b: Tensor, exact: bool) -> bool:
         return False
     if exact or not a.dtype.is_floating_point:
         return torch.equal(a.nan_to_num(), b.nan_to_num()) and torch.equal(a.isnan(), b.isnan())
-    largest = a.abs().max().item() if a.numel() else 0.0
+    largest = a[a.isfinite()].abs().max().item() if a.isfinite().any() else 0.0
     return torch.allclose(a, b, rtol=0.0, atol=RTOL * largest + ATOL, equal_nan=True)
 
 

@@ -106,6 +106,33 @@ def _verify(options: argparse.Namespace) -> int:
     return 0
 
 
+def _bisect(options: argparse.Namespace) -> int:
+    """Find the first pass that is responsible for a wrong loss, a NaN, too much memory or a failed check."""
+    arguments = _arguments(options, executor="none")
+    from graphshard.compile import compile as compile_model
+
+    try:
+        compiled = compile_model(**arguments)
+    except IllegalProgram as error:  # says after which pass
+        print(f"graphshard bisect: {error}", file=sys.stderr)
+        return FAILED_CHECK
+    for seen in compiled.bisect(options.until, arguments["example_inputs"], options.steps, options.limit_gb):
+        print(f"{seen.name:<16} {seen.what}")
+        if seen.wrong:
+            print(f"graphshard bisect: {seen.blamed}: {seen.wrong}", file=sys.stderr)
+            return FAILED_CHECK
+    print(f"no pass is responsible: {_FINE[options.until]}")
+    return 0
+
+
+_FINE = {
+    "loss": "the loss is the same after each",
+    "nan": "everything is finite after each",
+    "memory": "no rank takes more than it may after any",
+    "verify": "each keeps the program's meaning",
+}
+
+
 def _diff(options: argparse.Namespace) -> int:
     """What passes changed, node by node, what it costs and which pass did it."""
     from graphshard.diff_files import diff_files, dumped
@@ -183,21 +210,28 @@ def _resize(program: Program, world_size: int) -> Mesh:
 
 
 def _compile(options: argparse.Namespace, **given: Any) -> Any:
-    """Compile MODEL without an executor; what the command line says goes before what the factory's dict says."""
+    """Compile MODEL without an executor."""
+    arguments = _arguments(options, executor="none", **given)
+    from graphshard.compile import compile as compile_model
+
+    return compile_model(**arguments)
+
+
+def _arguments(options: argparse.Namespace, **given: Any) -> dict[str, Any]:
+    """Compile's arguments for MODEL; what the command line says goes before what the factory's dict says."""
     plan = Plan.parse(options.plan) if options.plan is not None else None  # before the slow imports
     from graphshard import factory
     from graphshard.compile import compile as compile_model
 
     known = inspect.signature(compile_model).parameters
-    arguments = factory.load(options.model, known, meta=options.device == "meta")
-    arguments |= {"executor": "none", **given}
+    arguments = factory.load(options.model, known, meta=options.device == "meta") | given
     if plan is not None:
         arguments["plan"] = plan
     if options.world_size is not None:
         arguments["world_size"] = options.world_size
     if options.device not in (None, "meta"):  # a meta model's device is the executor's
         arguments["device"] = options.device
-    return compile_model(**arguments)
+    return arguments
 
 
 class _Parser(argparse.ArgumentParser):
@@ -271,7 +305,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="G",
         help="most memory that all ranks here may take (4)",
     )
-    for added in (dump, explain, check):
+    bisect = command("bisect", _bisect)
+    bisect.add_argument("--until", required=True, choices=tuple(_FINE), help="what goes wrong")
+    bisect.add_argument("--steps", type=_count, default=2, metavar="N", help="loss, nan: steps to run (2)")
+    bisect.add_argument(
+        "--limit-gb",
+        type=float,
+        metavar="G",
+        help="memory: what a rank may hold; default: as much as before all passes",
+    )
+    for added in (dump, explain, check, bisect):
         added.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
         added.add_argument("--plan", metavar="P", help="such as zero3+pp4; default: dp")
         added.add_argument(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_unflatten
 
 from graphshard import dump, report, trace
 from graphshard.batch import MicroBatch, split_batch
+from graphshard.bisect import Seen, Until, bisect
 from graphshard.check import check_passes, require_fits
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
@@ -29,6 +31,7 @@ from graphshard.pipeline import Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
 from graphshard.prove import prove
+from graphshard.reference import Inputs, random_inputs
 from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
@@ -37,6 +40,8 @@ from graphshard.trace import Captured
 from graphshard.update import add_update, check_elementwise, make_optimizer
 
 logger = logging.getLogger("graphshard")
+
+_CHECK_GB = 4.0  # what all ranks in one process may take for a check, unless the caller says otherwise
 
 Mode = Literal["train", "evaluate", "call"]
 OptimizerLike = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -103,7 +108,7 @@ def compile(
         seed=seed,
     )
     if example_inputs is not None:
-        args, kwargs = _example(example_inputs)
+        args, kwargs = example_arguments(example_inputs)
         compiled.trace(*args, **kwargs)
     return compiled
 
@@ -123,7 +128,8 @@ def _distributed_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _example(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def example_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What ``step`` is given, from what ``example_inputs`` may be: (args, kwargs)."""
     if isinstance(inputs, tuple) and len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
         return inputs
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -431,7 +437,7 @@ class Compiled:
         program = run_passes(*self._before_passes(build), dump.writer(Path(path)))
         dump.write_plan(Path(path), lower(program, self._schedule(build.mode, program.microbatches)))
 
-    def verify(self, full_size: bool = False, limit_gb: float = 4.0) -> Iterator[Pass]:
+    def verify(self, full_size: bool = False, limit_gb: float = _CHECK_GB) -> Iterator[Pass]:
         """Run the passes once more, each checked against the program before it on random inputs (see check.py), prove
         the plan, and give each pass that is found right.
 
@@ -455,6 +461,49 @@ class Compiled:
             ctx = Context(program.mesh, Placement(_placement(build.program).stages))
         yield from check_passes(program, passes, ctx)
         prove(build.plan)
+
+    def bisect(self, until: Until, batch: Any = None, steps: int = 2, limit_gb: float | None = None) -> Iterator[Seen]:
+        """What is seen after each prefix of the passes, the pass that is responsible last; see bisect.py.
+
+        Args:
+            until: "loss", "nan", "memory" or "verify".
+            batch: "loss", "nan": a global batch in the form of ``example_inputs``; without one, and for a meta model,
+                values are random. "verify" runs on random values always, at sizes as for :meth:`verify`.
+            steps: how many steps are run on that batch.
+            limit_gb: "memory": what a rank may hold, in 10^9 bytes; None: as much as before all passes.
+        """
+        build = self._built()
+        program, passes, ctx = self._before_passes(build)
+        if until == "verify":
+            program = shrunk(program, _CHECK_GB)
+            ctx = Context(program.mesh, Placement(_placement(build.program).stages))
+        elif until != "memory":
+            require_fits(program, _CHECK_GB)
+        inputs = self._inputs(program, until, batch, steps)
+        runs = until in ("loss", "nan") and batch is not None and not any(p.is_meta for p in self.model.parameters())
+        execute = partial(self._losses, batch, steps) if runs else None
+        return bisect(program, passes, ctx, until, inputs, limit_gb=limit_gb, execute=execute)
+
+    def _losses(self, batch: Any, steps: int) -> list[float]:
+        """What the local executor makes of some steps on one batch, from the model's own values on."""
+        args, kwargs = example_arguments(batch)
+        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_placement": None, "_runtime": None, "_storage": None}
+        twin = replace(self, executor="local", optimizer=self._user_optimizer, dump_dir=None, _steps=0, **fresh)
+        return [twin.step(*args, **kwargs).item() for _ in range(steps)]
+
+    def _inputs(self, program: Program, until: Until, batch: Any, steps: int) -> Inputs:
+        """What bisect runs programs on: the model's own values where it has any and they fit."""
+        inputs = random_inputs(program, steps, self.seed)
+        if until not in ("loss", "nan") or any(p.is_meta for p in self.model.parameters()):
+            return inputs
+        inputs.params = {self._names[id(p)]: p.detach() for p in self.model.parameters()}
+        inputs.buffers |= dict(self.model.named_buffers())
+        inputs.lrs = inputs.lrs if self.optimizer is None else self.optimizer.lrs()
+        if batch is not None:
+            args, kwargs = example_arguments(batch)
+            rows = split_batch(args, kwargs, self.dp_size, self.microbatches, dict(self.plan.batch_dims))
+            inputs.batches = [[[part.leaves for part in row] for row in rows]] * steps
+        return inputs
 
     def _before_passes(self, build: _Build) -> tuple[Program, list[Pass], Context]:
         """The program that ``build`` began with, and what to run on it to get where ``build`` is."""

@@ -15,7 +15,8 @@ class IllegalProgram(GraphshardError):
     """A Program breaks a rule of its level: what is wrong and the node where it was found."""
 
     def __init__(self, rule: str, where: str) -> None:
-        super().__init__(f"illegal program: {rule} (at {where})")
+        self.what = f"{rule} (at {where})"
+        super().__init__(f"illegal program: {self.what}")
         self.rule = rule
         self.where = where
 
@@ -25,7 +26,18 @@ class NotEquivalent(GraphshardError):
 
     def __init__(self, pass_name: str, what: str, node: str) -> None:
         by = f"pass {pass_name!r} does not keep the program's meaning" if pass_name else "the programs differ"
-        super().__init__(f"{by}: {what}" + (f"; first at {node}" if node else ""))
+        self.what = what + (f"; first at {node}" if node else "")
+        super().__init__(f"{by}: {self.what}")
+
+
+class NotFinite(GraphshardError):
+    """A check runs a program on random inputs, and its loss is NaN or infinite: nothing can be compared."""
+
+    def __init__(self, loss: float) -> None:
+        super().__init__(
+            f"on random inputs the loss is {loss}, so that nothing can be compared; `graphshard bisect --until loss` "
+            "runs a model on its own values and batch"
+        )
 
 
 class TooLargeToCheck(GraphshardError):

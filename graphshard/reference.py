@@ -87,24 +87,25 @@ def random_inputs(program: Program, steps: int = 2, seed: int = 0) -> Inputs:
     return Inputs(params, buffers, batches, seed=seed)
 
 
-def run(program: Program, inputs: Inputs) -> Results:
-    """All steps of ``inputs``, one after the other."""
-    return _Run(program, inputs).run()
+def run(program: Program, inputs: Inputs, wide: bool = True) -> Results:
+    """All steps of ``inputs``, one after the other; ``wide``: in float64 whatever graphs say, else in its dtypes."""
+    return _Run(program, inputs, wide).run()
 
 
 Env = dict[fx.Node, dict[int, Any]]  # what a node is, by rank
 
 
 class _Run:
-    def __init__(self, program: Program, inputs: Inputs) -> None:
+    def __init__(self, program: Program, inputs: Inputs, wide: bool) -> None:
         self.program, self.inputs, self.mesh = program, inputs, program.mesh
+        self.wide: Mapping[torch.dtype, torch.dtype] = _WIDE if wide else {}
         self.ranks = range(self.mesh.world_size)
         self.stores: dict[int, dict[Slot, Tensor]] = {rank: {} for rank in self.ranks}
         self.results = Results()
 
     def run(self) -> Results:
         default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)  # of factories that name none
+        torch.set_default_dtype(self.wide.get(default, default))  # of factories that name none
         try:
             with torch.no_grad():
                 for step, batch in enumerate(self.inputs.batches):
@@ -170,9 +171,9 @@ class _Run:
         program, dp_rank = self.program, self.mesh.dp_rank(rank)
         match slot.role:
             case Role.BATCH:
-                return _wide(batch[dp_rank][microbatch][int(slot.name)])
+                return self._cast(batch[dp_rank][microbatch][int(slot.name)], node)
             case Role.CONSTANT:
-                return _wide(program.constants[slot.name])
+                return self._cast(program.constants[slot.name], node)
             case Role.LR:
                 return torch.tensor(self.inputs.lrs[int(slot.name)], dtype=torch.float64)
             case Role.RNG:
@@ -181,17 +182,22 @@ class _Run:
             return self.stores[rank][slot]
         match slot.role:
             case Role.PARAM:
-                return _wide(self.inputs.params[slot.name])
+                return self._cast(self.inputs.params[slot.name], node)
             case Role.BUFFER:
-                return _wide(self.inputs.buffers[slot.name])
+                return self._cast(self.inputs.buffers[slot.name], node)
             case Role.FLAT | Role.SHARD:
                 bucket = program.buckets[slot.name]
-                parts = [_wide(self.inputs.params[name]).contiguous() for name, _ in bucket.members]
+                parts = [self._cast(self.inputs.params[name], node).contiguous() for name, _ in bucket.members]
                 flat = gs.pack(parts, [offset for _, offset in bucket.members], bucket.numel)
                 if slot.role is Role.FLAT:
                     return flat  # type: ignore[no-any-return]
                 return flat.chunk(bucket.parts)[self.mesh.coordinates(rank)[bucket.axis]].clone()  # type: ignore[no-any-return]
         raise AssertionError(f"nothing has made {slot}")
+
+    def _cast(self, value: Tensor, node: fx.Node) -> Tensor:
+        """``value`` in the dtype that ``node``, which it is for, is computed in."""
+        dtype: torch.dtype = val(node).dtype
+        return value.detach().to("cpu", self.wide.get(dtype, dtype))
 
     def _node(self, node: fx.Node, env: Env) -> dict[int, Any]:
         target: Any = node.target
@@ -204,7 +210,7 @@ class _Run:
             def value(leaf: Any, rank: int = rank) -> Any:
                 if isinstance(leaf, fx.Node):
                     return env[leaf][rank]
-                return _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+                return self.wide.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
 
             args, kwargs = map_aggregate((node.args, node.kwargs), value)
             try:
@@ -284,7 +290,3 @@ _ACROSS: dict[Any, Callable[[_Run, fx.Node, Env, int], Tensor]] = {
     c10d.reduce_scatter_tensor.default: _Run._reduce_scatter,
     c10d.wait_tensor.default: lambda run, node, env, rank: env[node.all_input_nodes[0]][rank],
 }
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", _WIDE.get(value.dtype, value.dtype))
