@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graphshard.communication import communicates
 from graphshard.program import Program, Slot, info
 
 
@@ -26,6 +27,14 @@ class Item:
         """What stays the same through rewrites; of a node without origin, its name."""
         record = info(self.node)
         return self.slot or (self.node.target, record.origin or (record.made_by, self.node.name))
+
+    @property
+    def purpose(self) -> tuple[Hashable, ...]:
+        """What an operation that communicates is for; empty for others, and for one that stems from a captured node."""
+        record = info(self.node)
+        if self.slot or record.origin or not record.module or not communicates(self.node):
+            return ()
+        return self.node.target, record.module, record.stage
 
     @property
     def origin(self) -> str:
@@ -52,6 +61,9 @@ class Alignment:
         self._pair(lambda item: (item.section, item.origin) if item.origin else None)
         # The same operation in another graph.
         self._pair(lambda item: item.identity if item.origin else None)
+        # Communication has no origin: the same collective for the same module, even in another graph, as hoisting does.
+        self._pair(lambda item: (item.section, *item.purpose) if item.purpose else None)
+        self._pair(lambda item: item.purpose or None)
         originals = {item.identity: item for item in self.before if item.origin}
         for item in self.after:
             if item.node not in self.partner and item.origin and item.identity in originals:

@@ -164,7 +164,8 @@ def _show(found: Diff, options: argparse.Namespace, title: str) -> None:
         return
     from rich.console import Console
 
-    from graphshard.diff_text import SIDE_BY_SIDE_COLUMNS, side_by_side, unified
+    from graphshard.diff_columns import SIDE_BY_SIDE_COLUMNS, side_by_side
+    from graphshard.diff_text import unified
 
     console = Console()
     if console.is_terminal and console.width >= SIDE_BY_SIDE_COLUMNS:

@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from graphshard import analysis
+from graphshard.communication import communication_axis, sender, sent_bytes
 from graphshard.footprint import footprints
 from graphshard.mesh import AXES
-from graphshard.places import MEETINGS, sender, stage_places
-from graphshard.program import Phase, Program, info, val
+from graphshard.places import stage_places
+from graphshard.program import Phase, Program, info
 
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
@@ -65,10 +65,10 @@ def costs(program: Program) -> Costs:
             continue
         times = program.microbatches if name == "body" else 1
         for node in section.nodes():
-            axis = _axis(node)
+            axis = communication_axis(node)
             if axis:
                 for stage in (sender(node),) if node.target is gs.transfer.default else places.of[node]:
-                    sent[stage][axis] += times * _sent(node, program.mesh.size(axis))
+                    sent[stage][axis] += times * sent_bytes(node, program.mesh.size(axis))
             elif node.target is not c10d.wait_tensor.default:
                 for stage in places.of[node]:
                     flops[stage][str(info(node).phase)] += times * analysis.flops(node)
@@ -79,38 +79,6 @@ def costs(program: Program) -> Costs:
             for stage in range(count)
         )
     )
-
-
-def communicates(node: fx.Node) -> bool:
-    """Whether the node sends something, or waits for what is sent."""
-    return bool(_axis(node)) or node.target is c10d.wait_tensor.default
-
-
-def _axis(node: fx.Node) -> str:
-    """The mesh axis that a node communicates over; "" for what does not."""
-    if node.target is gs.transfer.default or node.target in MEETINGS:
-        return "pp"
-    return str(node.args[-1]) if node.target in _COLLECTIVES else ""
-
-
-def _sent(node: fx.Node, size: int) -> int:
-    """Bytes that a rank of a group of ``size`` sends for a node that communicates, with the least traffic there is: in
-    an all-gather and a reduce-scatter (n-1)/n of the whole value, in an all-reduce both."""
-    given = analysis.nbytes(val(node.all_input_nodes[0]))
-    if node.target is gs.transfer.default:
-        return given
-    if node.target is c10d.all_gather_into_tensor.default:
-        return (size - 1) * given
-    if node.target is c10d.reduce_scatter_tensor.default:
-        return (size - 1) * given // size
-    return 2 * (size - 1) * given // size
-
-
-_COLLECTIVES = (
-    c10d.all_gather_into_tensor.default,
-    c10d.reduce_scatter_tensor.default,
-    c10d.all_reduce.default,
-)
 
 
 def _summed(parts: Iterable[Mapping[str, int]], order: Iterable[str]) -> dict[str, int]:

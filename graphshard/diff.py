@@ -15,7 +15,8 @@ from torch import fx
 
 from graphshard import text
 from graphshard.alignment import Alignment, Item, increasing, without_stage
-from graphshard.costs import communicates, costs
+from graphshard.communication import communicates
+from graphshard.costs import costs
 from graphshard.difference import Diff, Difference, Entry, Kind, in_order
 from graphshard.program import Level, Program, Slot, info
 from graphshard.text_spelling import spell, spell_slot, spell_target, spell_type, type_of

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from graphshard.communication import MEETINGS, sender
 from graphshard.program import Level, Program, Section, info
 
 gs = torch.ops.graphshard
-
-MEETINGS = (gs.stage_sum.default, gs.stage_broadcast.default)
-"""Operators that every stage takes part in."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,6 @@ def stage_places(program: Program) -> Places:
     for section in program.sections().values():
         _find(section, everywhere, result)
     return Places(stages, result)
-
-
-def sender(transfer: fx.Node) -> int:
-    """The stage that a transfer reads from."""
-    stage: int = transfer.args[1]  # type: ignore[assignment]
-    return stage
 
 
 def _find(section: Section, everywhere: tuple[int, ...], result: dict[fx.Node, tuple[int, ...]]) -> None:

@@ -40,7 +40,7 @@ def test_bytes_sent_are_those_of_the_plan(plan: str) -> None:
 
 @pytest.mark.parametrize(
     ("model", "plan"),
-    [(model, plan) for model in ("gpt", "convnet") for plan in PLANS] + [("gpt", "pp4:microbatches=4")],
+    [*(("gpt", plan) for plan in (*PLANS, "pp4:microbatches=4")), ("convnet", "dp2"), ("convnet", "zero3+pp2")],
 )
 def test_the_peak_is_near_that_of_the_plan(model: str, plan: str) -> None:
     made = compiled(model, plan)

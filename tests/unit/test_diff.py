@@ -128,6 +128,22 @@ def test_a_node_in_another_graph_has_moved() -> None:
     )
 
 
+def test_a_gather_hoisted_out_of_the_body_has_moved() -> None:
+    gather = """  %g : f32[4,4] = _c10d_functional.all_gather_into_tensor.default(%x, 2, "dp") {module=h, made_by=NAME}
+  %v : f32[4,4] = _c10d_functional.wait_tensor.default(%g) {module=h, made_by=NAME}
+"""
+    before = BODY.replace("  %y :", gather.replace("NAME", "zero") + "  %y :")
+    prologue = 'graph prologue {\n  %x : f32[2,4] = shard "h"\n' + gather.replace("NAME", "hoist") + "  return\n}\n"
+    found = compare(program(before), program(others=prologue))
+    assert names(found) == {"added": ["x"], "moved": ["g", "v"]}
+    again = before.replace(
+        "  return", gather.replace("NAME", "zero").replace("%g", "%g2").replace("%v", "%v2") + "  return"
+    )
+    assert names(compare(program(again), program(others=prologue))) == {
+        "added": ["x"], "moved": ["g", "v"], "removed": ["g2", "v2"],
+    }  # fmt: skip
+
+
 def test_inputs_and_outputs_are_aligned_by_slot() -> None:
     after = BODY.replace('param "w"', 'param "v"').replace("return output 0 %z", "return output 0 %y, output 1 %z")
     found = compare(program(), program(after, header='param "v" : f32[4,8]'))

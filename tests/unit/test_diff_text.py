@@ -7,7 +7,8 @@ import io
 from rich.console import Console
 
 from diffed import BODY, compare, program
-from graphshard.diff_text import side_by_side, summary, unified
+from graphshard.diff_columns import side_by_side
+from graphshard.diff_text import summary, unified
 
 RELU = "%z : f32[2,8] = aten.relu.default(%y)"
 
@@ -48,7 +49,19 @@ def test_columns_hold_partners_beside_each_other() -> None:
     changed = next(line for line in lines if line.count("aten.relu.default") == 2)
     assert changed.startswith("%z") and " ~ %z" in changed
     assert "self: %y -> %n" in lines[lines.index(changed) + 1]
-    assert "... 2 the same" in lines[lines.index("graph body: 1 added, 1 changed") + 1]
+    assert "... 2 more" in lines[lines.index("graph body: 1 added, 1 changed") + 1]
+
+
+def test_one_change_of_many_nodes_is_one_line_above_the_columns() -> None:
+    many = "".join(f"  %n_{i} = aten.neg.default(%x) {{ATTRIBUTES}}\n" for i in range(9))
+    before = BODY.replace("  return", many.replace("ATTRIBUTES", "") + "  return")
+    after = BODY.replace("  return", many.replace("ATTRIBUTES", "stage=1") + "  return").replace(
+        RELU, RELU.replace("relu", "neg")
+    )
+    lines = columns(program(before), program(after))
+    heading = lines.index("graph body: 1 changed, 9 placed")
+    assert lines[heading + 1] == "~ 9 nodes: stage: None -> 1 (%n_0, %n_1, %n_2, ..., %n_8)"
+    assert not any("%n_4" in line for line in lines)
 
 
 def test_equal_programs_have_no_columns() -> None:
