@@ -1,4 +1,4 @@
-"""Translation validation of every model of the zoo: no pass changes what a step computes."""
+"""Translation validation of every model: no pass changes what a step computes. ``-m full``: for every plan."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import pytest
 
 import graphshard
 from models.zoo import MODELS
-from numerics.cases import adamw, maker
+from numerics.cases import PLANS, SPLITS, adamw, maker
 
 PLAN = "zero3+pp2:microbatches=2"
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_pass_keeps_the_meaning(name: str) -> None:
-    model, args, kwargs, loss_fn = maker(name, PLAN)()
+    check(name, PLAN)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("plan", PLANS + SPLITS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_pass_of_every_plan_keeps_the_meaning(name: str, plan: str) -> None:
+    check(name, plan)
+
+
+def check(name: str, plan: str) -> None:
+    model, args, kwargs, loss_fn = maker(name, plan)()
     compiled = graphshard.compile(
         model,
-        PLAN,
+        plan,
         loss_fn=loss_fn,
         optimizer=adamw(model),
         example_inputs=(args, kwargs),

@@ -25,6 +25,23 @@ PLANS = (
     "zero3+pp4",
     "dp2+zero3:size=2",
 )
+SPLITS = (  # more micro-batches than stages, as many, fewer
+    "zero3+pp2:microbatches=3",
+    "zero3+pp2:microbatches=1",
+    "pp4:microbatches=2",
+    "pp2:schedule=gpipe,microbatches=2",
+    "pp2:schedule=zb-h1,microbatches=3",
+    "pp4:schedule=zb-h1,microbatches=2",
+    "zero3+pp2:schedule=zb-h1",
+    "zero3+pp2:schedule=gpipe",
+    "zero3+pp2:microbatches=2+accum2",
+    "zero2:size=2+accum3",
+    "zero3:size=2+accum2",
+    "dp2+accum2",
+    "zero3:size=2,budget_gb=1+accum2",
+    "zero3:budget_gb=1+pp2",
+    "zero3:budget_gb=0.00001+pp2",
+)
 ZERO_GRADIENT = ("key.bias", "k_proj.bias", "qkv.bias", "c_attn.bias", "in_proj_bias")
 """Parts of names of parameters that hold an attention key's bias: softmax ignores it, its true gradient is zero."""
 

@@ -6,28 +6,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from numerics.cases import OPTIMIZERS, PLANS, ZERO_GRADIENT, adamw, maker, sgd
+from numerics.cases import OPTIMIZERS, PLANS, SPLITS, ZERO_GRADIENT, adamw, maker, sgd
 from numerics.reference import check_parity
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
 ZOO = ("mlp", "gpt", "convnet", "gpt2", "llama", "bert", "t5", "vit", "resnet", "nested", "encoder")
-SPLITS = (  # more micro-batches than stages, as many, fewer
-    "zero3+pp2:microbatches=3",
-    "zero3+pp2:microbatches=1",
-    "pp4:microbatches=2",
-    "pp2:schedule=gpipe,microbatches=2",
-    "pp2:schedule=zb-h1,microbatches=3",
-    "pp4:schedule=zb-h1,microbatches=2",
-    "zero3+pp2:schedule=zb-h1",
-    "zero3+pp2:schedule=gpipe",
-    "zero3+pp2:microbatches=2+accum2",
-    "zero2:size=2+accum3",
-    "zero3:size=2+accum2",
-    "dp2+accum2",
-    "zero3:size=2,budget_gb=1+accum2",
-    "zero3:budget_gb=1+pp2",
-    "zero3:budget_gb=0.00001+pp2",
-)
 
 
 @pytest.mark.parametrize("plan", ["dp2", "zero3+pp2"])
