@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import os
@@ -130,6 +131,15 @@ def _around(directory: Path, name: str) -> tuple[Path, Path]:
     return graphs[after[0] - 1], graphs[after[0]]
 
 
+def _blame(options: argparse.Namespace) -> int:
+    """Which passes touched a node, and where in the model's source it comes from."""
+    from graphshard.provenance import provenance
+
+    found = provenance(Path(options.directory), options.node)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else found.render())
+    return 0
+
+
 def _opt(options: argparse.Namespace) -> int:
     """Run passes over graph text and print graph text."""
     from graphshard.pipeline import Context, parse_passes, run_passes
@@ -228,6 +238,11 @@ def _parser() -> argparse.ArgumentParser:
     diff = command("diff", _diff)
     diff.add_argument("first", metavar="DIR|A.graph", help="a dump, or a graph")
     diff.add_argument("second", metavar="PASS|B.graph", help="a pass of the dump, or a graph")
+
+    blame = command("blame", _blame)
+    blame.add_argument("directory", metavar="DIR", help="a dump")
+    blame.add_argument("node", metavar="NODE", help="a node's name, or GRAPH:NODE, such as zero:mm_3 or epilogue:mul")
+    blame.add_argument("--json", action="store_true", help="the account as JSON")
 
     opt = command("opt", _opt)
     opt.add_argument("file", metavar="FILE.graph")
