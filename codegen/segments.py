@@ -50,13 +50,14 @@ def emit(
     *,
     accumulators: frozenset[Slot] = frozenset(),
     first: bool = False,
+    watch: bool = False,
 ) -> Code:
     """Code for ``nodes``, in order, that returns ``outputs``.
 
     ``accumulators``: carries that start at zero. An ``add(carry, value)`` to one that nobody else reads is done in
-    place; ``first``: it overwrites.
+    place; ``first``: it overwrites. ``watch``: every floating-point value is shown to a function of that name.
     """
-    return _Emitter(name, nodes, outputs, section, accumulators, first).run()
+    return _Emitter(name, nodes, outputs, section, accumulators, first, watch).run()
 
 
 Item = fx.Node | Loop | FusedAdam
@@ -80,6 +81,7 @@ class _Emitter:
     section: Section
     accumulators: frozenset[Slot]
     first: bool
+    watch: bool
     lines: list[str] = field(default_factory=list)
     reused: dict[fx.Node, fx.Node] = field(default_factory=dict)
     block: set[fx.Node] = field(default_factory=set)  # inside a loop: the vectors it has a block of
@@ -101,6 +103,8 @@ class _Emitter:
         if inputs:
             self._line(f"({', '.join(n.name for n in inputs)}{',' if len(inputs) == 1 else ''}) = args")
             self._line("args.clear()")
+        for node in filter(arrives, inputs):
+            self._watch(node)
         for item in self.items:
             if isinstance(item, Loop):
                 self._loop(item)
@@ -108,6 +112,7 @@ class _Emitter:
                 self._adam(item)
             else:
                 self._node(item)
+                self._watch(item)
             dead = [n.name for n in self.last_use.get(item, []) if n in self.defined or n in inputs]
             if dead:
                 self._line(f"del {', '.join(dead)}")
@@ -215,6 +220,16 @@ class _Emitter:
             self._define(node, f"{self._expression(flat)}.narrow(0, coordinates[{axis!r}] * {size}, {size})")
         else:
             self._define(node, self._call(node))
+
+    def _watch(self, node: fx.Node) -> None:
+        if self.watch and is_watched(node):
+            value = node.name
+            if node in self.placed:
+                destination, offset = self.placed[node]
+                value = self._view(destination, node, offset)
+            elif node in self.packs:
+                value = self.packs[node].buffer
+            self._line(f"watch({node.name!r}, {value})")
 
     def _loop(self, loop: Loop) -> None:
         returned = set(self.outputs)
@@ -326,6 +341,27 @@ def _is_large_product(node: fx.Node) -> bool:
     if bias and (node.kwargs or bias[0].shape != val(node).shape[1:]):
         return False
     return bool(val(node).numel() * left.shape[1] >= LARGE_PRODUCT)
+
+
+def is_watched(node: fx.Node) -> bool:
+    """Whether a value can be NaN or infinite."""
+    value = val(node)
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def arrives(node: fx.Node) -> bool:
+    """Whether no segment computes the node: an input of the graph, or what communication brings."""
+    return node.op == "placeholder" or node.target in _COMMUNICATION
+
+
+_COMMUNICATION = (
+    c10d.all_gather_into_tensor.default,
+    c10d.reduce_scatter_tensor.default,
+    c10d.all_reduce.default,
+    gs.transfer.default,
+    gs.stage_sum.default,
+    gs.stage_broadcast.default,
+)
 
 
 def resolve(node: fx.Node) -> fx.Node:

@@ -192,6 +192,16 @@ class PlanError(GraphshardError):
         self.excerpt = excerpt
 
 
+class NonFiniteStep(GraphshardError):
+    """With ``debug_nan``, a step's loss or gradient is NaN or infinite; nothing was updated. ``outcome`` says which,
+    ``origin`` where it began, in lines."""
+
+    def __init__(self, outcome: str, origin: Iterable[str]) -> None:
+        super().__init__(
+            f"{outcome} NaN or infinite; nothing was updated\n" + "\n".join(f"  {line}" for line in origin)
+        )
+
+
 class StuckPlan(GraphshardError):
     """No rank of the local executor can go on: who waits for whom, one line per rank."""
 
