@@ -97,7 +97,7 @@ class _StageLowering:
             first_epilogue=None if first is None else tuple(first),
             segments=self.segments,
             storages=self.storages,
-            watched=watched(self.program, self._mine(self.program.body)) if self.watch else {},
+            watched=watched(self.program, self.stage, self._mine(self.program.body)) if self.watch else {},
         )
 
     # Streams

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from graphshard import text
 from graphshard.codegen.segments import arrives, is_watched, resolve
 from graphshard.dataflow import is_getitem
-from graphshard.execution import Watched
+from graphshard.execution import SUM, Watched
 from graphshard.program import Program, Role, Slot, info, source_line
 from graphshard.rewrite import list_arg
 
@@ -20,13 +20,13 @@ c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
 
 
-def watched(program: Program, nodes: list[fx.Node]) -> dict[str, Watched]:
-    """Every floating-point value of ``nodes``, one stage's part of the body in order, and of the body's inputs."""
+def watched(program: Program, stage: int, nodes: list[fx.Node]) -> dict[str, Watched]:
+    """Every floating-point value of ``nodes``, the part of ``stage`` of the body in order, and of the body's inputs."""
     results = _results(program)
     found = {node.name: _input(program, node, slot) for node, slot in program.body.inputs.items() if is_watched(node)}
     for node in nodes:
         if is_watched(node) and node.target is not c10d.wait_tensor.default:
-            found[node.name] = _operation(program, node, results.get(node, ""))
+            found[node.name] = _operation(program, stage, node, results.get(node, ""))
     return found
 
 
@@ -45,12 +45,12 @@ def _input(program: Program, node: fx.Node, slot: Slot) -> Watched:
         case "batch":
             given = f"batch tensor {name}"
         case _:
-            given = "sum"
+            given = SUM
     kept = carried is not None and kind == "buffer"
     return _of(program, node, given=given, carried=carried.name if kept and carried is not None else "")
 
 
-def _operation(program: Program, node: fx.Node, result: str) -> Watched:
+def _operation(program: Program, stage: int, node: fx.Node, result: str) -> Watched:
     if node.target is c10d.all_gather_into_tensor.default:
         slot = program.body.inputs.get(node.all_input_nodes[0])
         return _of(program, node, given=_members(program, slot.name if slot is not None else ""))
@@ -62,17 +62,16 @@ def _operation(program: Program, node: fx.Node, result: str) -> Watched:
     stages = [info(source).stage for source in reads]
     if operator.target is gs.transfer.default:
         stages = [operator.args[1]]  # type: ignore[list-item]
-    here = info(node).stage or 0
     leaves = tree_leaves((operator.args, dict(operator.kwargs)))
     return _of(
         program,
         operator,
         reads=tuple(
-            (here if stage is None else stage, source.name)
-            for stage, source in zip(stages, reads, strict=True)
+            (stage if made_on is None else made_on, source.name)
+            for made_on, source in zip(stages, reads, strict=True)
             if is_watched(source)
         ),
-        summed=arrives(operator) and operator.target is not gs.transfer.default,
+        summed=operator.target in (c10d.reduce_scatter_tensor.default, c10d.all_reduce.default),
         infinite=any(isinstance(leaf, float) and math.isinf(leaf) for leaf in leaves),
         result=result,
     )
@@ -114,7 +113,7 @@ def _results(program: Program) -> dict[fx.Node, str]:
         if slot.role is not Role.CARRY or kind not in ("loss", "grad"):
             continue
         bucket = program.buckets.get(name)
-        found[node] = "the loss" if kind == "loss" else f"the gradient of {_members(program, name)}"
+        found[node] = "the loss" if kind == "loss" else SUM if bucket else f"the gradient of parameter {name!r}"
         value = node.all_input_nodes[-1]
         while value.op == "call_function" and (arrives(value) or value.target is c10d.wait_tensor.default):
             value = value.all_input_nodes[0]

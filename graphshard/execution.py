@@ -138,12 +138,15 @@ class Storage:
         return self.root if self.root.microbatch is None else Ref(self.root.name, microbatch)
 
 
+SUM = "a sum of losses or gradients"
+
+
 @dataclass(frozen=True)
 class Watched:
     """A value of the body that a plan with ``debug_nan`` looks at, and what its values are made of.
 
     ``reads``: (stage, name) of the values that it is computed from; of a sum over data-parallel ranks (``summed``) on
-    all of them. ``given``: what it is when the step did not compute it, such as ``parameter 'lin.weight'``; "sum" for
+    all of them. ``given``: what it is when the step did not compute it, such as ``parameter 'lin.weight'``; SUM for
     what earlier micro-batches have left. ``result``: what it is to the step, such as ``the loss``. ``carried``: of what
     one micro-batch leaves to the next, the name of the value it left.
     """

@@ -63,7 +63,8 @@ class TorchCouncil:
 
     Args:
         control: a group of all ranks, where messages take the CPU.
-        progress: serve what other ranks wait for, at most this many seconds.
+        progress: serve what other ranks wait for, at most this many seconds; raises RuntimeError where some rank
+            cannot go on.
     """
 
     def __init__(self, control: dist.ProcessGroup, timeout_s: float, progress: Callable[[float], None]) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graphshard.errors import NonFiniteStep
-from graphshard.execution import ExecutionPlan, Watched
+from graphshard.execution import SUM, ExecutionPlan, Watched
 from graphshard.runtime.watch import Bad
 
 Account = Sequence[Bad]
@@ -100,7 +100,7 @@ class _Search:
             onward = alike or ([] if nan else reads)
             pending += onward
             # A sum that was bad before this micro-batch says nothing about it: that one is searched by itself.
-            if not onward and self._watched(key).given != "sum":
+            if not onward and self._watched(key).given != SUM:
                 roots.append(key)
         return roots
 
@@ -128,9 +128,9 @@ class _Search:
 
 def _outcome(names: list[str]) -> str:
     """``the loss and 4 gradients, such as the gradient of parameter 'w', are``."""
-    gradients = [name for name in names if name != "the loss"]
+    gradients = [name for name in names if name not in ("the loss", SUM)]
     if not gradients:
-        return "the loss is"
+        return f"{names[0]} is"
     told = gradients[0] if len(gradients) == 1 else f"{len(gradients)} gradients, such as {gradients[0]},"
     if "the loss" in names:
         return f"the loss and {told} are"

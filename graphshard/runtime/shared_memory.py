@@ -130,8 +130,12 @@ class SharedMemoryCommunicator:
             self._go_on()
 
     def progress(self, wait_s: float) -> None:
-        """Serve what others wait for, while this rank waits elsewhere: until something comes, at most ``wait_s``."""
-        self._neighbours.listen(wait_s)
+        """Serve what others wait for, while this rank waits elsewhere: until something comes, at most ``wait_s``.
+
+        Raises:
+            PeerGone: some rank cannot go on.
+        """
+        self._neighbours.wait_for((), time.monotonic() + wait_s)
         self._go_on()
 
     def release(self, arrivals: Sequence[Arrival]) -> None:

@@ -222,6 +222,41 @@ def test_buffers_are_put_back_too() -> None:
     assert int(step.state_dict()["1.num_batches_tracked"]) == 0
 
 
+def test_what_a_micro_batch_leaves_to_the_next_in_a_buffer() -> None:
+    class Counts(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.linear(x) + self.seen
+            self.seen = torch.log(self.seen)
+            return y
+
+    step = graphshard.compile(Counts(), "dp2+accum4", loss_fn=loss_of, executor="local", debug_nan=True)
+    lines = told(step, *batch())
+    assert lines[1].startswith("  first made by %log")
+    assert "micro-batch 0, data-parallel rank 0 of 2" in lines[3]
+
+
+def test_a_sum_over_ranks_that_overflows() -> None:
+    def steep(y: Tensor) -> Tensor:
+        return (y - y.detach()).sum() * 2e38
+
+    torch.manual_seed(0)
+    optimizer = functools.partial(torch.optim.SGD, lr=1e-2)
+    step = graphshard.compile(
+        nn.Linear(WIDTH, WIDTH), "zero2", loss_fn=steep, optimizer=optimizer, executor="local", debug_nan=True
+    )
+    lines = told(step, torch.ones(2, WIDTH))
+    assert lines[0] == "a sum of losses or gradients is NaN or infinite; nothing was updated"
+    assert lines[1].startswith("  first made by %reduce_scatter")
+    assert lines[-1].endswith("from 2e+38 to 2e+38")
+
+
 @pytest.mark.parametrize("name", ["gpt", "convnet", "encoder", "nested", "llama"])
 def test_models_run_watched_as_they_do_otherwise(name: str) -> None:
     losses = []
