@@ -45,7 +45,7 @@ def _input(program: Program, node: fx.Node, slot: Slot) -> Watched:
         case "batch":
             given = f"batch tensor {name}"
         case _:
-            given = SUM
+            given = ""  # a sum over micro-batches
     kept = carried is not None and kind == "buffer"
     return _of(program, node, given=given, carried=carried.name if kept and carried is not None else "")
 
@@ -71,7 +71,6 @@ def _operation(program: Program, stage: int, node: fx.Node, result: str) -> Watc
             for made_on, source in zip(stages, reads, strict=True)
             if is_watched(source)
         ),
-        summed=operator.target in (c10d.reduce_scatter_tensor.default, c10d.all_reduce.default),
         infinite=any(isinstance(leaf, float) and math.isinf(leaf) for leaf in leaves),
         result=result,
     )

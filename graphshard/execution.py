@@ -145,10 +145,9 @@ SUM = "a sum of losses or gradients"
 class Watched:
     """A value of the body that a plan with ``debug_nan`` looks at, and what its values are made of.
 
-    ``reads``: (stage, name) of the values that it is computed from; of a sum over data-parallel ranks (``summed``) on
-    all of them. ``given``: what it is when the step did not compute it, such as ``parameter 'lin.weight'``; SUM for
-    what earlier micro-batches have left. ``result``: what it is to the step, such as ``the loss``. ``carried``: of what
-    one micro-batch leaves to the next, the name of the value it left.
+    ``reads``: (stage, name) of the values that it is computed from on the same data-parallel rank. ``given``: what it
+    is when the step did not compute it, such as ``parameter 'lin.weight'``. ``result``: what it is to the step, such as
+    ``the loss``. ``carried``: of what one micro-batch leaves to the next, the name of the value it left.
     """
 
     text: str
@@ -156,7 +155,6 @@ class Watched:
     module: str = ""
     source: str = ""  # line of the model's code, "file:line"
     reads: tuple[tuple[int, str], ...] = ()
-    summed: bool = False
     infinite: bool = False  # the program itself says so: an operand is written as infinity
     given: str = ""
     result: str = ""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from graphshard.errors import NonFiniteStep, NoValue
+from graphshard.errors import NoValue
 from graphshard.execution import ExecutionPlan, Ref, TensorType
 from graphshard.mesh import Mesh
 from graphshard.program import Role, Slot
@@ -107,16 +107,13 @@ class Executor(ABC):
         }  # before anything is taken from a store, so that a missing value leaves all as it was
         values = {rank: fed[rank] | self._take(loaded.machines[rank], first) for rank in self.ranks}
         del fed
-        # What a step replaces leaves the store; to take a watched step back it is kept.
-        kept = {rank: dict(given) for rank, given in values.items()} if plan.watched else {}
         try:
             with torch.no_grad():
                 results = self._run(loaded, values, first)
-        except BaseException as error:
+        except BaseException:
             for rank, machine in loaded.machines.items():
                 reads = machine.reads[first]
                 left = machine.abandon() | values[rank]
-                left |= kept[rank] if isinstance(error, NonFiniteStep) else {}
                 self.stores[rank].update((ref, value) for ref, value in left.items() if reads[ref][0].role in _STORED)
             raise
         for rank in self.ranks:

@@ -12,7 +12,9 @@ back through bad values, over stages and micro-batches, to those that nothing ba
 - from an infinity to the infinities it was computed from, else to the NaNs.
 
 Of several the one that ran first is named: by micro-batch; forward before backward; forward by ascending stage,
-backward by descending; by its place in the graph; by data-parallel rank.
+backward by descending; by its place in the graph; by data-parallel rank. So a sum that is bad because of an earlier
+micro-batch, or of another data-parallel rank, comes behind what made its part bad, and is named only if all that went
+into it was finite. Sums over ranks that are part of the update (``dp`` and ``zero1``) are not looked at.
 """
 
 from __future__ import annotations
@@ -75,8 +77,7 @@ class _Search:
     def _reads(self, key: _Key) -> list[_Key]:
         """The bad values that a bad value was computed from."""
         watched = self._watched(key)
-        ranks = range(self.dp_size) if watched.summed else (key.dp_rank,)
-        reads = [_Key(rank, stage, name, key.microbatch) for rank in ranks for stage, name in watched.reads]
+        reads = [_Key(key.dp_rank, stage, name, key.microbatch) for stage, name in watched.reads]
         if watched.carried:
             reads.append(_Key(key.dp_rank, key.stage, watched.carried, key.microbatch - 1))
         return [source for source in reads if source in self.bad]
@@ -99,9 +100,7 @@ class _Search:
             alike = [source for source in reads if bool(self.bad[source].seen.nan) == nan]
             onward = alike or ([] if nan else reads)
             pending += onward
-            # A sum that was bad before this micro-batch says nothing about it: that one is searched by itself.
-            if not onward and self._watched(key).given != SUM:
-                roots.append(key)
+            roots += [] if onward else [key]
         return roots
 
     def _when(self, key: _Key) -> tuple[int, ...]:

@@ -54,6 +54,15 @@ def masked_and_root(x: Tensor) -> Tensor:
     return masked(x) + torch.sqrt(x * 0).unsqueeze(2)
 
 
+def mask_by_log(x: Tensor) -> Tensor:
+    mask = torch.log(torch.ones(WIDTH).cumsum(0) - 1)
+    return (torch.sqrt(x * 0 - 1) + mask).softmax(-1)
+
+
+def cut_off(x: Tensor) -> Tensor:
+    return torch.exp(x * 0 + 1000).detach()
+
+
 def all_masked(x: Tensor) -> Tensor:
     return x.masked_fill(torch.ones(WIDTH).bool(), float("-inf")).softmax(-1)
 
@@ -144,6 +153,23 @@ def test_a_finite_model_and_a_causal_mask_are_silent_and_train_alike(
 
 def test_a_mask_is_not_blamed_for_a_nan_beside_it() -> None:
     assert "forward=sqrt" in told(compiled(masked_and_root), *batch())[1]
+
+
+def test_an_infinity_that_meets_a_nan_did_not_make_it() -> None:
+    lines = told(compiled(mask_by_log), *batch())
+    assert lines[1].startswith("  first made by %sqrt")
+
+
+def test_a_stage_whose_own_gradients_are_finite() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Head(cut_off), nn.Linear(WIDTH, WIDTH))
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
+    step = graphshard.compile(
+        model, "pp2:stages=1", loss_fn=loss_of, optimizer=optimizer, executor="local", debug_nan=True
+    )
+    lines = told(step, *batch())
+    assert lines[1].startswith("  first made by %exp")
+    assert "stage 0, micro-batch 0" in lines[3]
 
 
 def test_of_a_row_that_is_masked_altogether_the_softmax_is_named() -> None:
@@ -254,7 +280,7 @@ def test_a_sum_over_ranks_that_overflows() -> None:
     lines = told(step, torch.ones(2, WIDTH))
     assert lines[0] == "a sum of losses or gradients is NaN or infinite; nothing was updated"
     assert lines[1].startswith("  first made by %reduce_scatter")
-    assert lines[-1].endswith("from 2e+38 to 2e+38")
+    assert lines[-1].endswith("from 0 to 2e+38")  # padded
 
 
 @pytest.mark.parametrize("name", ["gpt", "convnet", "encoder", "nested", "llama"])
