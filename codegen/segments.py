@@ -16,7 +16,7 @@ from torch import fx
 
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.loops import Loop, find_loops, overwritten, write_loop
-from graphshard.dataflow import is_getitem, is_view
+from graphshard.dataflow import arrives, has_floats, is_getitem, is_view
 from graphshard.execution import Segment
 from graphshard.program import Section, Slot, val
 from graphshard.rewrite import list_arg
@@ -222,7 +222,7 @@ class _Emitter:
             self._define(node, self._call(node))
 
     def _watch(self, node: fx.Node) -> None:
-        if self.watch and is_watched(node):
+        if self.watch and has_floats(node):
             value = node.name
             if node in self.placed:
                 destination, offset = self.placed[node]
@@ -341,27 +341,6 @@ def _is_large_product(node: fx.Node) -> bool:
     if bias and (node.kwargs or bias[0].shape != val(node).shape[1:]):
         return False
     return bool(val(node).numel() * left.shape[1] >= LARGE_PRODUCT)
-
-
-def is_watched(node: fx.Node) -> bool:
-    """Whether a value can be NaN or infinite."""
-    value = val(node)
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-
-
-def arrives(node: fx.Node) -> bool:
-    """Whether no segment computes the node: an input of the graph, or what communication brings."""
-    return node.op == "placeholder" or node.target in _COMMUNICATION
-
-
-_COMMUNICATION = (
-    c10d.all_gather_into_tensor.default,
-    c10d.reduce_scatter_tensor.default,
-    c10d.all_reduce.default,
-    gs.transfer.default,
-    gs.stage_sum.default,
-    gs.stage_broadcast.default,
-)
 
 
 def resolve(node: fx.Node) -> fx.Node:

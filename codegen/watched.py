@@ -10,8 +10,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from graphshard import text
-from graphshard.codegen.segments import arrives, is_watched, resolve
-from graphshard.dataflow import is_getitem
+from graphshard.codegen.segments import resolve
+from graphshard.dataflow import arrives, has_floats, is_getitem
 from graphshard.execution import SUM, Watched
 from graphshard.program import Program, Role, Slot, info, source_line
 from graphshard.rewrite import list_arg
@@ -23,9 +23,9 @@ gs = torch.ops.graphshard
 def watched(program: Program, stage: int, nodes: list[fx.Node]) -> dict[str, Watched]:
     """Every floating-point value of ``nodes``, the part of ``stage`` of the body in order, and of the body's inputs."""
     results = _results(program)
-    found = {node.name: _input(program, node, slot) for node, slot in program.body.inputs.items() if is_watched(node)}
+    found = {node.name: _input(program, node, slot) for node, slot in program.body.inputs.items() if has_floats(node)}
     for node in nodes:
-        if is_watched(node) and node.target is not c10d.wait_tensor.default:
+        if has_floats(node) and node.target is not c10d.wait_tensor.default:
             found[node.name] = _operation(program, stage, node, results.get(node, ""))
     return found
 
@@ -69,7 +69,7 @@ def _operation(program: Program, stage: int, node: fx.Node, result: str) -> Watc
         reads=tuple(
             (stage if made_on is None else made_on, source.name)
             for made_on, source in zip(stages, reads, strict=True)
-            if is_watched(source)
+            if has_floats(source)
         ),
         infinite=any(isinstance(leaf, float) and math.isinf(leaf) for leaf in leaves),
         result=result,

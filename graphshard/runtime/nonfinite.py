@@ -113,7 +113,7 @@ class _Search:
         watched, bad = self._watched(key), self.bad[key]
         at = f"micro-batch {key.microbatch}, data-parallel rank {key.dp_rank} of {self.dp_size}"
         if watched.given:
-            return [f"{watched.given} was so before the step: {bad.seen}", f"seen on stage {key.stage}, {at}"]
+            return [f"it was there before the step, in {watched.given}: {bad.seen}", f"seen on stage {key.stage}, {at}"]
         lines = [f"first made by {watched.text}"]
         if watched.source:
             file, _, line = watched.source.rpartition(":")

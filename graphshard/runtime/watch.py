@@ -27,12 +27,12 @@ class Seen:
         return bool(self.nan or self.infinite)
 
     def __str__(self) -> str:
-        """``3 of 8 elements NaN, the rest from -1 to 2``."""
+        """``of 8 elements 3 NaN, the rest from -1 to 2``; of a finite value ``from -1 to 2``."""
         counts = [f"{n} {what}" for n, what in ((self.nan, "NaN"), (self.infinite, "infinite")) if n]
         span = "" if self.low is None else f"from {self.low:g} to {self.high:g}"
         if not counts:
             return span or "empty"
-        told = f"of {self.numel} element{'s' if self.numel > 1 else ''} {' and '.join(counts)}"
+        told = f"of {self.numel} elements {' and '.join(counts)}" if self.numel > 1 else counts[0].removeprefix("1 ")
         return told + (f", the rest {span}" if span else "")
 
 

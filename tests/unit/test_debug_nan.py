@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard.errors import NonFiniteStep
+from graphshard.runtime.watch import look
 from models import zoo
 
 HERE = Path(__file__)
 WIDTH, ROWS = 4, 16
+NAN, INF = float("nan"), float("inf")
 
 
 class Head(nn.Module):
@@ -112,6 +114,24 @@ def line_of(function: Any, code: str) -> str:
     return f"{HERE}:{begin + [line.strip() for line in lines].index(code)}: {code}"
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([-1.5, 2.0], "from -1.5 to 2"),
+        ([-0.0], "from 0 to 0"),
+        ([NAN, 1.0, -3.0, INF, -INF], "of 5 elements 1 NaN and 2 infinite, the rest from -3 to 1"),
+        ([NAN, NAN], "of 2 elements 2 NaN"),
+        (NAN, "NaN"),
+        ([complex(0.5, INF), complex(2.0, -1.0)], "of 4 elements 1 infinite, the rest from -1 to 2"),
+        ([], "empty"),
+    ],
+)
+def test_what_is_said_of_a_value(values: Any, says: str) -> None:
+    seen = look(torch.tensor(values))
+    assert str(seen) == says
+    assert seen.bad == ("NaN" in says or "infinite" in says)
+
+
 def test_the_log_of_zero_in_the_second_stage() -> None:
     lines = told(compiled(log_of_zero), *batch())
     assert lines[0].endswith("NaN or infinite; nothing was updated")
@@ -186,7 +206,7 @@ def test_a_nan_in_the_batch() -> None:
     step.step(*batch())
     lines = told(step, x, y)
     assert lines[1:] == [
-        "  batch tensor 0 was so before the step: of 8 elements 1 NaN, the rest from "
+        "  it was there before the step, in batch tensor 0: of 8 elements 1 NaN, the rest from "
         + lines[1].partition("the rest from ")[2],
         "  seen on stage 0, micro-batch 0, data-parallel rank 1 of 2",
     ]
@@ -201,7 +221,9 @@ def test_a_nan_in_a_parameter(plan: str) -> None:
     state["1.linear.bias"][2] = float("nan")
     step.load_state_dict(state)
     lines = told(step, *batch())
-    assert lines[1].startswith("  parameter '1.linear.bias' was so before the step: of 4 elements 1 NaN, the rest from")
+    assert lines[1].startswith(
+        "  it was there before the step, in parameter '1.linear.bias': of 4 elements 1 NaN, the rest"
+    )
 
 
 @pytest.mark.parametrize(
