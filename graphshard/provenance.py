@@ -6,7 +6,7 @@ import json
 import linecache
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -94,7 +94,7 @@ def provenance(folder: Path, name: str) -> Provenance:
     if not paths:
         raise NotADump(str(folder))
     sources = _sources(folder)
-    return _Search([path.stem for path in paths], [text.read(path) for path in paths], sources, folder).run(name)
+    return _Search(paths, sources, folder).run(name)
 
 
 def _sources(folder: Path) -> Mapping[str, str]:
@@ -112,18 +112,27 @@ def _sources(folder: Path) -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class _Search:
-    """``names`` and ``programs``: of the graphs of the dump, in order."""
+    """``paths``: of the graphs of the dump, in order."""
 
-    names: list[str]
-    programs: list[Program]
+    paths: list[Path]
     sources: Mapping[str, str]
     folder: Path
+    read: dict[int, Program] = field(default_factory=dict)  # the graphs that were needed, by index
+
+    @property
+    def names(self) -> list[str]:
+        return [path.stem for path in self.paths]
+
+    def program(self, index: int) -> Program:
+        if index not in self.read:
+            self.read[index] = text.read(self.paths[index])
+        return self.read[index]
 
     def run(self, name: str) -> Provenance:
         at, section, node = self._find(name)
         earlier = list(self._before(at, section, node))[::-1]
         later, (at, section, node) = self._after(at, section, node)
-        program = self.programs[at]
+        program = self.program(at)
         graph = program.sections()[section]
         final = next(n for n in graph.graph.nodes if n.name == node)
         record = info(final)
@@ -151,10 +160,10 @@ class _Search:
         known: set[str] = set()
         for at in reversed(range(len(self.names))):
             passed = (self.names[at], self.names[at].partition("-")[2])
-            sections = self.programs[at].sections()
+            sections = _names(self.paths[at])
             found = []
             for section in _BODY_FIRST:
-                nodes = {n.name for n in sections[section].graph.nodes} if section in sections else set()
+                nodes = sections.get(section, set())
                 known |= nodes
                 if name in nodes and all(word == section or word in passed for word in words):
                     found.append(section)
@@ -179,7 +188,7 @@ class _Search:
 
     def _partner(self, index: int, section: str, name: str) -> Item | None:
         """What the node of graph ``index`` was, or is a copy of, in the graph before."""
-        alignment = Alignment(self.programs[index - 1], self.programs[index])
+        alignment = Alignment(self.program(index - 1), self.program(index))
         item = next(i for i in alignment.after if (i.section, i.node.name) == (section, name))
         return alignment.partner.get(item.node) or alignment.copied.get(item.node)
 
@@ -187,7 +196,7 @@ class _Search:
         """What changed the node after graph ``at``; index, section and name of its last form."""
         touches: list[Touch] = []
         for index in range(at + 1, len(self.names)):
-            alignment = Alignment(self.programs[index - 1], self.programs[index])
+            alignment = Alignment(self.program(index - 1), self.program(index))
             item = next(i for i in alignment.before if (i.section, i.node.name) == (section, name))
             new = alignment.successor.get(item.node)
             if new is None:
@@ -200,7 +209,7 @@ class _Search:
 
     def _touch(self, index: int, section: str, name: str, old: Item | None) -> Touch | None:
         """What pass ``index`` did to what is ``name`` afterwards and was ``old``; None: nothing."""
-        found = diff(self.programs[index - 1], self.programs[index])
+        found = diff(self.program(index - 1), self.program(index))
         key = (section, name)
         did: list[str] = []
         copied = False
@@ -231,6 +240,18 @@ def _worded(what: str) -> str:
     if not (stage := re.fullmatch(r"stage: (\w+) -> (\w+)", what)):
         return f"changed {what}"
     return f"put on stage {stage[2]}" if stage[1] == "None" else f"re-homed from stage {stage[1]} to stage {stage[2]}"
+
+
+def _names(path: Path) -> dict[str, set[str]]:
+    """The nodes of each graph in a file of graph text. To read a large one as a program takes seconds."""
+    found: dict[str, set[str]] = {}
+    names = set[str]()
+    for section, name in re.findall(r"^graph (\w+)|^\s*%(\w+)", path.read_text(), re.MULTILINE):
+        if section:
+            names = found.setdefault(section, set())
+        else:
+            names.add(name)
+    return found
 
 
 def _pack_of(node: fx.Node) -> str:
