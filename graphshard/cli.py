@@ -133,9 +133,9 @@ def _around(directory: Path, name: str) -> tuple[Path, Path]:
 
 def _blame(options: argparse.Namespace) -> int:
     """Which passes touched a node, and where in the model's source it comes from."""
-    from graphshard.provenance import provenance
+    from graphshard.ancestry import ancestry
 
-    found = provenance(Path(options.directory), options.node)
+    found = ancestry(Path(options.directory), options.node)
     print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else found.render())
     return 0
 

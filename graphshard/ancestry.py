@@ -45,7 +45,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Ancestry:
     """The account of one node. ``text`` is its last form, in ``section`` of the graph that ``graph`` made. ``source``:
     line of the model's code as ``file:line``, ``code`` what it says; "" where there is none. ``forward``: of a backward
     node, text of the node it differentiates."""
@@ -78,7 +78,7 @@ class Provenance:
         return "\n".join(lines)
 
 
-def provenance(folder: Path, name: str) -> Provenance:
+def ancestry(folder: Path, name: str) -> Ancestry:
     """The account of a node of the dump in ``folder``.
 
     Args:
@@ -128,7 +128,7 @@ class _Search:
             self.read[index] = text.read(self.paths[index])
         return self.read[index]
 
-    def run(self, name: str) -> Provenance:
+    def run(self, name: str) -> Ancestry:
         at, section, node = self._find(name)
         earlier = list(self._before(at, section, node))[::-1]
         later, (at, section, node) = self._after(at, section, node)
@@ -139,7 +139,7 @@ class _Search:
         source = source_line(self.sources, record)
         file, _, line = source.rpartition(":")
         forward = next((n for n in program.body.nodes() if record.forward and _is_forward(n, record.forward)), None)
-        return Provenance(
+        return Ancestry(
             text=text.node_text(final, section, graph),
             graph=self.names[at],
             section=section,

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard import text
+from graphshard.ancestry import Ancestry, ancestry
 from graphshard.cli import main
 from graphshard.errors import AmbiguousNode, NotADump, UnknownNode
 from graphshard.program import Program, info, source_line
-from graphshard.provenance import Provenance, provenance
 from graphshard.trace import capture
 from models import zoo
 
@@ -64,7 +64,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def did(found: Provenance) -> list[tuple[str, str]]:
+def did(found: Ancestry) -> list[tuple[str, str]]:
     return [(touch.pass_name.partition("-")[2], touch.did) for touch in found.touches]
 
 
@@ -116,7 +116,7 @@ def test_a_dump_says_lines_relative_to_the_working_directory(tmp_path: Path, mon
 
 
 def test_a_forward_node(dump: Path) -> None:
-    found = provenance(dump, "%addmm")
+    found = ancestry(dump, "%addmm")
     assert found.text.startswith("%addmm : f32[1,8] = aten.addmm.default(")
     assert (found.graph, found.section, found.module, found.phase, found.stage) == (
         "06-overlap",
@@ -136,14 +136,14 @@ def test_a_forward_node(dump: Path) -> None:
 
 
 def test_a_backward_node_names_what_it_differentiates(dump: Path) -> None:
-    found = provenance(dump, "tanh_backward")
+    found = ancestry(dump, "tanh_backward")
     assert found.forward.startswith("%tanh : f32[1,8] = aten.tanh.default(%transfer_default)")
     assert found.code == "h = torch.tanh(h)"
     assert found.phase == "backward"
 
 
 def test_a_removed_node_is_told_up_to_its_end(dump: Path) -> None:
-    found = provenance(dump, "zero:body:all_gather_into_tensor_default")
+    found = ancestry(dump, "zero:body:all_gather_into_tensor_default")
     assert found.graph == "03-zero"
     assert did(found) == [("zero", "made"), ("bucket", "removed")]
     assert found.places == ()
@@ -151,7 +151,7 @@ def test_a_removed_node_is_told_up_to_its_end(dump: Path) -> None:
 
 
 def test_what_a_pass_made_runs_where_the_plan_says(dump: Path) -> None:
-    found = provenance(dump, "transfer_default")
+    found = ancestry(dump, "transfer_default")
     assert did(found)[0] == ("pipeline-cut", "made")
     assert {(place.stage, place.what) for place in found.places} >= {(1, "RECV transfer_default")}
 
@@ -160,7 +160,7 @@ def test_what_is_written_into_a_bucket_runs_in_the_segment_that_fills_it(dump: P
     program = text.read(dump / "06-overlap.graph")
     pack = next(n for n in program.body.nodes() if n.target is torch.ops.graphshard.pack.default)
     product = next(n for n in pack.all_input_nodes if n.target is torch.ops.aten.mm.default)
-    assert provenance(dump, product.name).places == provenance(dump, pack.name).places != ()
+    assert ancestry(dump, product.name).places == ancestry(dump, pack.name).places != ()
 
 
 def test_moves_copies_and_stages_are_told(tmp_path: Path) -> None:
@@ -174,12 +174,12 @@ def test_moves_copies_and_stages_are_told(tmp_path: Path) -> None:
     ):
         body = "\n".join(["graph body {", "%x : f32[2] = batch 0", *lines, f"return output 0 %{returned}", "}"])
         (tmp_path / f"{file}.graph").write_text(f"{head}\n{body}\n")
-    assert did(provenance(tmp_path, "neg")) == [
+    assert did(ancestry(tmp_path, "neg")) == [
         ("capture", "made: captured from the model"),
         ("homes", "re-homed from stage 0 to stage 1"),
         ("copies", "duplicated as %again in graph body"),
     ]
-    assert did(provenance(tmp_path, "copies:again")) == [
+    assert did(ancestry(tmp_path, "copies:again")) == [
         ("capture", "made: captured from the model"),
         ("homes", "re-homed from stage 0 to stage 1"),
         ("copies", "made: a copy of %neg in graph body"),
@@ -196,24 +196,24 @@ def test_a_move_to_another_graph(tmp_path: Path) -> None:
     second = f"{prologue.format(full, 'c')}\n\n" + body.format('%r : f32[] = carry "c"', "r")
     for file, graphs in (("00-capture", first), ("01-lift", second)):
         (tmp_path / f"{file}.graph").write_text(f"{head}\n{graphs}\n")
-    found = provenance(tmp_path, "c")
+    found = ancestry(tmp_path, "c")
     assert did(found)[1] == ("lift", "moved from graph body to prologue")
     assert found.section == "prologue"
 
 
 def test_names_that_are_none_or_several(dump: Path, tmp_path: Path) -> None:
     with pytest.raises(UnknownNode, match="no graph has node '%tanhh'; near it are %tanh"):
-        provenance(dump, "%tanhh")
+        ancestry(dump, "%tanhh")
     with pytest.raises(UnknownNode, match="no graph has node 'epilogue:tanh'"):
-        provenance(dump, "epilogue:tanh")
+        ancestry(dump, "epilogue:tanh")
     with pytest.raises(AmbiguousNode, match="say body:first_weight or epilogue:first_weight"):
-        provenance(dump, "capture:first_weight")
+        ancestry(dump, "capture:first_weight")
     with pytest.raises(NotADump, match="expected a directory of graphs"):
-        provenance(tmp_path, "tanh")
+        ancestry(tmp_path, "tanh")
     (tmp_path / "sources.json").write_text("[")
     (tmp_path / "00-capture.graph").write_text((dump / "00-capture.graph").read_text())
     with pytest.raises(NotADump, match=r"sources\.json: expected"):
-        provenance(tmp_path, "tanh")
+        ancestry(tmp_path, "tanh")
 
 
 def test_the_command_prints_it(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
