@@ -18,6 +18,7 @@ from torch import fx
 from graphshard.codegen.order import order
 from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit, resolve
+from graphshard.codegen.watched import watched
 from graphshard.dataflow import is_getitem, is_view, upstream
 from graphshard.execution import (
     ExecutionPlan,
@@ -46,10 +47,11 @@ _STAGE_COLLECTIVES = (gs.stage_sum.default, gs.stage_broadcast.default)
 _PER_MICROBATCH = (Role.BATCH, Role.RNG, Role.OUTPUT)
 
 
-def lower(program: Program, schedule: Schedule) -> ExecutionPlan:
-    """The plan of ``program`` run by ``schedule``; shapes, sizes and peers are all fixed here."""
+def lower(program: Program, schedule: Schedule, watch: bool = False) -> ExecutionPlan:
+    """The plan of ``program`` run by ``schedule``; shapes, sizes and peers are all fixed here. ``watch``: segments of
+    the body show their values, so that what makes a NaN can be told."""
     assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
-    lowered = [_StageLowering(program, stage, schedule) for stage in range(program.stages)]
+    lowered = [_StageLowering(program, stage, schedule, watch) for stage in range(program.stages)]
     plan = ExecutionPlan(
         mesh=program.mesh,
         stages=tuple(item.run() for item in lowered),
@@ -85,8 +87,8 @@ class _Piece:
 
 
 class _StageLowering:
-    def __init__(self, program: Program, stage: int, schedule: Schedule) -> None:
-        self.program, self.stage, self.schedule = program, stage, schedule
+    def __init__(self, program: Program, stage: int, schedule: Schedule, watch: bool) -> None:
+        self.program, self.stage, self.schedule, self.watch = program, stage, schedule, watch
         self.segments: dict[str, Segment] = {}
         self.storages: dict[str, Storage] = {}
         self.reused: dict[fx.Node, fx.Node] = {}  # results to the value whose storage they take
@@ -109,6 +111,7 @@ class _StageLowering:
             first_epilogue=None if first is None else tuple(first),
             segments=self.segments,
             storages=self.storages,
+            watched=watched(self.program, self.stage, self._mine(self.program.body)) if self.watch else {},
         )
 
     # Streams
@@ -198,13 +201,15 @@ class _StageLowering:
                 for n in nodes
                 if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
             ]
-            code = emit(piece.segment, nodes, outputs, section, accumulators=accumulators)
+            watch = self.watch and section is self.program.body
+            code = emit(piece.segment, nodes, outputs, section, accumulators=accumulators, watch=watch)
             self.segments[piece.segment] = code.segment
             self.reused |= code.reused
             piece.inputs = code.inputs
             if code.accumulators:
                 piece.first_segment = f"{piece.segment}_first"
-                first = emit(piece.first_segment, nodes, outputs, section, accumulators=accumulators, first=True)
+                name = piece.first_segment
+                first = emit(name, nodes, outputs, section, accumulators=accumulators, first=True, watch=watch)
                 self.segments[piece.first_segment] = first.segment
                 piece.first_inputs = first.inputs
                 self.initialised |= code.accumulators

@@ -16,7 +16,7 @@ from torch import fx
 
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.loops import Loop, find_loops, overwritten, write_loop
-from graphshard.dataflow import is_getitem, is_view
+from graphshard.dataflow import arrives, has_floats, is_getitem, is_view
 from graphshard.execution import Segment
 from graphshard.program import Section, Slot, val
 from graphshard.rewrite import list_arg
@@ -50,13 +50,14 @@ def emit(
     *,
     accumulators: frozenset[Slot] = frozenset(),
     first: bool = False,
+    watch: bool = False,
 ) -> Code:
     """Code for ``nodes``, in order, that returns ``outputs``.
 
     ``accumulators``: carries that start at zero. An ``add(carry, value)`` to one that nobody else reads is done in
-    place; ``first``: it overwrites.
+    place; ``first``: it overwrites. ``watch``: every floating-point value is shown to a function of that name.
     """
-    return _Emitter(name, nodes, outputs, section, accumulators, first).run()
+    return _Emitter(name, nodes, outputs, section, accumulators, first, watch).run()
 
 
 Item = fx.Node | Loop | FusedAdam
@@ -80,6 +81,7 @@ class _Emitter:
     section: Section
     accumulators: frozenset[Slot]
     first: bool
+    watch: bool
     lines: list[str] = field(default_factory=list)
     reused: dict[fx.Node, fx.Node] = field(default_factory=dict)
     block: set[fx.Node] = field(default_factory=set)  # inside a loop: the vectors it has a block of
@@ -101,6 +103,8 @@ class _Emitter:
         if inputs:
             self._line(f"({', '.join(n.name for n in inputs)}{',' if len(inputs) == 1 else ''}) = args")
             self._line("args.clear()")
+        for node in filter(arrives, inputs):
+            self._watch(node)
         for item in self.items:
             if isinstance(item, Loop):
                 self._loop(item)
@@ -108,6 +112,7 @@ class _Emitter:
                 self._adam(item)
             else:
                 self._node(item)
+                self._watch(item)
             dead = [n.name for n in self.last_use.get(item, []) if n in self.defined or n in inputs]
             if dead:
                 self._line(f"del {', '.join(dead)}")
@@ -215,6 +220,16 @@ class _Emitter:
             self._define(node, f"{self._expression(flat)}.narrow(0, coordinates[{axis!r}] * {size}, {size})")
         else:
             self._define(node, self._call(node))
+
+    def _watch(self, node: fx.Node) -> None:
+        if self.watch and has_floats(node):
+            value = node.name
+            if node in self.placed:
+                destination, offset = self.placed[node]
+                value = self._view(destination, node, offset)
+            elif node in self.packs:
+                value = self.packs[node].buffer
+            self._line(f"watch({node.name!r}, {value})")
 
     def _loop(self, loop: Loop) -> None:
         returned = set(self.outputs)

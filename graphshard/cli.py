@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import json
 import os
@@ -174,6 +175,15 @@ def _show(found: Diff, options: argparse.Namespace, title: str) -> None:
         print(unified(found, color=console.is_terminal and not console.no_color))
 
 
+def _blame(options: argparse.Namespace) -> int:
+    """Which passes touched a node, and where in the model's source it comes from."""
+    from graphshard.ancestry import ancestry
+
+    found = ancestry(Path(options.directory), options.node)
+    print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else found.render())
+    return 0
+
+
 def _opt(options: argparse.Namespace) -> int:
     """Run passes over graph text and print graph text."""
     from graphshard.pipeline import Context, parse_passes, run_passes
@@ -287,6 +297,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     diff.add_argument("--json", action="store_true", help="as JSON on stdout; schema: graphshard/diff_json.py")
     diff.add_argument("--html", metavar="FILE", help="write a page with both graphs side by side")
+
+    blame = command("blame", _blame)
+    blame.add_argument("directory", metavar="DIR", help="a dump")
+    blame.add_argument("node", metavar="NODE", help="a node's name, or GRAPH:NODE, such as zero:mm_3 or epilogue:mul")
+    blame.add_argument("--json", action="store_true", help="the account as JSON")
 
     opt = command("opt", _opt)
     opt.add_argument("file", metavar="FILE.graph")

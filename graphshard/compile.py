@@ -61,6 +61,7 @@ def compile(
     timeout_s: float = 600.0,
     passes: Sequence[Pass] | None = None,
     dump_dir: str | Path | None = None,
+    debug_nan: bool = False,
     init: Callable[[nn.Module], object] | None = None,
     seed: int = 0,
 ) -> Compiled:
@@ -82,6 +83,9 @@ def compile(
         timeout_s: distributed: how long a rank may wait in one instruction.
         passes: replacements (by name) for passes of the plan, or extra ones, which run after ``normalize``.
         dump_dir: write every pass's graph here.
+        debug_nan: look at every value of ``step``'s forward and backward; when the loss or a gradient is NaN or
+            infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first.
+            Steps take longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
 
@@ -104,6 +108,7 @@ def compile(
         timeout_s=timeout_s,
         passes=with_passes(default_passes(parsed), passes or ()),
         dump_dir=None if dump_dir is None else Path(dump_dir),
+        debug_nan=debug_nan,
         init=init,
         seed=seed,
     )
@@ -163,6 +168,7 @@ class Compiled:
     passes: list[Pass]
     dump_dir: Path | None
     seed: int
+    debug_nan: bool = False
     init: Callable[[nn.Module], object] | None = None
     optimizer: Any = None
     _builds: dict[tuple[Any, ...], _Build] = field(default_factory=dict)
@@ -229,6 +235,7 @@ class Compiled:
 
         Raises:
             BatchDoesNotSplit: the batch does not split into the plan's micro-batches.
+            NonFiniteStep: with ``debug_nan``, the loss or a gradient is NaN or infinite; nothing was updated.
         """
         parts = self._split(batch, kwargs, self.microbatches)
         build = self._build("train", parts[0][0], self.microbatches)
@@ -301,7 +308,8 @@ class Compiled:
         source = copied(captured.program) if self.executor == "none" else None
         observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
         program = run_passes(captured.program, self.passes, Context(self.mesh, placement), observer)
-        plan = lower(program, self._schedule(mode, microbatches))
+        watch = self.debug_nan and mode == "train"
+        plan = lower(program, self._schedule(mode, microbatches), watch)
         build = self._builds[key] = _Build(program, plan, captured, mode, example, placement, source)
         if first:
             self._main, self._placement = build, _placement(program)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import fx
 
+import graphshard.ops  # noqa: F401  defines the graphshard:: operators
+
 aten = torch.ops.aten
 
 _POINTWISE_UNTAGGED = {
@@ -41,6 +43,27 @@ def is_view(node: fx.Node) -> bool:
 def is_getitem(node: fx.Node) -> bool:
     """Whether the node picks one result of an operator with several."""
     return node.target is operator.getitem
+
+
+_COMMUNICATION = (
+    torch.ops._c10d_functional.all_gather_into_tensor.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_reduce.default,
+    torch.ops.graphshard.transfer.default,
+    torch.ops.graphshard.stage_sum.default,
+    torch.ops.graphshard.stage_broadcast.default,
+)
+
+
+def arrives(node: fx.Node) -> bool:
+    """Whether no segment computes the node: an input of the graph, or what communication brings."""
+    return node.op == "placeholder" or node.target in _COMMUNICATION
+
+
+def has_floats(node: fx.Node) -> bool:
+    """Whether the value is one tensor that can hold NaN or infinity."""
+    value = node.meta["val"]
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def downstream(

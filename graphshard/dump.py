@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from graphshard import text
@@ -10,12 +11,18 @@ from graphshard.files import write_atomic
 from graphshard.pipeline import Observer
 from graphshard.program import Program
 
+SOURCES = "sources.json"
+
 
 def writer(folder: Path) -> Observer:
-    """An observer for run_passes that writes ``00-capture.graph``, ``01-<pass>.graph``, … into ``folder``."""
+    """An observer for run_passes that writes ``00-capture.graph``, ``01-<pass>.graph``, … into ``folder``, and
+    ``sources.json``: by origin, the lines of the model's code that captured nodes come from."""
 
     def observe(index: int, name: str, program: Program) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        if not index:
+            lines = {origin: _relative(line) for origin, line in program.sources.items()}
+            write_atomic(folder / SOURCES, json.dumps(lines, indent=0) + "\n")
         text.write(program, folder / f"{index:02}-{name}.graph")
 
     return observe
@@ -29,3 +36,9 @@ def write_plan(folder: Path, plan: ExecutionPlan) -> None:
         code = "\n\n".join(segment.source for segment in stage.segments.values())
         imports = "import torch\n" + ("\nfrom graphshard.runtime import products\n" if "products." in code else "")
         write_atomic(folder / f"stage{index}.py", f'"""Segments of stage {index}."""\n\n{imports}\n\n{code}')
+
+
+def _relative(line: str) -> str:
+    """``file:line`` as seen from the working directory, if the file is inside it."""
+    here = Path.cwd()
+    return str(Path(line).relative_to(here)) if Path(line).is_relative_to(here) else line

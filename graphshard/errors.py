@@ -171,6 +171,30 @@ class NothingToCompare(GraphshardError):
         )
 
 
+class NotADump(GraphshardError):
+    """``blame DIR NODE`` where DIR is not what a dump wrote, or a file of it is damaged."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path}: expected a directory of graphs that `graphshard dump` wrote, or a file of one")
+
+
+class UnknownNode(GraphshardError):
+    """``blame DIR NODE`` with a node that no graph of DIR has."""
+
+    def __init__(self, name: str, directory: str, known: Iterable[str]) -> None:
+        near = difflib.get_close_matches(name.rpartition(":")[2].removeprefix("%"), sorted(known), n=3)
+        hint = f"near it are {', '.join(f'%{other}' for other in near)}" if near else "see the .graph files there"
+        expected = "NODE is a name, or GRAPH:NODE with a pass or a graph such as body"
+        super().__init__(f"{directory}: no graph has node {name!r}; {hint}; {expected}")
+
+
+class AmbiguousNode(GraphshardError):
+    """``blame DIR NODE`` with a name that several graphs of a program have."""
+
+    def __init__(self, name: str, graph: str, choices: Iterable[str]) -> None:
+        super().__init__(f"{name!r} is in several graphs of {graph}; say {' or '.join(choices)}")
+
+
 class MeshMisfit(GraphshardError):
     """Ranks that a program's mesh cannot have."""
 
@@ -199,6 +223,16 @@ class PlanError(GraphshardError):
         super().__init__(f"the plan cannot run: {rule}\n{excerpt}")
         self.rule = rule
         self.excerpt = excerpt
+
+
+class NonFiniteStep(GraphshardError):
+    """With ``debug_nan``, a step's loss or gradient is NaN or infinite; nothing was updated. ``outcome`` says which,
+    ``origin`` where it began, in lines."""
+
+    def __init__(self, outcome: str, origin: Iterable[str]) -> None:
+        super().__init__(
+            f"{outcome} NaN or infinite; nothing was updated\n" + "\n".join(f"  {line}" for line in origin)
+        )
 
 
 class StuckPlan(GraphshardError):

@@ -138,6 +138,29 @@ class Storage:
         return self.root if self.root.microbatch is None else Ref(self.root.name, microbatch)
 
 
+SUM = "a sum of losses or gradients"
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A value of the body that a plan with ``debug_nan`` looks at, and what its values are made of.
+
+    ``reads``: (stage, name) of the values that it is computed from on the same data-parallel rank. ``given``: what it
+    is when the step did not compute it, such as ``parameter 'lin.weight'``. ``result``: what it is to the step, such as
+    ``the loss``. ``carried``: of what one micro-batch leaves to the next, the name of the value it left.
+    """
+
+    text: str
+    phase: str
+    module: str = ""
+    source: str = ""  # line of the model's code, "file:line"
+    reads: tuple[tuple[int, str], ...] = ()
+    infinite: bool = False  # the program itself says so: an operand is written as infinity
+    given: str = ""
+    result: str = ""
+    carried: str = ""
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """What the ranks of one pipeline stage do.
@@ -152,6 +175,7 @@ class StagePlan:
     first_epilogue: tuple[Instruction, ...] | None = None
     segments: dict[str, Segment] = field(default_factory=dict)
     storages: dict[str, Storage] = field(default_factory=dict)  # by the name of a value's Ref
+    watched: dict[str, Watched] = field(default_factory=dict)  # what segments show to ``watch``, by name
 
     def step(self, first: bool = False) -> tuple[Instruction, ...]:
         """All instructions of a step in order."""
@@ -185,6 +209,11 @@ class ExecutionPlan:
         if all(stage.first_epilogue is None for stage in self.stages):
             return frozenset()
         return frozenset(slot.key for slots in self.reads for slot in slots if slot.role is Role.STATE)
+
+    @property
+    def watched(self) -> bool:
+        """Whether segments show their values; see runtime/watch.py."""
+        return any(stage.watched for stage in self.stages)
 
     def of_rank(self, rank: int) -> StagePlan:
         """The plan of one rank."""

@@ -188,6 +188,8 @@ class Program:
     params: dict[str, Param] = field(default_factory=dict)
     buckets: dict[str, Bucket] = field(default_factory=dict)
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
+    # Origin of a captured forward node to the line of the model that made it, "model.py:12"; no part of the text.
+    sources: Mapping[str, str] = field(default_factory=dict)
     history: tuple[PassRecord, ...] = ()
 
     @property
@@ -210,6 +212,13 @@ def info(node: fx.Node) -> NodeInfo:
     """The metadata record of ``node``."""
     record: NodeInfo = node.meta["info"]
     return record
+
+
+def source_line(sources: Mapping[str, str], record: NodeInfo) -> str:
+    """Where in the model's code a node comes from, a backward node where its forward node does; "" if nothing says."""
+    if record.phase is Phase.UPDATE:
+        return ""  # origins of the update are of another trace
+    return sources.get(record.origin) or sources.get(record.forward, "")
 
 
 def set_info(node: fx.Node, **changes: Any) -> None:

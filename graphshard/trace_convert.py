@@ -48,6 +48,7 @@ def convert(
         microbatches=microbatches,
         params={n: replace(p, has_grad=n in trained) for n, p in params.items()} if train else dict(params),
         constants=body.constants,
+        sources=body.sources,
     )
     carries = Carries(program, body.mode)
     for port, node in outputs:
@@ -75,6 +76,7 @@ class _Body:
     tensors: ModelTensors
     section: Section = field(default_factory=empty_section)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     made: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def build(self) -> list[tuple[Port, fx.Node]]:
@@ -170,6 +172,8 @@ class _Body:
 
     def _record(self, node: fx.Node) -> NodeInfo:
         if node.meta.get("partitioner_tag") != "is_backward":
+            if (line := _line(node)) is not None:
+                self.sources[node.name] = f"{line[0]}:{line[1]}"
             return NodeInfo(module=_module(node), origin=node.name)
         forward = self.forward_of.get(node.meta.get("seq_nr"))
         if forward is None:
@@ -214,8 +218,12 @@ def _module(node: fx.Node) -> str:
 
 
 def _where(node: fx.Node) -> str:
+    return describe(_line(node), _module(node))
+
+
+def _line(node: fx.Node) -> Line | None:
     line: Line | None = node.meta.get("custom", {}).get(LINE)
-    return describe(line, _module(node))
+    return line
 
 
 def _plain(value: Any) -> Any:

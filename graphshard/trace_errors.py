@@ -26,10 +26,15 @@ from graphshard.errors import (
     UncapturableOperator,
     UnknownRandomOperator,
 )
+from graphshard.trace_call import call
 
-_OURS = tuple(str(Path(file).parent) + os.sep for file in (torch.__file__, __file__))
+_PACKAGE = str(Path(__file__).parent) + os.sep
+
+_OURS = (str(Path(torch.__file__).parent) + os.sep, _PACKAGE)
 
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
+
+_CALLS_THE_MODEL = call.__code__.co_filename  # what is outside of it is who compiles
 
 Line = tuple[str, int]
 """File and line number of source code."""
@@ -43,13 +48,20 @@ def is_users(filename: str) -> bool:
 
 
 def calling_line() -> Line | None:
-    """The innermost line of the user's code that is running."""
+    """The line of the model or the loss function that is running: the innermost one of the user's code. Where those are
+    the library's own (an nn.Sequential, F.cross_entropy) it is a line of the innermost ``forward``, or the function."""
+    library: Line | None = None
+    in_forward = False
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if is_users(frame.f_code.co_filename):
-            return frame.f_code.co_filename, frame.f_lineno
+    while frame is not None and frame.f_code.co_filename != _CALLS_THE_MODEL:
+        code = frame.f_code
+        if is_users(code.co_filename):
+            return code.co_filename, frame.f_lineno
+        if not in_forward and not code.co_filename.startswith(_PACKAGE):
+            in_forward = code.co_name == "forward"
+            library = (code.co_filename, frame.f_lineno if in_forward else code.co_firstlineno)
         frame = frame.f_back
-    return None
+    return library
 
 
 def describe(line: Line | None, module: str = "") -> str:

@@ -13,17 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphshard.errors import NoValue, PeerFailed, PlanMismatch, WaitTimeout
+from graphshard.errors import NonFiniteStep, NoValue, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.mesh import Mesh, ranks_by
 from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
+from graphshard.runtime.council import TorchCouncil
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.groups import join_world, make_groups
 from graphshard.runtime.machine import Communicator, Handle, Machine
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
+from graphshard.runtime.watch import Watch
 
 _COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV)
 _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
@@ -115,8 +117,10 @@ class DistributedExecutor(Executor):
                 self._complete(self._link.broadcast(data_axis, full, 0), f"broadcast of {ref}")
         return full if everywhere or self.rank == 0 else None
 
-    def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine:
-        return Machine(plan, rank, self._link, functions, self.device, self.meters.get(rank))
+    def _machine(
+        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+    ) -> Machine:
+        return Machine(plan, rank, self._link, functions, self.device, self.meters.get(rank), watch)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
         agreement = _Agreement(self, loaded, first)
@@ -125,7 +129,8 @@ class DistributedExecutor(Executor):
             agreement.check()
         self._drain()
         machine = loaded.machines[self.rank]
-        steps = machine.step(values[self.rank], first)
+        council = self._council() if loaded.plan.watched else None
+        steps = machine.step(values[self.rank], first, council=council)
         while True:
             try:
                 handle = next(steps)
@@ -133,6 +138,10 @@ class DistributedExecutor(Executor):
                 self._complete(agreement, "comparing plans")
                 agreement.check()
                 return {self.rank: end.value}
+            except NonFiniteStep:  # all ranks raise it
+                self._complete(agreement, "comparing plans")
+                agreement.check()
+                raise
             except Exception as error:
                 at = loaded.instruction_of(self.rank)
                 if isinstance(error, RuntimeError) and machine.instruction.op in _COMMUNICATION:
@@ -145,9 +154,14 @@ class DistributedExecutor(Executor):
                 raise
             assert handle is not None, "a machine that is not preempted stops only where it must wait"
             self._complete(handle, lambda: loaded.instruction_of(self.rank), agreement)
-            if self.device.type == "cuda":
+            if self.device.type == "cuda" and handle is not council:
                 assert isinstance(handle, Works)
                 self._running.append((handle, loaded.instruction_of(self.rank)))
+
+    def _council(self) -> TorchCouncil:
+        near = self._neighbours is not None and self._neighbours.ranks
+        progress = self._link.progress if near and isinstance(self._link, SharedMemoryCommunicator) else time.sleep
+        return TorchCouncil(self._groups.control, self.timeout_s, progress)
 
     def _complete(self, handle: Handle, what: str | Callable[[], str], agreement: _Agreement | None = None) -> None:
         """Wait for ``handle``; what goes wrong is put into words."""

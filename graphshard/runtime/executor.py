@@ -23,6 +23,7 @@ from graphshard.runtime.memory import StorageMeter, keep_freed_memory
 from graphshard.runtime.products import onednn_is_faster
 from graphshard.runtime.segments import SegmentFunction, compile_segments
 from graphshard.runtime.traffic import sent_bytes
+from graphshard.runtime.watch import Watch
 
 Batches = Mapping[int, Sequence[Sequence[Tensor]]]
 """Per data-parallel rank, per micro-batch: the tensors of the batch in flattening order."""
@@ -75,9 +76,10 @@ class Executor(ABC):
             machines = {}
             for rank in self.ranks:
                 stage = self.mesh.coordinates(rank)["pp"]
-                if stage not in functions:
-                    functions[stage] = compile_segments(plan.stages[stage].segments)
-                machines[rank] = self._machine(plan, rank, functions[stage])
+                watch = Watch(plan.stages[stage].watched) if plan.watched else None
+                if stage not in functions or watch is not None:  # each rank has a watch of its own
+                    functions[stage] = compile_segments(plan.stages[stage].segments, watch)
+                machines[rank] = self._machine(plan, rank, functions[stage], watch)
             constants = {name: value.to(self.device) for name, value in plan.constants.items()}
             loaded = self._loaded[id(plan)] = Loaded(plan, machines, constants, plan.state_keys)
         return loaded
@@ -95,6 +97,7 @@ class Executor(ABC):
         Raises:
             PlanError: the plan cannot run (first use).
             NoValue: a parameter or buffer has no value.
+            NonFiniteStep: the plan is watched, and the loss or a gradient is not finite; what is stored is as it was.
         """
         loaded = self.load(plan)
         # All ranks decide alike, also those that keep no state: the two epilogues may order collectives differently.
@@ -142,7 +145,9 @@ class Executor(ABC):
         """Give back what the executor holds outside of memory."""
 
     @abstractmethod
-    def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine: ...
+    def _machine(
+        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+    ) -> Machine: ...
 
     @abstractmethod
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:

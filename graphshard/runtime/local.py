@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from graphshard.errors import StuckPlan
+from graphshard.errors import NonFiniteStep, StuckPlan
 from graphshard.execution import ExecutionPlan, Ref, TensorType
 from graphshard.mesh import Mesh
+from graphshard.runtime.council import LocalCouncil
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.machine import Handle, Machine
 from graphshard.runtime.segments import SegmentFunction
+from graphshard.runtime.watch import Watch
 
 
 class LocalExecutor(Executor):
@@ -48,14 +50,17 @@ class LocalExecutor(Executor):
             return self.stores[rank][ref].clone()
         return torch.cat([self.stores[peer][ref] for peer in self.mesh.group(rank, axis)])
 
-    def _machine(self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction]) -> Machine:
+    def _machine(
+        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+    ) -> Machine:
         link = _Link(self._network, plan.mesh, rank)
-        return Machine(plan, rank, link, functions, self.device, self.meters.get(rank))
+        return Machine(plan, rank, link, functions, self.device, self.meters.get(rank), watch)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
         self._network.reset()
+        council = LocalCouncil(self.mesh.world_size) if loaded.plan.watched else None
         ranks = {
-            rank: _Running(machine.step(values[rank], first, preempt=self._random is not None))
+            rank: _Running(machine.step(values[rank], first, preempt=self._random is not None, council=council))
             for rank, machine in loaded.machines.items()
         }
         turns = deque(ranks)
@@ -70,6 +75,8 @@ class LocalExecutor(Executor):
             except StopIteration as end:
                 results[rank] = end.value
                 turns.remove(rank)
+            except NonFiniteStep:
+                raise
             except Exception as error:
                 error.add_note(f"on rank {rank} in instruction {loaded.instruction_of(rank)}")
                 raise
@@ -97,6 +104,8 @@ class LocalExecutor(Executor):
         lines = []
         for rank in sorted(turns):
             meeting = ranks[rank].blocked
+            if isinstance(meeting, LocalCouncil):
+                continue  # for those that the others wait for
             assert isinstance(meeting, _Meeting)
             missing = ", ".join(str(member) for member in meeting.members if member not in meeting.joined)
             plural = "s" if "," in missing else ""

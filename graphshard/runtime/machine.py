@@ -19,8 +19,11 @@ from graphshard.execution import (
     result_refs,
 )
 from graphshard.program import Slot
+from graphshard.runtime.council import Council
 from graphshard.runtime.memory import StorageMeter
+from graphshard.runtime.nonfinite import judge
 from graphshard.runtime.segments import SegmentFunction
+from graphshard.runtime.watch import Watch
 
 
 class Handle(Protocol):
@@ -83,10 +86,13 @@ class Machine:
         functions: Mapping[str, SegmentFunction],
         device: torch.device,
         meter: StorageMeter | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.rank = rank
         self.position = 0
         self.meter = meter
+        self.watch = watch
+        self._plan = plan
         stage_plan = plan.of_rank(rank)
         self.stage = plan.mesh.coordinates(rank)["pp"]
         self.update_begins = len(stage_plan.prologue) + len(stage_plan.body)
@@ -136,12 +142,15 @@ class Machine:
         return told + (f" ({', '.join(origin)})" if origin else "")
 
     def step(
-        self, values: dict[Ref, Tensor], first: bool = False, preempt: bool = False
+        self, values: dict[Ref, Tensor], first: bool = False, preempt: bool = False, council: Council | None = None
     ) -> Generator[Handle | None, None, dict[Ref, Tensor]]:
         """Run one step; ``values`` is what the plan reads, and is emptied. Returns the results.
 
         Yields a handle when it must be complete before the rank can go on, and with ``preempt`` None after every
-        other instruction.
+        other instruction. With a ``council``, all ranks tell what their ``watch`` saw before any begins the update.
+
+        Raises:
+            NonFiniteStep: a loss or gradient of some rank is NaN or infinite; nothing was updated.
         """
         places = self._places_in[first]
         environment: Environment = [None] * self._size
@@ -154,7 +163,11 @@ class Machine:
         if self.meter is not None:
             self.meter.update(environment, range(self._size))
         for position, action in enumerate(code):
+            if position == self.update_begins and council is not None:
+                yield from self._agree(council)
             self.position = position
+            if self.watch is not None:
+                self.watch.begin(self.instruction)
             blocked = action(environment, handles)
             if blocked is not None:
                 yield blocked
@@ -170,6 +183,14 @@ class Machine:
         self._forget()
         return results
 
+    def _agree(self, council: Council) -> Generator[Handle, None, None]:
+        assert self.watch is not None
+        council.tell(self.rank, self.watch.take())
+        yield council
+        error = judge(self._plan, council.accounts())
+        if error is not None:
+            raise error
+
     def abandon(self) -> dict[Ref, Tensor]:
         """After a failed step: what it had been given and the update had not begun to replace."""
         kept = {}
@@ -183,6 +204,8 @@ class Machine:
 
     def _forget(self) -> None:
         self._environment = []
+        if self.watch is not None:
+            self.watch.take()
         if self.meter is not None:
             self.meter.clear()
 

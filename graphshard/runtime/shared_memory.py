@@ -129,6 +129,15 @@ class SharedMemoryCommunicator:
             self._neighbours.wait_for(exchange.peers, deadline)
             self._go_on()
 
+    def progress(self, wait_s: float) -> None:
+        """Serve what others wait for, while this rank waits elsewhere: until something comes, at most ``wait_s``.
+
+        Raises:
+            PeerGone: some rank cannot go on.
+        """
+        self._neighbours.wait_for((), time.monotonic() + wait_s)
+        self._go_on()
+
     def release(self, arrivals: Sequence[Arrival]) -> None:
         """The values have been read."""
         for arrival in arrivals:
