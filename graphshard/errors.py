@@ -587,3 +587,17 @@ class UnsupportedModule(GraphshardError):
     def __init__(self, path: str, kind: str, instead: str) -> None:
         where = f"module {path!r}" if path else "the model"
         super().__init__(f"{where} is a {kind}; {instead}")
+
+
+class BadCase(GraphshardError):
+    """A ``.graph`` test file with a directive that does not exist, or that tests nothing; ``line`` counts from 1."""
+
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(f"line {line}: {problem}")
+
+
+class BadBuild(GraphshardError):
+    """A program builder was asked for what no program can hold."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"cannot build this program: {problem}")

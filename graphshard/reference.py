@@ -44,10 +44,12 @@ class Results:
     """What steps end with.
 
     ``values``: by what it is ("loss of step 0", "param lin.weight", "state lin.weight exp_avg"), a copy for every rank
-    that has it. ``seen``: what each node of the first step's first micro-batch was, on the lowest rank that has it.
+    that has it; ``ranks`` says which ranks those are. ``seen``: what each node of the first step's first micro-batch
+    was, on the lowest rank that has it.
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
     seen: dict[fx.Node, Any] = field(default_factory=dict)
 
 
@@ -240,12 +242,13 @@ class _Run:
 
     def _add(self, name: str, by_rank: Mapping[int, Tensor]) -> None:
         self.results.values.setdefault(name, []).extend(by_rank.values())
+        self.results.ranks.setdefault(name, []).extend(by_rank)
 
     def _collect(self) -> None:
         for rank, store in self.stores.items():
             for slot, value in store.items():
                 if slot.role is Role.BUFFER:
-                    self.results.values.setdefault(f"buffer {slot.name} @{self.mesh.dp_rank(rank)}", []).append(value)
+                    self._add(f"buffer {slot.name} @{self.mesh.dp_rank(rank)}", {rank: value})
                     continue
                 what = f"state {{}} {slot.key}" if slot.role is Role.STATE else "param {}"
                 bucket = self.program.buckets.get(slot.name)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from case_runner import CaseError, cases, check, run
+from graphshard.errors import BadCase
+from graphshard.testing.cases import CaseFailed, cases, check, output
 
 OUTPUT = "one\ntwo   two\nthree = f(1)\ntwo four\n"
 
@@ -48,14 +49,14 @@ def test_what_holds_passes(lines: tuple[str, ...]) -> None:
     ],
 )
 def test_what_does_not_hold_fails_with_the_line_of_the_check(lines: tuple[str, ...]) -> None:
-    with pytest.raises(CaseError, match=r"line [234]: CHECK"):
+    with pytest.raises(CaseFailed, match=r"line [234]: CHECK"):
         checks(*lines)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("graphshard 1\n", "no line says what to run"),
+        ("graphshard 1\n", "line 1: no line says what to run"),
         ("# RUN: zero\n", "line 1: this RUN has no CHECK"),
         ("# RUN: zero\n# CHECK: a\n# RUN: zero\n", "line 3: this RUN has no CHECK"),
         ("# CHECK: a\n", "line 1: a CHECK before the first RUN"),
@@ -65,7 +66,7 @@ def test_what_does_not_hold_fails_with_the_line_of_the_check(lines: tuple[str, .
     ],
 )
 def test_a_case_that_checks_nothing_or_is_misspelt_is_refused(source: str, message: str) -> None:
-    with pytest.raises(CaseError, match=message):
+    with pytest.raises(BadCase, match=message):
         cases(source)
 
 
@@ -87,7 +88,7 @@ def test_passes_run_as_on_the_command_line(tmp_path: Path, directives: str, mess
     path.write_text(f"{directives}\n{GRAPH}")
     (case,) = cases(path.read_text())
     if message is None:
-        run(path, case)
+        check(output(path, case), case.checks)
     else:
-        with pytest.raises(CaseError, match=message):
-            run(path, case)
+        with pytest.raises(CaseFailed, match=message):
+            check(output(path, case), case.checks)

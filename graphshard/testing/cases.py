@@ -10,30 +10,29 @@
     # RUN-ERROR: zero:stage=4                     the passes refuse the input: CHECK looks at the error message
 
 Blanks count as one. A file may have several RUN lines; each is a test, with the CHECK lines up to the next RUN. A RUN
-with nothing behind it only reads and prints the file.
+with nothing behind it only reads and prints the file. A pass of one's own is ``RUN: module:Class:option=value``, where
+``module`` can be imported.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from graphshard.cli import BAD_INPUT, main
+from graphshard.errors import BadCase
 
 _DIRECTIVE = re.compile(r"#\s*(?P<word>RUN|CHECK)(?P<suffix>[A-Z0-9-]*):(?P<text>.*)")
 _RUNS = ("", "-ERROR")
 _CHECKS = re.compile(r"|-NEXT|-NOT|-COUNT-(?P<count>\d+)")
 
 
-class CaseError(Exception):
-    """A case that is written wrongly or does not come out as it says."""
+class CaseFailed(AssertionError):
+    """A case does not come out as it says."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def cases(source: str) -> list[Case]:
     """The tests that a file holds.
 
     Raises:
-        CaseError: no RUN line, a RUN without CHECK, or a directive that does not exist.
+        BadCase: no RUN line, a RUN without CHECK, or a directive that does not exist.
     """
     found: list[tuple[int, bool, str, list[Check]]] = []
     for number, line in enumerate(source.splitlines(), 1):
@@ -71,45 +70,45 @@ def cases(source: str) -> list[Case]:
         suffix, content = match["suffix"], match["text"].strip()
         if match["word"] == "RUN":
             if suffix not in _RUNS:
-                raise CaseError(f"line {number}: RUN{suffix} does not exist; expected RUN or RUN-ERROR")
+                raise BadCase(number, f"RUN{suffix} does not exist; expected RUN or RUN-ERROR")
             found.append((number, suffix == "-ERROR", content, []))
             continue
         kind = _CHECKS.fullmatch(suffix)
         if kind is None:
-            raise CaseError(f"line {number}: CHECK{suffix} does not exist; expected CHECK, -NEXT, -NOT or -COUNT-n")
+            raise BadCase(number, f"CHECK{suffix} does not exist; expected CHECK, -NEXT, -NOT or -COUNT-n")
         if not found or not content:
-            raise CaseError(f"line {number}: " + ("a CHECK without text" if found else "a CHECK before the first RUN"))
+            raise BadCase(number, "a CHECK without text" if found else "a CHECK before the first RUN")
         times = int(kind["count"] or 1)
         found[-1][3].extend([Check(number, "" if kind["count"] else suffix, content)] * times)
     if not found:
-        raise CaseError("no line says what to run; expected '# RUN: passes'")
+        raise BadCase(1, "no line says what to run; expected '# RUN: passes'")
     for number, _, _, checks in found:
         if not checks:
-            raise CaseError(f"line {number}: this RUN has no CHECK")
+            raise BadCase(number, "this RUN has no CHECK; expected '# CHECK: text' behind it")
     return [Case(line, refused, command, tuple(checks)) for line, refused, command, checks in found]
 
 
-def run(path: Path, case: Case) -> None:
-    """Run one test.
+def output(path: Path, case: Case) -> str:
+    """What the command prints: graph text, or for RUN-ERROR the message.
 
     Raises:
-        CaseError: the command fails, or should and does not, or a CHECK does not hold.
+        CaseFailed: the command fails, or should and does not.
     """
     passes, *options = re.split(r"(?:\s+|^)(?=--)", case.command)
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(["opt", str(path), "--passes", passes, *" ".join(options).split()])
     if case.refused and status != BAD_INPUT:
-        raise CaseError(
+        raise CaseFailed(
             f"line {case.line}: the input should be refused, but the command gave {status}\n{out.getvalue()}"
         )
     if not case.refused and status != 0:
-        raise CaseError(f"line {case.line}: the command gave {status}: {err.getvalue()}")
-    check(err.getvalue() if case.refused else out.getvalue(), case.checks)
+        raise CaseFailed(f"line {case.line}: the command gave {status}: {err.getvalue()}")
+    return err.getvalue() if case.refused else out.getvalue()
 
 
 def check(output: str, checks: Iterable[Check]) -> None:
-    """CaseError for the first check that ``output`` does not meet."""
+    """CaseFailed for the first check that ``output`` does not meet, with the line it looked from marked."""
     text = "\n".join(" ".join(line.split()) for line in output.splitlines())
     at = 0
     forbidden: list[Check] = []
@@ -125,7 +124,7 @@ def check(output: str, checks: Iterable[Check]) -> None:
             match = item.pattern.search(text, begin, end if end >= 0 else len(text))
         if match is None:
             where = "on the line after the last match" if item.suffix else "after the last match"
-            raise CaseError(_report(f"expected {where}", item, text, at))
+            raise CaseFailed(_report(f"expected {where}", item, text, at))
         _refuse(forbidden, text, at, match.start())
         forbidden, at = [], match.end()
     _refuse(forbidden, text, at, len(text))
@@ -134,41 +133,10 @@ def check(output: str, checks: Iterable[Check]) -> None:
 def _refuse(forbidden: Iterable[Check], text: str, begin: int, end: int) -> None:
     for item in forbidden:
         if (match := item.pattern.search(text, begin, end)) is not None:
-            raise CaseError(_report("there, but should not be", item, text, match.start()))
+            raise CaseFailed(_report("there, but should not be", item, text, match.start()))
 
 
 def _report(problem: str, item: Check, text: str, at: int) -> str:
     number = text.count("\n", 0, at)
     lines = [f"{'>' if i == number else ' '} {line}" for i, line in enumerate(text.split("\n"))]
     return f"line {item.line}: CHECK{item.suffix}: {item.text}\n{problem}, marked '>':\n" + "\n".join(lines)
-
-
-class CaseFile(pytest.File):
-    """One ``.graph`` file."""
-
-    def collect(self) -> Iterator[pytest.Item]:
-        try:
-            found = cases(self.path.read_text())
-        except CaseError as error:
-            raise self.CollectError(f"{self.path}: {error}") from None
-        for case in found:
-            yield CaseItem.from_parent(self, name=case.command or "print", case=case)
-
-
-class CaseItem(pytest.Item):
-    """One RUN line."""
-
-    def __init__(self, *, case: Case, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.case = case
-
-    def runtest(self) -> None:
-        run(self.path, self.case)
-
-    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
-        if isinstance(excinfo.value, CaseError):
-            return f"{self.path}: {excinfo.value}"
-        return super().repr_failure(excinfo, style)
-
-    def reportinfo(self) -> tuple[Path, int, str]:
-        return self.path, self.case.line - 1, f"{self.path.stem}: {self.name}"
