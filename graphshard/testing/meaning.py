@@ -11,7 +11,8 @@ from graphshard.diff import diff
 from graphshard.errors import NotEquivalent
 from graphshard.pipeline import Context, Pass, parse_passes, run_passes
 from graphshard.program import Program
-from graphshard.reference import Inputs, random_inputs, run
+from graphshard.reference import run
+from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
 from graphshard.verify import verify
 
@@ -38,8 +39,8 @@ def run_on_ranks(
 
     Returns:
         By rank, what it holds in the end: ``"loss of step 0"``, ``"param lin.weight"``, ``"state lin.weight exp_avg"``,
-        ``"buffer bn.mean @0"`` (of data-parallel rank 0), ``"output 0 of step 0, micro-batch 0"``. Parameters and state
-        are whole, however they are sharded. A rank has what its stage has.
+        ``"buffer bn.mean @0"`` (of data-parallel rank 0), ``"output 0 of step 0, micro-batch 0 @0"``. Parameters and
+        state are whole, however they are sharded. A rank has what its stage has.
     """
     verify(program)
     results = run(program, inputs if inputs is not None else random_inputs(program, steps, seed))

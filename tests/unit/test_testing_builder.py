@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphshard import text
 from graphshard.errors import BadBuild, IllegalProgram
 from graphshard.program import Role, Slot
-from graphshard.reference import random_inputs
+from graphshard.reference_inputs import random_inputs
 from graphshard.testing import ProgramBuilder, apply, assert_same_meaning, nodes, run_on_ranks, trainable
 from two_layers import two_layers
 
