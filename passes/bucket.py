@@ -255,6 +255,9 @@ class _Merge:
             value = node.meta["val"] if scalar else self._flat(node, first)
             slot = self._slot(section.inputs[node])
             self._replace_input(section, node, slot, value, key)
+        for node in own:
+            if node.target is gs.pack.default:  # of a whole parameter's update: its bucket has become longer
+                node.args = (*node.args[:2], self.merged.numel)
         retype(own)
 
     def _replace_input(self, section: Section, node: fx.Node, slot: Slot, value: torch.Tensor, key: str = "") -> None:
