@@ -7,11 +7,13 @@
     # CHECK-NEXT: shard "w"                       this text is on the line after the last match
     # CHECK-NOT: all_reduce                       this text is nowhere between the neighbouring matches
     # CHECK-COUNT-2: all_gather{{.*}}"dp"         as CHECK, two times; {{ }} holds a regular expression
+    # CHECK-MEANING:                              what comes out computes what the file does, on all ranks
     # RUN-ERROR: zero:stage=4                     the passes refuse the input: CHECK looks at the error message
 
-Blanks count as one. A file may have several RUN lines; each is a test, with the CHECK lines up to the next RUN. A RUN
-with nothing behind it only reads and prints the file. A pass of one's own is ``RUN: module:Class:option=value``, where
-``module`` can be imported.
+Blanks count as one. CHECK-MEANING runs both programs on random inputs and compares losses, outputs and what is stored:
+to the bit if every pass says that it is exact, else up to the order of sums. A file may have several RUN lines; each is
+a test, with the CHECK lines up to the next RUN. A RUN with nothing behind it only reads and prints the file. A pass of
+one's own is ``RUN: module:Class:option=value``, where ``module`` can be imported.
 """
 
 from __future__ import annotations
@@ -23,12 +25,18 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from graphshard import text
+from graphshard.check import check as equivalent
 from graphshard.cli import BAD_INPUT, main
-from graphshard.errors import BadCase
+from graphshard.errors import BadCase, NotEquivalent
+from graphshard.pipeline import parse_passes
+from graphshard.program import Program
 
 _DIRECTIVE = re.compile(r"#\s*(?P<word>RUN|CHECK)(?P<suffix>[A-Z0-9-]*):(?P<text>.*)")
+_OPTIONS = re.compile(r"(?:\s+|^)(?=--)")
 _RUNS = ("", "-ERROR")
-_CHECKS = re.compile(r"|-NEXT|-NOT|-COUNT-(?P<count>\d+)")
+_CHECKS = re.compile(r"|-NEXT|-NOT|-MEANING|-COUNT-(?P<count>\d+)")
+_MEANING = "-MEANING"
 
 
 class CaseFailed(AssertionError):
@@ -38,7 +46,7 @@ class CaseFailed(AssertionError):
 @dataclass(frozen=True)
 class Check:
     line: int  # in the case file, from 1
-    suffix: str  # "", "-NEXT", "-NOT"
+    suffix: str  # "", "-NEXT", "-NOT", "-MEANING"
     text: str
 
     @property
@@ -54,6 +62,15 @@ class Case:
     refused: bool  # RUN-ERROR
     command: str  # passes and further options of `graphshard opt`
     checks: tuple[Check, ...]
+
+    @property
+    def passes(self) -> str:
+        return _OPTIONS.split(self.command)[0]
+
+    @property
+    def meaning(self) -> Check | None:
+        """The CHECK-MEANING line, if there is one."""
+        return next((item for item in self.checks if item.suffix == _MEANING), None)
 
 
 def cases(source: str) -> list[Case]:
@@ -75,9 +92,13 @@ def cases(source: str) -> list[Case]:
             continue
         kind = _CHECKS.fullmatch(suffix)
         if kind is None:
-            raise BadCase(number, f"CHECK{suffix} does not exist; expected CHECK, -NEXT, -NOT or -COUNT-n")
-        if not found or not content:
-            raise BadCase(number, "a CHECK without text" if found else "a CHECK before the first RUN")
+            raise BadCase(number, f"CHECK{suffix} does not exist; expected CHECK, -NEXT, -NOT, -COUNT-n or -MEANING")
+        if not found:
+            raise BadCase(number, "a CHECK before the first RUN")
+        if suffix == _MEANING and found[-1][1]:
+            raise BadCase(number, "CHECK-MEANING after RUN-ERROR: what is refused has no result")
+        if not content and suffix != _MEANING:
+            raise BadCase(number, "a CHECK without text")
         times = int(kind["count"] or 1)
         found[-1][3].extend([Check(number, "" if kind["count"] else suffix, content)] * times)
     if not found:
@@ -94,7 +115,7 @@ def output(path: Path, case: Case) -> str:
     Raises:
         CaseFailed: the command fails, or should and does not.
     """
-    passes, *options = re.split(r"(?:\s+|^)(?=--)", case.command)
+    passes, *options = _OPTIONS.split(case.command)
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(["opt", str(path), "--passes", passes, *" ".join(options).split()])
@@ -107,36 +128,59 @@ def output(path: Path, case: Case) -> str:
     return err.getvalue() if case.refused else out.getvalue()
 
 
+def check_meaning(path: Path, case: Case, printed: str) -> None:
+    """CaseFailed if ``printed``, the output of ``case``, does not compute what the file at ``path`` does.
+
+    No check at all without CHECK-MEANING.
+    """
+    if case.meaning is None:
+        return
+    before = text.read(path)
+    after = text.parse(printed, text.stored_constants(before))
+    try:
+        same_meaning(case, before, after)
+    except NotEquivalent as error:
+        raise CaseFailed(f"line {case.meaning.line}: CHECK{_MEANING}: {error}") from None
+
+
+def same_meaning(case: Case, before: Program, after: Program) -> None:
+    """NotEquivalent unless both mean the same: to the bit, if all passes of ``case`` are exact."""
+    before.mesh = after.mesh  # which options of the command may have set
+    equivalent(before, after, exact=all(item.exact for item in parse_passes(case.passes)))
+
+
 def check(output: str, checks: Iterable[Check]) -> None:
     """CaseFailed for the first check that ``output`` does not meet, with the line it looked from marked."""
-    text = "\n".join(" ".join(line.split()) for line in output.splitlines())
+    lines = "\n".join(" ".join(line.split()) for line in output.splitlines())
     at = 0
     forbidden: list[Check] = []
     for item in checks:
+        if item.suffix == _MEANING:
+            continue
         if item.suffix == "-NOT":
             forbidden.append(item)
             continue
-        match = item.pattern.search(text, at)
+        match = item.pattern.search(lines, at)
         if item.suffix == "-NEXT":
-            line_end = text.find("\n", at)
-            begin = line_end + 1 if line_end >= 0 else len(text)
-            end = text.find("\n", begin)
-            match = item.pattern.search(text, begin, end if end >= 0 else len(text))
+            line_end = lines.find("\n", at)
+            begin = line_end + 1 if line_end >= 0 else len(lines)
+            end = lines.find("\n", begin)
+            match = item.pattern.search(lines, begin, end if end >= 0 else len(lines))
         if match is None:
             where = "on the line after the last match" if item.suffix else "after the last match"
-            raise CaseFailed(_report(f"expected {where}", item, text, at))
-        _refuse(forbidden, text, at, match.start())
+            raise CaseFailed(_report(f"expected {where}", item, lines, at))
+        _refuse(forbidden, lines, at, match.start())
         forbidden, at = [], match.end()
-    _refuse(forbidden, text, at, len(text))
+    _refuse(forbidden, lines, at, len(lines))
 
 
-def _refuse(forbidden: Iterable[Check], text: str, begin: int, end: int) -> None:
+def _refuse(forbidden: Iterable[Check], lines: str, begin: int, end: int) -> None:
     for item in forbidden:
-        if (match := item.pattern.search(text, begin, end)) is not None:
-            raise CaseFailed(_report("there, but should not be", item, text, match.start()))
+        if (match := item.pattern.search(lines, begin, end)) is not None:
+            raise CaseFailed(_report("there, but should not be", item, lines, match.start()))
 
 
-def _report(problem: str, item: Check, text: str, at: int) -> str:
-    number = text.count("\n", 0, at)
-    lines = [f"{'>' if i == number else ' '} {line}" for i, line in enumerate(text.split("\n"))]
-    return f"line {item.line}: CHECK{item.suffix}: {item.text}\n{problem}, marked '>':\n" + "\n".join(lines)
+def _report(problem: str, item: Check, lines: str, at: int) -> str:
+    number = lines.count("\n", 0, at)
+    marked = [f"{'>' if i == number else ' '} {line}" for i, line in enumerate(lines.split("\n"))]
+    return f"line {item.line}: CHECK{item.suffix}: {item.text}\n{problem}, marked '>':\n" + "\n".join(marked)

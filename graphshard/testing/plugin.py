@@ -19,14 +19,21 @@ from torch import Tensor
 
 from graphshard.errors import BadCase
 from graphshard.testing import meaning
-from graphshard.testing.cases import Case, CaseFailed, cases, check, output
+from graphshard.testing.case_mutation import as_data, case_outcome, report
+from graphshard.testing.cases import Case, CaseFailed, cases, check, check_meaning, output
 from graphshard.testing.matchers import Count
 
 _FOLDERS = "graphshard_cases"
+_MUTANTS = "graphshard mutants"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addini(_FOLDERS, "folders whose .graph files are tests, with RUN and CHECK lines", type="paths", default=[])
+    parser.addoption(
+        "--graphshard-mutate",
+        action="store_true",
+        help="break what the last pass of each .graph test made, in every way, and report what no CHECK line notices",
+    )
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
@@ -36,6 +43,20 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
             sides = (f"{count.selection}.count" if side is count else repr(side) for side in (left, right))
             return [f" {op} ".join(sides), f"found {int(count)}", *count.selection.lines()]
     return None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    passed = terminalreporter.getreports("passed")
+    found = [(_place(item), data) for item in passed for name, data in item.user_properties if name == _MUTANTS]
+    if found:
+        terminalreporter.section("mutants that no CHECK line notices")
+        for line in report(found):
+            terminalreporter.line(line)
+
+
+def _place(item: pytest.TestReport) -> str:
+    path, line, name = item.location
+    return f"{path}:{(line or 0) + 1}: {name}"
 
 
 @pytest.fixture
@@ -71,7 +92,11 @@ class CaseItem(pytest.Item):
         self.case = case
 
     def runtest(self) -> None:
-        check(output(self.path, self.case), self.case.checks)
+        printed = output(self.path, self.case)
+        check(printed, self.case.checks)
+        check_meaning(self.path, self.case, printed)
+        if self.config.getoption("graphshard_mutate") and not self.case.refused:
+            self.user_properties.append((_MUTANTS, as_data(case_outcome(self.path, self.case, printed))))
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         if isinstance(excinfo.value, CaseFailed):
@@ -79,4 +104,4 @@ class CaseItem(pytest.Item):
         return super().repr_failure(excinfo, style)
 
     def reportinfo(self) -> tuple[Path, int, str]:
-        return self.path, self.case.line - 1, f"{self.path.stem}: {self.name}"
+        return self.path, self.case.line - 1, self.name

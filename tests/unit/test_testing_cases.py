@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from graphshard.errors import BadCase
-from graphshard.testing.cases import CaseFailed, cases, check, output
+from graphshard.testing.cases import CaseFailed, cases, check, check_meaning, output
 
 OUTPUT = "one\ntwo   two\nthree = f(1)\ntwo four\n"
 
@@ -62,6 +62,7 @@ def test_what_does_not_hold_fails_with_the_line_of_the_check(lines: tuple[str, .
         ("# CHECK: a\n", "line 1: a CHECK before the first RUN"),
         ("# RUN: zero\n# CHECK:\n", "line 2: a CHECK without text"),
         ("# RUN: zero\n# CHECK-NXT: a\n", "line 2: CHECK-NXT does not exist"),
+        ("# RUN-ERROR: zero\n# CHECK-MEANING:\n", "line 2: CHECK-MEANING after RUN-ERROR"),
         ("# RUN-FAIL: zero\n# CHECK: a\n", "line 1: RUN-FAIL does not exist"),
     ],
 )
@@ -92,3 +93,50 @@ def test_passes_run_as_on_the_command_line(tmp_path: Path, directives: str, mess
     else:
         with pytest.raises(CaseFailed, match=message):
             check(output(path, case), case.checks)
+
+
+NEGATED = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Negated:
+    twice: bool = False
+    name: ClassVar[str] = "negated"
+    exact: ClassVar[bool] = False
+
+    def run(self, program, ctx):
+        for node in program.body.nodes():
+            node.target = torch.ops.aten.neg.default
+        return program
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "operator", "message"),
+    [
+        ("", "aten.abs.default", None),
+        ("--world-size 2", "aten.abs.default", None),
+        ("negated:Negated", "aten.abs.default", r"line 2: CHECK-MEANING: the programs differ: output 0 .* first at %y"),
+        ("negated:Negated", "aten.neg.default", None),
+    ],
+)
+def test_the_meaning_is_compared(
+    command: str, operator: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "negated.py").write_text(NEGATED)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "a.graph"
+    graph = GRAPH.replace("  return output 0 %x", f"  %y = {operator}(%x)\n  return output 0 %y")
+    path.write_text(f"# RUN: {command}\n# CHECK-MEANING:\n{graph}")
+    (case,) = cases(path.read_text())
+    printed = output(path, case)
+    check(printed, case.checks)
+    if message is None:
+        check_meaning(path, case, printed)
+    else:
+        with pytest.raises(CaseFailed, match=message):
+            check_meaning(path, case, printed)
