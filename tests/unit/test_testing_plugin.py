@@ -74,6 +74,22 @@ def test_fixture_and_message_of_a_count(project: pytest.Pytester) -> None:
     result.stdout.fnmatch_lines(["*nodes(program).op('mul').count == 3", "E*found 1", "E*> %y : f32?2? = aten.mul.*"])
 
 
+def test_what_check_lines_do_not_notice_is_reported(project: pytest.Pytester) -> None:
+    weak = project.path / "cases" / "weak.graph"
+    weak.write_text(f"# RUN: theirs:Doubled:times=2\n# CHECK: aten.mul.Tensor\n{GRAPH}")
+    result = project.runpytest_inprocess("--graphshard-mutate", "cases/good.graph", "cases/weak.graph")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*mutants that no CHECK line notices*",
+            "cases/good.graph:1: theirs:Doubled:times=2: 1 of 1 mutants noticed",
+            "cases/weak.graph:1: theirs:Doubled:times=2: 0 of 1 mutants noticed",
+            "  not noticed: scale: %y scales by 8 instead of 4 (graph body)",
+            "scale: 1 of 2 noticed",
+        ]
+    )
+
+
 def test_graphshard_itself_needs_no_test_packages() -> None:
     packages = {"pytest", "hypothesis", "graphshard.testing"}
     code = f"import graphshard, graphshard.cli, sys; print({packages} & set(sys.modules))"
