@@ -51,7 +51,16 @@ class Nodes:
         return iter(self.found)
 
     def __repr__(self) -> str:
+        """How they were selected."""
         return self.said
+
+    def __str__(self) -> str:
+        """Their lines of graph text, under the names of their graphs."""
+        result: list[str] = []
+        for name, section in self.program.sections().items():
+            own = [f"  {node_text(node, name, section)}" for node in self.found if node.graph is section.graph]
+            result += [f"graph {name}", *own] if own else []
+        return "\n".join(result)
 
     @property
     def count(self) -> Count:
@@ -67,7 +76,7 @@ class Nodes:
         Raises:
             AssertionError: there is none, or more than one.
         """
-        assert len(self.found) == 1, "\n".join([f"expected one node, found {len(self.found)}: {self}", *self.lines()])
+        assert len(self.found) == 1, "\n".join([f"expected one node, found {len(self.found)}: {self!r}", *self.lines()])
         return self.found[0]
 
     def op(self, name: str) -> Nodes:
@@ -107,13 +116,13 @@ class Nodes:
 
     def reads(self, others: Nodes) -> Nodes:
         """Those that read one of ``others``: its value, waited for, or a view of it."""
-        return self._where(f"reads({others})", lambda node: any(_behind(s, others) for s in node.all_input_nodes))
+        return self._where(f"reads({others!r})", lambda node: any(_behind(s, others) for s in node.all_input_nodes))
 
     def follows(self, others: Nodes) -> Nodes:
         """Those that come after all of ``others`` that are in their graph, of which there must be one."""
         last = {node.graph: i for i, node in self._numbered() if node in others.found}
         place = {node: i for i, node in self._numbered()}
-        return self._where(f"follows({others})", lambda node: place[node] > last.get(node.graph, len(place)))
+        return self._where(f"follows({others!r})", lambda node: place[node] > last.get(node.graph, len(place)))
 
     def _numbered(self) -> Iterator[tuple[int, fx.Node]]:
         return enumerate(node for section in self.program.sections().values() for node in section.nodes())

@@ -40,7 +40,7 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
     """A failed assertion on how many nodes there are shows the lines of the graph."""
     for count in (left, right):
         if isinstance(count, Count):
-            sides = (f"{count.selection}.count" if side is count else repr(side) for side in (left, right))
+            sides = (f"{count.selection!r}.count" if side is count else repr(side) for side in (left, right))
             return [f" {op} ".join(sides), f"found {int(count)}", *count.selection.lines()]
     return None
 

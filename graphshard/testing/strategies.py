@@ -47,7 +47,7 @@ def model_specs(draw: st.DrawFn, max_ops: int = 6) -> ModelSpec:
     """Models of at most ``max_ops`` layers; the first is linear and trained, so that there is a gradient."""
     rows = draw(_SIZES)
     batch = tuple((rows, columns) for columns in draw(st.lists(_SIZES, min_size=1, max_size=2)))
-    layers = [Layer("linear", (0,), draw(_SIZES))]
+    layers = [Layer("linear", (0,), draw(_widths(batch[0][1])))]
     for _ in range(draw(st.integers(0, max_ops - 1))):
         layers.append(draw(_layers(ModelSpec(batch, tuple(layers)))))
     return ModelSpec(batch, tuple(layers))
@@ -64,7 +64,7 @@ def _layers(draw: st.DrawFn, before: ModelSpec) -> Layer:
     if kind in BINARY:
         fitting = [i for i, shape in enumerate(shapes) if accepts(kind, shapes[first], shape)]
         return Layer(kind, (first, draw(st.sampled_from(fitting))))
-    layer = Layer(kind, (first,), draw(_SIZES), frozen=draw(st.integers(0, 7)) == 7)
+    layer = Layer(kind, (first,), draw(_widths(shapes[first][1])), frozen=draw(st.integers(0, 7)) == 7)
     wanted = parameter_shapes(layer, shapes[first][1])
     alike = [
         i
@@ -73,6 +73,11 @@ def _layers(draw: st.DrawFn, before: ModelSpec) -> Layer:
     ]
     tied = draw(st.sampled_from([None, *alike]))
     return layer if tied is None else Layer(kind, (first,), layer.width, tied)
+
+
+def _widths(columns: int) -> st.SearchStrategy[int]:
+    """Often the width that is there: parameters of one shape can be tied and merge alike."""
+    return st.one_of(st.just(columns), _SIZES)
 
 
 @st.composite

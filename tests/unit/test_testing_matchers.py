@@ -51,6 +51,7 @@ def test_follows_is_by_place_in_the_same_graph(program: Program) -> None:
 
 def test_one_says_what_else_there_is(program: Program) -> None:
     assert nodes(program).op("mean").one().name == "l"
+    assert str(nodes(program).op("mean")).startswith("graph body\n  %l : f32[] = aten.mean.default(")
     with pytest.raises(AssertionError, match=r"expected one node, found 5: nodes\(program\).op\('mm'\)[^>]*> %h"):
         nodes(program).op("mm").one()
 
