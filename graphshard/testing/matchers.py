@@ -80,9 +80,9 @@ class Nodes:
         return self.found[0]
 
     def op(self, name: str) -> Nodes:
-        """Of the operator ``name``: whole words of it (``all_gather``, ``mm``, ``aten.add``), or with ``*`` and ``?``
-        all of it (``aten.*.Tensor``)."""
-        words = re.compile(rf"(?:^|[._]){re.escape(name)}(?:$|[._])")
+        """Of the operator ``name``: whole words of it (``all_gather``, ``mm``, ``aten.add``; ``gelu`` is not
+        ``gelu_backward``), or with ``*`` and ``?`` all of it (``aten.*.Tensor``)."""
+        words = re.compile(rf"(?:^|[._]){re.escape(name)}(?!_backward)(?:$|[._])")
 
         def matches(target: str) -> bool:
             return fnmatch.fnmatchcase(target, name) if set(name) & set("*?") else words.search(target) is not None

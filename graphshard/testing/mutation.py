@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from graphshard import fake
 from graphshard.check import check
 from graphshard.errors import IllegalProgram, NothingToMutate, UnknownBreak
 from graphshard.pipeline import Context, Pass
@@ -78,7 +79,8 @@ def mutants(program: Program, before: Program | None = None, kinds: Collection[s
         for graph, index in sites:
             section = fresh.sections()[graph]
             try:
-                said = item.apply(fresh, section, list(section.graph.nodes)[index])
+                with fake.quiet():
+                    said = item.apply(fresh, section, list(section.graph.nodes)[index])
             except (RuntimeError, ValueError, TypeError):  # what operators raise for arguments that do not fit
                 fresh = copied(program)
                 continue

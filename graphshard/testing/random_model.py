@@ -6,6 +6,7 @@ that nothing is dead. Layers with parameters are modules ``h.0``, ``h.1``, …, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -121,7 +122,7 @@ class RandomModel(nn.Module):
             unread -= set(layer.reads)
             unread.add(len(values))
             values.append(module(*(values[i] for i in layer.reads)))
-        return torch.stack([values[i].square().mean() for i in sorted(unread)]).sum()
+        return functools.reduce(torch.add, (values[i].square().mean() for i in sorted(unread)))
 
 
 class _Module(nn.Module):

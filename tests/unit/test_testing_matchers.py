@@ -6,7 +6,7 @@ import pytest
 
 from graphshard import text
 from graphshard.program import Program
-from graphshard.testing import apply, assert_same_meaning, nodes, run_on_ranks
+from graphshard.testing import apply, assert_same_meaning, nodes, run_on_ranks, trainable
 from graphshard.testing.plugin import pytest_assertrepr_compare
 from two_layers import two_layers
 
@@ -22,6 +22,11 @@ def test_operators_are_found_by_whole_words(program: Program) -> None:
     assert body.op("aten.mm").count == body.op("aten.mm.default").count == body.op("*.mm.*").count == 5
     assert body.op("m").count == body.op("scatter_ten").count == 0
     assert body.op("all_gather").count == body.op("all_gather_into_tensor").count == 3
+
+
+def test_a_derivative_is_another_operator() -> None:
+    program = trainable(lambda p, x: (x * p["w"]).tanh().sum(), [2], params={"w": [2]})
+    assert nodes(program).op("tanh").count == nodes(program).op("tanh_backward").count == 1
 
 
 def test_every_selection_narrows(program: Program) -> None:

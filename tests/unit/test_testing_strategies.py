@@ -35,7 +35,10 @@ def test_random_programs_are_legal_run_and_round_trip(program: Program) -> None:
 
 
 @SETTINGS
-@given(programs(), st.lists(pass_lists(), min_size=3, max_size=3))
+@given(
+    programs(meshes=["", "dp=2", "pp=2", "pp=2 dp=2", "dp=2 shard=2", "pp=3 dp=2"]),
+    st.lists(pass_lists(), min_size=3, max_size=3),
+)
 def test_every_pass_keeps_the_meaning(program: Program, passes: list[str]) -> None:
     for listed in passes:
         note(listed)
