@@ -224,11 +224,11 @@ class _Run:
                     self._add(what.format(name), {rank: part})
 
     def _members(self, name: str, by_rank: Mapping[int, Tensor], rank: int, value: Tensor) -> list[tuple[str, Tensor]]:
-        """Each parameter's part of what ``rank`` and its peers keep of a bucket; a scalar is everybody's."""
+        """Each parameter's part of what ``rank`` and its peers keep of a bucket; another value is everybody's."""
         bucket = self.program.buckets.get(name)
         if bucket is None:
             return [(name, value)]
-        if value.dim() == 0:
+        if tuple(value.shape) not in ((bucket.numel,), (bucket.shard_numel,)):
             return [(name, value) for name, _ in bucket.members]
         if value.numel() != bucket.numel:
             value = torch.cat([by_rank[peer] for peer in self.mesh.group(rank, bucket.axis)])
