@@ -15,6 +15,7 @@ from torch import fx
 from graphshard import text
 from graphshard.alignment import Alignment, Item
 from graphshard.diff import diff
+from graphshard.difference import Kind
 from graphshard.dump import SOURCES
 from graphshard.errors import AmbiguousNode, NotADump, UnknownNode
 from graphshard.program import Phase, Program, info, source_line
@@ -213,19 +214,20 @@ class _Search:
         key = (section, name)
         did: list[str] = []
         copied = False
-        for copy in found.duplicated:
-            if (copy.copy.section, copy.copy.name) == key:
+        for copy in found.of(Kind.DUPLICATED):
+            assert copy.before is not None and copy.after is not None
+            if copy.after.key == key:
                 copied = True
-                did.append(f"made: a copy of %{copy.original.name} in graph {copy.original.section}")
-            elif old is not None and (copy.original.section, copy.original.name) == (old.section, old.node.name):
-                did.append(f"duplicated as %{copy.copy.name} in graph {copy.copy.section}")
+                did.append(f"made: a copy of %{copy.before.name} in graph {copy.before.section}")
+            elif old is not None and copy.before.key == (old.section, old.node.name):
+                did.append(f"duplicated as %{copy.after.name} in graph {copy.after.section}")
         if old is None:
             did.append("made")
         elif not copied:
             did += [f"moved from graph {old.section} to {section}"] if old.section != section else []
             did += [f"renamed from %{old.node.name}"] if old.node.name != name else []
-        for change in (*found.changed, *found.moved):
-            if (change.after.section, change.after.name) == key and not change.after.text.startswith("return "):
+        for change in found.entries:
+            if change.after is not None and change.after.key == key and change.before is not None and not copied:
                 did += map(_worded, change.what)
         return Touch(self.names[index], "; ".join(did), section, name) if did else None
 

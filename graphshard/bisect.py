@@ -18,7 +18,8 @@ from graphshard.costs import costs
 from graphshard.errors import IllegalProgram, NodeFailed, NotEquivalent
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.program import Program, info, tensors
-from graphshard.reference import Inputs, Results, run
+from graphshard.reference import Results, run
+from graphshard.reference_inputs import Inputs
 from graphshard.rewrite import copied
 from graphshard.units import human
 

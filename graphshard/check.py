@@ -16,7 +16,8 @@ from graphshard.alignment import Alignment
 from graphshard.errors import NodeFailed, NotEquivalent, NotFinite, TooLargeToCheck
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.program import Program, info, tensors, val
-from graphshard.reference import Inputs, Results, random_inputs, run
+from graphshard.reference import Results, run
+from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
 
 RTOL, ATOL = 1e-9, 1e-10

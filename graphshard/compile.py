@@ -31,7 +31,7 @@ from graphshard.pipeline import Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
 from graphshard.prove import prove
-from graphshard.reference import Inputs, random_inputs
+from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage

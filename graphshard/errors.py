@@ -654,3 +654,34 @@ class UnsupportedModule(GraphshardError):
     def __init__(self, path: str, kind: str, instead: str) -> None:
         where = f"module {path!r}" if path else "the model"
         super().__init__(f"{where} is a {kind}; {instead}")
+
+
+class BadCase(GraphshardError):
+    """A ``.graph`` test file with a directive that does not exist, or that tests nothing; ``line`` counts from 1."""
+
+    def __init__(self, line: int, problem: str) -> None:
+        super().__init__(f"line {line}: {problem}")
+
+
+class BadBuild(GraphshardError):
+    """A program builder was asked for what no program can hold."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"cannot build this program: {problem}")
+
+
+class UnknownBreak(GraphshardError):
+    """A kind of mutation that does not exist."""
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        near = difflib.get_close_matches(name, list(known), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+        super().__init__(f"unknown kind of mutation {name!r}; {hint}")
+
+
+class NothingToMutate(GraphshardError):
+    """A pass whose result offers nothing to break: a test of it by mutation would test nothing."""
+
+    def __init__(self, kinds: Iterable[str]) -> None:
+        tried = ", ".join(kinds)
+        super().__init__(f"the passes changed nothing that can be broken; give a program they change (tried: {tried})")

@@ -9,7 +9,7 @@ rounding. Before ``zero`` says how, a step averages loss and gradients over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from graphshard.errors import NodeFailed
-from graphshard.program import Bucket, Level, Program, Role, Section, Slot, info, val
+from graphshard.program import Level, Program, Role, Section, Slot, info, val
+from graphshard.reference_inputs import Batch, Inputs, members_of
 
 gs = torch.ops.graphshard
 c10d = torch.ops._c10d_functional
@@ -26,65 +27,18 @@ c10d = torch.ops._c10d_functional
 _WIDE = {torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64}
 
 
-Batch = Sequence[Sequence[Sequence[Tensor]]]
-"""Of one step: per data-parallel rank, per micro-batch, the tensors in flattening order."""
-
-
-@dataclass
-class Inputs:
-    """What steps begin with, by the model's own names, and what each is given."""
-
-    params: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    batches: list[Batch]  # per step
-    lrs: list[float] = field(default_factory=lambda: [1e-2] * 8)
-    seed: int = 0
-
-
 @dataclass
 class Results:
     """What steps end with.
 
     ``values``: by what it is ("loss of step 0", "param lin.weight", "state lin.weight exp_avg"), a copy for every rank
-    that has it. ``seen``: what each node of the first step's first micro-batch was, on the lowest rank that has it.
+    that has it; ``ranks`` says which ranks those are. ``seen``: what each node of the first step's first micro-batch
+    was, on the lowest rank that has it.
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
+    ranks: dict[str, list[int]] = field(default_factory=dict)
     seen: dict[fx.Node, Any] = field(default_factory=dict)
-
-
-def random_inputs(program: Program, steps: int = 2, seed: int = 0) -> Inputs:
-    """Inputs of the right shapes. Integers are 0 or 1, which index every table; buffers of floats are positive."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(shape: Sequence[int], dtype: torch.dtype, positive: bool = False) -> Tensor:
-        if not dtype.is_floating_point:
-            return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
-        if positive:
-            return torch.rand(tuple(shape), generator=generator, dtype=torch.float64) + 0.5
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float64)
-
-    params = {p.name: draw(p.shape, p.dtype) * 0.3 for p in program.params.values()}
-    slots = {
-        slot: val(node) for section in program.sections().values() for node, slot in section.inputs.items()
-    }  # of a slot that several graphs read, any
-    buffers = {s.name: draw(v.shape, v.dtype, positive=True) for s, v in slots.items() if s.role is Role.BUFFER}
-    given = {int(slot.name): value for slot, value in slots.items() if slot.role is Role.BATCH}
-    absent = torch.empty(0)
-    batches: list[Batch] = [
-        [
-            [
-                [
-                    draw(given[i].shape, given[i].dtype) if i in given else absent
-                    for i in range(max(given, default=-1) + 1)
-                ]
-                for _ in range(program.microbatches)
-            ]
-            for _ in range(program.mesh.dp_size)
-        ]
-        for _ in range(steps)
-    ]
-    return Inputs(params, buffers, batches, seed=seed)
 
 
 def run(program: Program, inputs: Inputs, wide: bool = True) -> Results:
@@ -124,7 +78,9 @@ class _Run:
                 if slot.role is Role.CARRY:
                     carries[slot] = by_rank
                 elif slot.role is Role.OUTPUT:
-                    self._add(f"output {slot.name} of step {step}, micro-batch {microbatch}", by_rank)
+                    for rank, value in by_rank.items():
+                        where = f"step {step}, micro-batch {microbatch} @{self.mesh.dp_rank(rank)}"
+                        self._add(f"output {slot.name} of {where}", {rank: value})
         if program.level is not Level.SHARDED:
             carries = {slot: self._averaged(slot, by_rank) for slot, by_rank in carries.items()}
         has_state = any(slot.role is Role.STATE for store in self.stores.values() for slot in store)
@@ -135,7 +91,10 @@ class _Run:
             if slot.role is Role.LOSS:
                 self._add(f"loss of step {step}", by_rank)
             elif slot.role is Role.OUTPUT:
-                self._add(f"output {slot.name} of step {step}", by_rank)
+                kind, _, name = slot.name.rpartition(":")  # a gradient, where there is no optimizer
+                for rank, value in by_rank.items():
+                    for member, part in self._members(name, by_rank, rank, value):
+                        self._add(f"output {kind}:{member} of step {step}", {rank: part})
             else:
                 for rank, value in by_rank.items():
                     self.stores[rank][slot] = value
@@ -186,13 +145,23 @@ class _Run:
             case Role.BUFFER:
                 return self._cast(self.inputs.buffers[slot.name], node)
             case Role.FLAT | Role.SHARD:
-                bucket = program.buckets[slot.name]
-                parts = [self._cast(self.inputs.params[name], node).contiguous() for name, _ in bucket.members]
-                flat = gs.pack(parts, [offset for _, offset in bucket.members], bucket.numel)
-                if slot.role is Role.FLAT:
-                    return flat  # type: ignore[no-any-return]
-                return flat.chunk(bucket.parts)[self.mesh.coordinates(rank)[bucket.axis]].clone()  # type: ignore[no-any-return]
+                return self._packed(slot, node, rank, self.inputs.params)
+            case Role.STATE if self.inputs.state:
+                state = {name: value for (name, key), value in self.inputs.state.items() if key == slot.key}
+                return self._packed(slot, node, rank, state)
         raise AssertionError(f"nothing has made {slot}")
+
+    def _packed(self, slot: Slot, node: fx.Node, rank: int, values: Mapping[str, Tensor]) -> Tensor:
+        """What ``rank`` holds in ``slot`` of ``values``, by parameter: a parameter's, or the bucket's or its part."""
+        bucket, shape = self.program.buckets.get(slot.name), tuple(val(node).shape)
+        # A scalar is everybody's. State of an optimizer that looks at whole parameters keeps their shape.
+        if bucket is None or shape not in ((bucket.numel,), (bucket.shard_numel,)):
+            return self._cast(values[members_of(self.program, slot)[0]], node)
+        parts = [self._cast(values[name], node).contiguous() for name, _ in bucket.members]
+        flat = gs.pack(parts, [offset for _, offset in bucket.members], bucket.numel)
+        if shape == (bucket.numel,):
+            return flat  # type: ignore[no-any-return]
+        return flat.chunk(bucket.parts)[self.mesh.coordinates(rank)[bucket.axis]].clone()  # type: ignore[no-any-return]
 
     def _cast(self, value: Tensor, node: fx.Node) -> Tensor:
         """``value`` in the dtype that ``node``, which it is for, is computed in."""
@@ -255,29 +224,30 @@ class _Run:
 
     def _add(self, name: str, by_rank: Mapping[int, Tensor]) -> None:
         self.results.values.setdefault(name, []).extend(by_rank.values())
+        self.results.ranks.setdefault(name, []).extend(by_rank)
 
     def _collect(self) -> None:
         for rank, store in self.stores.items():
             for slot, value in store.items():
                 if slot.role is Role.BUFFER:
-                    self.results.values.setdefault(f"buffer {slot.name} @{self.mesh.dp_rank(rank)}", []).append(value)
+                    self._add(f"buffer {slot.name} @{self.mesh.dp_rank(rank)}", {rank: value})
                     continue
                 what = f"state {{}} {slot.key}" if slot.role is Role.STATE else "param {}"
-                bucket = self.program.buckets.get(slot.name)
-                if bucket is None:
-                    self._add(what.format(slot.name), {rank: value})
-                    continue
-                for name, part in self._members(bucket, slot, rank, value):
+                by_rank = {peer: other[slot] for peer, other in self.stores.items() if slot in other}
+                for name, part in self._members(slot.name, by_rank, rank, value):
                     self._add(what.format(name), {rank: part})
 
-    def _members(self, bucket: Bucket, slot: Slot, rank: int, value: Tensor) -> list[tuple[str, Tensor]]:
-        """Each parameter's part of what ``rank`` and its peers keep of a bucket; a scalar is everybody's."""
-        if value.dim() == 0:
+    def _members(self, name: str, by_rank: Mapping[int, Tensor], rank: int, value: Tensor) -> list[tuple[str, Tensor]]:
+        """Each parameter's part of what ``rank`` and its peers keep of a bucket; another value is everybody's."""
+        bucket = self.program.buckets.get(name)
+        if bucket is None:
+            return [(name, value)]
+        if tuple(value.shape) not in ((bucket.numel,), (bucket.shard_numel,)):
             return [(name, value) for name, _ in bucket.members]
         if value.numel() != bucket.numel:
-            value = torch.cat([self.stores[peer][slot] for peer in self.mesh.group(rank, bucket.axis)])
-        params = self.program.params
-        return [(name, value[at : at + params[name].numel].view(params[name].shape)) for name, at in bucket.members]
+            value = torch.cat([by_rank[peer] for peer in self.mesh.group(rank, bucket.axis)])
+        params, flat = self.program.params, value.reshape(-1)
+        return [(name, flat[at : at + params[name].numel].view(params[name].shape)) for name, at in bucket.members]
 
 
 _ACROSS: dict[Any, Callable[[_Run, fx.Node, Env, int], Tensor]] = {

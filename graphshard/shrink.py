@@ -21,7 +21,8 @@ from graphshard.dataflow import is_pointwise
 from graphshard.errors import NodeFailed
 from graphshard.mesh import Mesh
 from graphshard.program import Program, tensors, val
-from graphshard.reference import random_inputs, run
+from graphshard.reference import run
+from graphshard.reference_inputs import random_inputs
 from graphshard.rewrite import copied
 from graphshard.sizes import choose, constraints, sizes_of
 

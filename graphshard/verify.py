@@ -10,7 +10,8 @@ from torch import fx
 
 from graphshard.errors import IllegalProgram
 from graphshard.postconditions import require
-from graphshard.program import Level, Phase, Program, Role, Section, info
+from graphshard.program import Level, Phase, Program, Role, Section, Slot, info
+from graphshard.text_spelling import TypeText
 
 _NAMESPACES = {
     Level.CAPTURED: {"aten", "prims", "graphshard"},
@@ -19,6 +20,7 @@ _NAMESPACES = {
 }
 _CROSS_STAGE = {"graphshard::transfer", "graphshard::stage_sum", "graphshard::stage_broadcast"}
 _SHARDED_ONLY = {"graphshard::local_shard"}
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _BODY_ORDER = {Phase.FORWARD: 0, Phase.BACKWARD: 1, Phase.WEIGHT: 1}
 
 
@@ -38,8 +40,12 @@ def verify(program: Program, after: str = "") -> None:
                 _check_stage(node, program.stages, where)
             if name == "body":
                 _check_phase_order(node, where)
+    _check_types(program, suffix)
     _check_carries(program, suffix)
     _check_parameters(program, suffix)
+    if program.level is Level.SHARDED:
+        for name, section in program.sections().items():
+            _check_waits(section, f"graph {name}{suffix}")
     require(program, suffix)
 
 
@@ -113,6 +119,30 @@ def _check_phase_order(node: fx.Node, where: str) -> None:
             _fail(f"a forward operation reads %{source.name} of phase {info(source).phase}", node, where)
         if info(source).phase is Phase.WEIGHT and info(node).phase is Phase.BACKWARD:
             _fail(f"an operation of phase backward reads %{source.name} of phase weight", node, where)
+
+
+def _check_types(program: Program, suffix: str) -> None:
+    """Every graph reads and writes a slot as the same type; without that one storage could not serve them all."""
+    known: dict[Slot, tuple[TypeText, str]] = {}
+    for name, section in program.sections().items():
+        ports = [*section.input_slots.items(), *section.outputs.items()]
+        for slot, node in ports:
+            value = node.meta["val"]
+            if slot.role is Role.OUTPUT or not isinstance(value, torch.Tensor):
+                continue
+            kind = TypeText(value.dtype, tuple(value.shape))
+            expected, where = known.setdefault(slot, (kind, name))
+            if kind != expected:
+                _fail(f"{slot} is {expected} in graph {where} and {kind} here", node, f"graph {name}{suffix}")
+
+
+def _check_waits(section: Section, where: str) -> None:
+    """A collective's value is there when it has been waited for, and not before."""
+    for node in section.nodes():
+        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional":
+            for user in node.users if node.target is not _WAIT else ():
+                if user.target is not _WAIT:
+                    _fail(f"%{user.name} reads the collective %{node.name} without waiting for it", node, where)
 
 
 def _check_carries(program: Program, suffix: str) -> None:

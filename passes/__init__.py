@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from graphshard.errors import UnknownPass
 from graphshard.passes.bucket import BucketCollectives
 from graphshard.passes.hoist import Hoist
 from graphshard.passes.normalize import Normalize
@@ -27,9 +28,19 @@ def default_passes(plan: Plan) -> list[Pass]:
 
 
 def with_passes(passes: list[Pass], given: Sequence[Pass]) -> list[Pass]:
-    """``passes`` with those of ``given`` in place of the ones they are named like; others run after ``normalize``."""
+    """``passes`` with those of ``given`` in place of the ones they are named like; any other runs behind the pass that
+    its attribute ``after`` names, ``normalize`` if it has none.
+
+    Raises:
+        UnknownPass: ``after`` names none of ``passes``.
+    """
     replacements = {item.name: item for item in given}
     result = [replacements.pop(item.name, item) for item in passes]
-    at = next((i for i, item in enumerate(result, 1) if item.name == "normalize"), 0)
-    result[at:at] = [item for item in given if item.name in replacements]
+    for item in reversed(given):  # each right behind its place: of two at one place the first given comes first
+        if item.name in replacements:
+            names = [other.name for other in result]
+            after = getattr(item, "after", "normalize")
+            if after not in names:
+                raise UnknownPass(after, names)
+            result.insert(names.index(after) + 1, item)
     return result

@@ -251,10 +251,15 @@ class _Merge:
             for node in update.inputs(other).values():
                 remove_input(section, node)
         for (role, key), node in update.inputs(first).items():
-            scalar = role is Role.STATE and node.meta["val"].dim() == 0
-            value = node.meta["val"] if scalar else self._flat(node, first)
+            value = node.meta["val"]
+            # A scalar, or state of a whole parameter's update, is no part of the storage and stays what it is.
+            if role is not Role.STATE or tuple(value.shape) in ((first.numel,), (first.shard_numel,)):
+                value = self._flat(node, first)
             slot = self._slot(section.inputs[node])
             self._replace_input(section, node, slot, value, key)
+        for node in own:
+            if node.target is gs.pack.default:  # of a whole parameter's update: its bucket has become longer
+                node.args = (*node.args[:2], self.merged.numel)
         retype(own)
 
     def _replace_input(self, section: Section, node: fx.Node, slot: Slot, value: torch.Tensor, key: str = "") -> None:

@@ -174,12 +174,16 @@ class Storage:
     def _state_places(self) -> Iterator[_Place]:
         for place in self._places(Role.STATE):
             bucket = self.buckets.get(place.slot.name)
-            split = bucket is not None and place.kind.shape and place.kind.shape[0] != bucket.numel
+            split = bucket is not None and place.kind.shape == (bucket.shard_numel,) != (bucket.numel,)
             yield _Place(place.slot, place.kind, bucket.axis if bucket is not None and split else "")
 
     def _members(self, place: _Place) -> tuple[tuple[str, int], ...]:
         bucket = self.buckets.get(place.slot.name)
-        return bucket.members if bucket is not None else ((place.slot.name, -1),)
+        if bucket is None:
+            return ((place.slot.name, -1),)
+        if place.kind.shape in ((), (bucket.numel,), (bucket.shard_numel,)):
+            return bucket.members
+        return tuple((name, -1) for name, _ in bucket.members)  # of an optimizer that looks at whole parameters
 
     # Common
 

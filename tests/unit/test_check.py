@@ -14,12 +14,12 @@ from graphshard import text
 from graphshard.check import check, check_passes
 from graphshard.errors import NotEquivalent
 from graphshard.pipeline import Context, Pass, parse_passes
-from graphshard.program import Program
-from graphshard.rewrite import copied, list_arg
+from graphshard.program import Program, info
+from graphshard.rewrite import after, arg, call, copied, list_arg
+from graphshard.testing import mutants, nodes
 from two_layers import two_layers
 
 aten = torch.ops.aten
-c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
 
 
@@ -37,107 +37,67 @@ def test_every_pass_keeps_the_meaning(passes: str, stages: int, microbatches: in
 
 # Faults: what a wrong pass could leave behind.
 
+Fault = Callable[[Program], Program]
 
-def nodes(program: Program, target: Any) -> list[fx.Node]:
-    return [node for section in program.sections().values() for node in section.nodes() if node.target is target]
+
+def broken(kind: str) -> Fault:
+    """The first mutant of that kind."""
+    return lambda program: next(mutants(program, kinds=[kind])).program
 
 
 def first(program: Program, target: Any) -> fx.Node:
-    return nodes(program, target)[0]
+    sections = program.sections().values()
+    return next(node for section in sections for node in section.nodes() if node.target is target)
 
 
 def changed(node: fx.Node, index: int, value: Any) -> None:
     node.args = (*node.args[:index], value, *node.args[index + 1 :])
 
 
-def wrong_scale(p: Program) -> None:
-    changed(next(n for n in nodes(p, aten.mul.Tensor) if n.args[1] == 0.5 and "mul_tensor" in n.name), 1, 0.25)
-
-
-def no_reduction(p: Program) -> None:
-    reduced = first(p, c10d.all_reduce.default)
-    (wait,) = reduced.users
-    wait.replace_all_uses_with(reduced.all_input_nodes[0])
-
-
-def reduced_twice(p: Program) -> None:
-    reduced = first(p, c10d.all_reduce.default)
-    (wait,) = reduced.users
-    with wait.graph.inserting_after(wait):
-        again = wait.graph.node_copy(reduced, lambda n: wait)
-    with wait.graph.inserting_after(again):
-        wait_again = wait.graph.node_copy(wait, lambda n: again)
-    wait.replace_all_uses_with(wait_again, delete_user_cb=lambda user: user not in (again, wait_again))
-
-
-def shifted_parameter(p: Program) -> None:
+def other_strides(p: Program) -> Program:
     changed(first(p, aten.as_strided.default), 2, [1, 4])
+    return p
 
 
-def shifted_gradient(p: Program) -> None:
+def slightly_more(p: Program) -> Program:
     pack = first(p, gs.pack.default)
-    changed(pack, 0, [slightly_more(part) for part in list_arg(pack, 0)])
+    changed(pack, 0, [_instead(part, aten.mul.Tensor, 1.0000001) for part in list_arg(pack, 0)])
+    return p
 
 
-def slightly_more(node: fx.Node) -> fx.Node:
-    with node.graph.inserting_after(node):
-        more = node.graph.call_function(aten.mul.Tensor, (node, 1.0000001))
-    more.meta = dict(node.meta)
-    return more
-
-
-def not_accumulated(p: Program) -> None:
-    total = next(n for n in p.body.nodes() if n.target is aten.add.Tensor and "grad" in str(n.args[0]))
-    total.replace_all_uses_with(total.args[1])  # type: ignore[arg-type]
-
-
-def another_parameter(p: Program) -> None:
-    one, other, *_ = nodes(p, c10d.all_gather_into_tensor.default)
+def another_parameter(p: Program) -> Program:
+    one, other = nodes(p).op("all_gather").phase("forward")
     changed(one, 0, other.args[0])
+    return p
 
 
-def not_updated(p: Program) -> None:
-    update = first(p, aten.sub.Tensor)
-    update.replace_all_uses_with(update.args[0])  # type: ignore[arg-type]
-
-
-def wrong_order_of_parts(p: Program) -> None:
+def wrong_order_of_parts(p: Program) -> Program:
     node = first(p, gs.local_shard.default)
-    with node.graph.inserting_before(node):
-        flipped = node.graph.call_function(aten.flip.default, (node.args[0], [0]))
-    flipped.meta = dict(node.args[0].meta)  # type: ignore[union-attr]
-    changed(node, 0, flipped)
+    changed(node, 0, _instead(arg(node, 0), aten.flip.default, [0]))
+    return p
 
 
-def sent_something_else(p: Program) -> None:
-    transfer = first(p, gs.transfer.default)
-    source: Any = transfer.args[0]
-    with transfer.graph.inserting_before(transfer):
-        other = transfer.graph.call_function(aten.neg.default, (source,))
-    other.meta = dict(source.meta)
-    changed(transfer, 0, other)
+def _instead(node: fx.Node, target: Any, value: Any) -> fx.Node:
+    with after(node):
+        return call(node.graph, target, (node, value), info(node))
 
 
-def loss_of_another_scale(p: Program) -> None:
-    changed(next(n for n in p.epilogue.nodes() if n.name == "mean"), 1, 1.0)
-
-
-FAULTS: dict[str, tuple[str, Callable[[Program], None]]] = {
-    "the mean over ranks is wrong": ("zero:stage=0", wrong_scale),
-    "a gradient is not reduced": ("zero:stage=0", no_reduction),
-    "a gradient is reduced twice": ("zero:stage=0", reduced_twice),
-    "a parameter is read in other strides": ("zero:stage=3", shifted_parameter),
-    "a gradient is off by a part in ten million": ("zero:stage=3", shifted_gradient),
-    "a gradient is not accumulated": ("zero:stage=3", not_accumulated),
+FAULTS: dict[str, tuple[str, Fault]] = {
+    "the mean over ranks is wrong": ("zero:stage=0", broken("scale")),
+    "a gradient is not reduced": ("zero:stage=0", broken("drop-collective")),
+    "a gradient is reduced twice": ("zero:stage=0", broken("reduce-twice")),
+    "a parameter is read in other strides": ("zero:stage=3", other_strides),
+    "a gradient is off by a part in ten million": ("zero:stage=3", slightly_more),
+    "a gradient is not accumulated": ("zero:stage=3", broken("drop-term")),
     "another parameter is gathered": ("zero:stage=3", another_parameter),
-    "a parameter is not updated": ("zero:stage=2", not_updated),
+    "a parameter is not updated": ("zero:stage=2", broken("drop-update")),
     "a rank updates another one's part": ("zero:stage=1", wrong_order_of_parts),
-    "another value is sent": ("pipeline-cut", sent_something_else),
-    "the loss has another scale": ("normalize", loss_of_another_scale),
+    "another value is sent": ("pipeline-cut", broken("read-another")),
+    "the loss has another scale": ("normalize", broken("scale")),
 }
 
 
-def faulty(inner: Pass, fault: Callable[[Program], None]) -> Pass:
+def faulty(inner: Pass, fault: Fault) -> Pass:
     """A pass that does what ``inner`` does, and then the fault."""
 
     class Faulty:
@@ -145,9 +105,7 @@ def faulty(inner: Pass, fault: Callable[[Program], None]) -> Pass:
         exact: ClassVar[bool] = False
 
         def run(self, program: Program, ctx: Context) -> Program:
-            program = inner.run(program, ctx)
-            fault(program)
-            return program
+            return fault(inner.run(program, ctx))
 
     return Faulty()
 
@@ -172,12 +130,11 @@ def test_a_fault_is_found_and_its_pass_named(name: str) -> None:
 
 def test_the_first_node_that_differs_is_named() -> None:
     program = text.parse(two_layers("dp=2"))
-    broken = copied(program)
-    changed(
-        next(n for n in broken.body.nodes() if n.name == "gh"), 0, next(n for n in broken.body.nodes() if n.name == "y")
-    )
+    wrong = copied(program)
+    by_name = {node.name: node for node in wrong.body.nodes()}
+    changed(by_name["gh"], 0, by_name["y"])
     with pytest.raises(NotEquivalent, match=r"differs by .*; first at %gh = aten.mm.default of module b, graph body"):
-        check(program, broken)
+        check(program, wrong)
 
 
 def test_exact_means_every_bit() -> None:

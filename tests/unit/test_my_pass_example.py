@@ -1,61 +1,41 @@
-"""How to test a pass: graph text in, graph text out. No tracer, no device, no process group."""
+"""How to test a pass with the kit: a program in, nodes out. No device, no process group."""
 
 from __future__ import annotations
 
-import pytest
+from collections import OrderedDict
 
-from graphshard import text
+import pytest
+from torch import nn
+
 from graphshard.errors import UnknownPass
-from graphshard.pipeline import parse_passes, run_passes
+from graphshard.pipeline import parse_passes
+from graphshard.program import Program
+from graphshard.testing import apply, nodes, trainable
 from my_pass import TanhGelu
 
-GRAPH = """graphshard 1
-level captured
 
-graph prologue {
-  %z : f32[] = aten.full.default([], 0.0)
-  return carry "loss" %z
-}
-
-graph body {
-  %x : f32[2,4] = batch 0
-  %loss : f32[] = carry "loss"
-  %h : f32[2,4] = aten.gelu.default(%x) {module=mlp.act}
-  %y : f32[2,4] = aten.gelu.default(%h) {module=head}
-  %s : f32[] = aten.sum.default(%y) {module=head}
-  %l : f32[] = aten.add.Tensor(%loss, %s)
-  %g : f32[2,4]{0,0} = aten.expand.default(%s, [2, 4]) {phase=backward, module=head}
-  %gh : f32[2,4] = aten.gelu_backward.default(%g, %h) {phase=backward, module=head}
-  %gx : f32[2,4] = aten.gelu_backward.default(%gh, %x) {phase=backward, module=mlp.act}
-  return carry "loss" %l
-}
-
-graph epilogue {
-  %loss : f32[] = carry "loss"
-  return loss "loss" %loss
-}
-"""
-
-
-def approximated(below: str) -> list[str]:
-    """Names of the nodes that are approximate after the pass."""
-    after = text.to_text(run_passes(text.parse(GRAPH), [TanhGelu(below)]))
-    return [line.split()[0] for line in after.splitlines() if 'approximate="tanh"' in line]
+@pytest.fixture(scope="module")
+def program() -> Program:
+    mlp = nn.Sequential(OrderedDict(up=nn.Linear(4, 8), act=nn.GELU()))
+    return trainable(
+        nn.Sequential(OrderedDict(mlp=mlp, head=nn.GELU())), [2, 4], [2, 8], loss_fn=nn.functional.mse_loss
+    )
 
 
 @pytest.mark.parametrize(
-    ("below", "names"),
-    [("", ["%h", "%y", "%gh", "%gx"]), ("mlp", ["%h", "%gx"]), ("head", ["%y", "%gh"]), ("ml", [])],
+    ("below", "modules"), [("", ["mlp.act", "head"]), ("mlp", ["mlp.act"]), ("head", ["head"]), ("ml", [])]
 )
-def test_gelu_is_approximated_forward_and_backward(below: str, names: list[str]) -> None:
-    assert approximated(below) == names
+def test_gelu_is_approximated_forward_and_backward(program: Program, below: str, modules: list[str]) -> None:
+    changed = nodes(apply([TanhGelu(below)], program)).made_by("tanh-gelu")
+    assert changed.op("gelu").count == changed.op("gelu_backward").count == len(modules)
+    assert sum(changed.module(module).count for module in modules) == changed.count
+    assert all(node.kwargs["approximate"] == "tanh" for node in changed)
 
 
-def test_what_is_approximate_already_is_left_alone() -> None:
-    once = run_passes(text.parse(GRAPH), [TanhGelu()])
-    again = run_passes(text.parse(text.to_text(once)), [TanhGelu()])
-    assert text.to_text(again).count("made_by=tanh-gelu") == 4
-    assert [record.name for record in again.history] == ["tanh-gelu", "tanh-gelu"]
+def test_what_is_approximate_already_is_left_alone(program: Program) -> None:
+    below = apply([TanhGelu("head"), TanhGelu()], program)
+    assert nodes(below).made_by("tanh-gelu").count == 4
+    assert [record.changes for record in apply([TanhGelu()], below).history] == [{}] * 3
 
 
 def test_the_command_line_finds_it() -> None:

@@ -266,6 +266,19 @@ def test_storage_belongs_to_sharded_programs() -> None:
     verify(program('%f : f32[16] = flat "b"', header=SHARDED))
 
 
+def test_a_slot_is_of_one_type_in_all_graphs() -> None:
+    broken = text.parse(
+        BODY.format(header="", lines="", stage="module=m").replace("sub.Tensor(%w, %g)", "sum.default(%g)")
+    )
+    refused(broken, 'param "w" is f32[4,4] in graph body and f32[] here (at %w1')
+
+
+def test_a_collective_is_waited_for() -> None:
+    started = '%r = _c10d_functional.all_reduce.default(%x, "sum", "dp")'
+    verify(program(started, "%done = _c10d_functional.wait_tensor.default(%r)", header=SHARDED))
+    refused(program(started, "%early = aten.neg.default(%r)", header=SHARDED), "%early reads the collective %r without")
+
+
 def test_members_of_buckets_are_parameters() -> None:
     broken = program(header=SHARDED)
     del broken.params["w"]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from case_runner import CaseError, cases, check, run
+from graphshard.errors import BadCase
+from graphshard.testing.cases import CaseFailed, cases, check, check_meaning, output
 
 OUTPUT = "one\ntwo   two\nthree = f(1)\ntwo four\n"
 
@@ -48,24 +49,25 @@ def test_what_holds_passes(lines: tuple[str, ...]) -> None:
     ],
 )
 def test_what_does_not_hold_fails_with_the_line_of_the_check(lines: tuple[str, ...]) -> None:
-    with pytest.raises(CaseError, match=r"line [234]: CHECK"):
+    with pytest.raises(CaseFailed, match=r"line [234]: CHECK"):
         checks(*lines)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("graphshard 1\n", "no line says what to run"),
+        ("graphshard 1\n", "line 1: no line says what to run"),
         ("# RUN: zero\n", "line 1: this RUN has no CHECK"),
         ("# RUN: zero\n# CHECK: a\n# RUN: zero\n", "line 3: this RUN has no CHECK"),
         ("# CHECK: a\n", "line 1: a CHECK before the first RUN"),
         ("# RUN: zero\n# CHECK:\n", "line 2: a CHECK without text"),
         ("# RUN: zero\n# CHECK-NXT: a\n", "line 2: CHECK-NXT does not exist"),
+        ("# RUN-ERROR: zero\n# CHECK-MEANING:\n", "line 2: CHECK-MEANING after RUN-ERROR"),
         ("# RUN-FAIL: zero\n# CHECK: a\n", "line 1: RUN-FAIL does not exist"),
     ],
 )
 def test_a_case_that_checks_nothing_or_is_misspelt_is_refused(source: str, message: str) -> None:
-    with pytest.raises(CaseError, match=message):
+    with pytest.raises(BadCase, match=message):
         cases(source)
 
 
@@ -87,7 +89,54 @@ def test_passes_run_as_on_the_command_line(tmp_path: Path, directives: str, mess
     path.write_text(f"{directives}\n{GRAPH}")
     (case,) = cases(path.read_text())
     if message is None:
-        run(path, case)
+        check(output(path, case), case.checks)
     else:
-        with pytest.raises(CaseError, match=message):
-            run(path, case)
+        with pytest.raises(CaseFailed, match=message):
+            check(output(path, case), case.checks)
+
+
+NEGATED = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+
+@dataclass(frozen=True)
+class Negated:
+    twice: bool = False
+    name: ClassVar[str] = "negated"
+    exact: ClassVar[bool] = False
+
+    def run(self, program, ctx):
+        for node in program.body.nodes():
+            node.target = torch.ops.aten.neg.default
+        return program
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "operator", "message"),
+    [
+        ("", "aten.abs.default", None),
+        ("--world-size 2", "aten.abs.default", None),
+        ("negated:Negated", "aten.abs.default", r"line 2: CHECK-MEANING: the programs differ: output 0 .* first at %y"),
+        ("negated:Negated", "aten.neg.default", None),
+    ],
+)
+def test_the_meaning_is_compared(
+    command: str, operator: str, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "negated.py").write_text(NEGATED)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "a.graph"
+    graph = GRAPH.replace("  return output 0 %x", f"  %y = {operator}(%x)\n  return output 0 %y")
+    path.write_text(f"# RUN: {command}\n# CHECK-MEANING:\n{graph}")
+    (case,) = cases(path.read_text())
+    printed = output(path, case)
+    check(printed, case.checks)
+    if message is None:
+        check_meaning(path, case, printed)
+    else:
+        with pytest.raises(CaseFailed, match=message):
+            check_meaning(path, case, printed)
