@@ -228,7 +228,7 @@ class _Search:
             did += [f"renamed from %{old.node.name}"] if old.node.name != name else []
         for change in found.entries:
             if change.after is not None and change.after.key == key and change.before is not None and not copied:
-                did += map(_worded, change.what)
+                did += [_worded(line) for line in change.what if not line.startswith("graph:")]  # said above
         return Touch(self.names[index], "; ".join(did), section, name) if did else None
 
 

@@ -28,6 +28,13 @@ def writer(folder: Path) -> Observer:
     return observe
 
 
+_WATCH = '''
+
+def watch(name, value):
+    """With debug_nan the runtime looks at the value here."""
+'''
+
+
 def write_plan(folder: Path, plan: ExecutionPlan) -> None:
     """``plan.txt``, and ``stage<k>.py`` with the segments of every stage."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +42,11 @@ def write_plan(folder: Path, plan: ExecutionPlan) -> None:
     for index, stage in enumerate(plan.stages):
         code = "\n\n".join(segment.source for segment in stage.segments.values())
         imports = "import torch\n" + ("\nfrom graphshard.runtime import products\n" if "products." in code else "")
-        write_atomic(folder / f"stage{index}.py", f'"""Segments of stage {index}."""\n\n{imports}\n\n{code}')
+        watched = (
+            "\n\ndef watch(name, value):\n    pass  # with debug_nan: looks at the value\n" if stage.watched else ""
+        )
+        source = f'"""Segments of stage {index}."""\n\n{imports}{watched}\n\n{code}'
+        write_atomic(folder / f"stage{index}.py", source)
 
 
 def _relative(line: str) -> str:

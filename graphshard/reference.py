@@ -9,7 +9,8 @@ rounding. Before ``zero`` says how, a step averages loss and gradients over the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,11 +211,11 @@ class _Run:
 
     def _all_reduce(self, node: fx.Node, env: Env, rank: int) -> Tensor:
         values, _ = self._group(node, env, rank)
-        return sum(values[1:], values[0])
+        return _reduced(values, node.args[1])
 
     def _reduce_scatter(self, node: fx.Node, env: Env, rank: int) -> Tensor:
         values, at = self._group(node, env, rank)
-        return sum(values[1:], values[0]).chunk(len(values))[at].clone()
+        return _reduced(values, node.args[1]).chunk(len(values))[at].clone()
 
     def _local_shard(self, node: fx.Node, env: Env, rank: int) -> Tensor:
         values, at = self._group(node, env, rank)
@@ -248,6 +249,24 @@ class _Run:
             value = torch.cat([by_rank[peer] for peer in self.mesh.group(rank, bucket.axis)])
         params, flat = self.program.params, value.reshape(-1)
         return [(name, flat[at : at + params[name].numel].view(params[name].shape)) for name, at in bucket.members]
+
+
+def _reduced(values: Sequence[Tensor], operation: Any) -> Tensor:
+    """What a collective makes of its members' values, in rank order, as torch.distributed names its operations."""
+    if operation == "avg":
+        return _reduced(values, "sum") / len(values)
+    return functools.reduce(_OPERATIONS[operation], values)
+
+
+_OPERATIONS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": torch.add,
+    "product": torch.mul,
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "band": torch.bitwise_and,
+    "bor": torch.bitwise_or,
+    "bxor": torch.bitwise_xor,
+}
 
 
 _ACROSS: dict[Any, Callable[[_Run, fx.Node, Env, int], Tensor]] = {

@@ -25,12 +25,18 @@ _BODY_ORDER = {Phase.FORWARD: 0, Phase.BACKWARD: 1, Phase.WEIGHT: 1}
 
 
 def verify(program: Program, after: str = "") -> None:
-    """Check every rule of the program's level.
+    """Check every rule of the program's level, and what the passes have established (postconditions.py).
 
     Raises:
         IllegalProgram: names the rule, the graph and the node; ``after`` is the pass that ran last.
     """
     suffix = f" after pass {after!r}" if after else ""
+    check_rules(program, suffix)
+    require(program, suffix)
+
+
+def check_rules(program: Program, suffix: str = "") -> None:
+    """Check every rule of the program's level alone; ``suffix`` says when, for the message. Raises IllegalProgram."""
     for name, section in program.sections().items():
         where = f"graph {name}{suffix}"
         _check_structure(section, where)
@@ -46,7 +52,6 @@ def verify(program: Program, after: str = "") -> None:
     if program.level is Level.SHARDED:
         for name, section in program.sections().items():
             _check_waits(section, f"graph {name}{suffix}")
-    require(program, suffix)
 
 
 def _fail(rule: str, node: fx.Node | str, where: str) -> None:

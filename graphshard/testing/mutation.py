@@ -1,9 +1,10 @@
 """Mutation: break what a pass makes, and see whether the tests of the pass notice (DeMillo, Lipton and Sayward 1978,
 "Hints on Test Data Selection").
 
-Only what the pass made or changed is broken, in every way of breaks.py, one at a time. A mutant that is not legal is no
-mutant: the driver refuses it already. Nor is one that computes the same as before, unless its kind is one that costs
-memory or time and never changes results.
+Only what the pass made or changed is broken, in every way of breaks.py, one at a time. A mutant that breaks a rule of
+its level is no mutant. Nor is one that computes the same as before, unless its kind is one that costs memory or time
+and never changes results. One that breaks a postcondition, such as a gradient that is not reduced, is noticed by the
+driver: no test need say it again.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from graphshard import fake
 from graphshard.check import check
 from graphshard.errors import IllegalProgram, NothingToMutate, UnknownBreak
 from graphshard.pipeline import Context, Pass
+from graphshard.postconditions import require
 from graphshard.program import Program, Section
 from graphshard.rewrite import copied
 from graphshard.testing.breaks import BREAKS, Break
 from graphshard.testing.meaning import apply
 from graphshard.text import node_text
 from graphshard.text_spelling import spell_slot
-from graphshard.verify import verify
+from graphshard.verify import check_rules
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class MutantsSurvived(AssertionError):
 
 
 def mutants(program: Program, before: Program | None = None, kinds: Collection[str] = ()) -> Iterator[Mutant]:
-    """Copies of ``program``, each with one mistake, legal by :func:`graphshard.verify.verify`.
+    """Copies of ``program``, each with one mistake, legal by :func:`graphshard.verify.check_rules`.
 
     Args:
         before: what a pass made ``program`` of: only what differs is broken; None: everything.
@@ -94,10 +96,11 @@ def mutants(program: Program, before: Program | None = None, kinds: Collection[s
 def outcome(
     before: Program | None, program: Program, test: Callable[[Program], object], kinds: Collection[str] = ()
 ) -> Outcome:
-    """For which mutants of ``program`` the ``test`` raises. Those that mean the same as it count for nothing."""
+    """For which mutants of ``program`` the driver or the ``test`` raises. Those that mean the same as it count for
+    nothing."""
     noticed, survived = [], []
     for mutant in mutants(program, before, kinds):
-        if _raises(test, mutant.program):
+        if _raises(require, mutant.program) or _raises(test, mutant.program):
             noticed.append(mutant)
         elif mutant.kind.same_meaning or not _means_the_same(program, mutant.program):
             survived.append(mutant)
@@ -142,7 +145,7 @@ def _raises(test: Callable[[Program], object], mutant: Program) -> bool:
 
 def _is_legal(program: Program) -> bool:
     try:
-        verify(program)
+        check_rules(program)
     except IllegalProgram:
         return False
     return True

@@ -32,7 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--graphshard-mutate",
         action="store_true",
-        help="break what the last pass of each .graph test made, in every way, and report what no CHECK line notices",
+        help="break what the last pass of each .graph test made, in every way; what no CHECK line notices is a failure",
     )
 
 
@@ -45,13 +45,25 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
     return None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Mutants that survive are a failure, as a test that cannot fail is one."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    survived = reporter is not None and any(data["survivors"] for _, data in _outcomes(reporter))
+    if survived and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    passed = terminalreporter.getreports("passed")
-    found = [(_place(item), data) for item in passed for name, data in item.user_properties if name == _MUTANTS]
-    if found:
+    if found := _outcomes(terminalreporter):
         terminalreporter.section("mutants that no CHECK line notices")
         for line in report(found):
             terminalreporter.line(line)
+
+
+def _outcomes(reporter: pytest.TerminalReporter) -> list[tuple[str, dict[str, Any]]]:
+    passed = reporter.getreports("passed")
+    return [(_place(item), data) for item in passed for name, data in item.user_properties if name == _MUTANTS]
 
 
 def _place(item: pytest.TestReport) -> str:

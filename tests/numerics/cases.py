@@ -69,9 +69,9 @@ def adamw(model: nn.Module) -> Optimizer:
 
 
 def adagrad(model: nn.Module) -> Optimizer:
-    """Adam's learning rate, for its reason, and its eps: with Adagrad's own, 1e-10, the rounding noise of a zero gradient
-    (1e-18 in float64) moves a parameter by 1e-10, and eager PyTorch differs from itself by ten tolerances when its
-    micro-batches are reordered."""
+    """Adam's learning rate, for its reason, and its eps: with Adagrad's own, 1e-10, the rounding noise of a zero
+    gradient (1e-18 in float64) moves a parameter by 1e-10, and eager PyTorch differs from itself by ten tolerances when
+    its micro-batches are reordered."""
     return Adagrad(model.parameters(), lr=1e-3, eps=1e-8)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -12,9 +14,9 @@ from torch import fx
 import graphshard
 from graphshard import text
 from graphshard.check import check, check_passes
-from graphshard.errors import NotEquivalent
+from graphshard.errors import IllegalProgram, NotEquivalent
 from graphshard.pipeline import Context, Pass, parse_passes
-from graphshard.program import Program, info
+from graphshard.program import Phase, Program, info
 from graphshard.rewrite import after, arg, call, copied, list_arg
 from graphshard.testing import mutants, nodes
 from two_layers import two_layers
@@ -77,6 +79,53 @@ def wrong_order_of_parts(p: Program) -> Program:
     return p
 
 
+def no_transfer(p: Program) -> Program:
+    transfer = first(p, gs.transfer.default)
+    transfer.replace_all_uses_with(arg(transfer, 0))
+    return p
+
+
+def uneven_shards(p: Program) -> Program:
+    name, bucket = next(iter(p.buckets.items()))
+    p.buckets[name] = replace(bucket, numel=bucket.numel + 1)
+    return p
+
+
+def off_by_one(p: Program) -> Program:
+    """Of the storage alone: gradients and updates find the parameter where it was."""
+    name, bucket = next(iter(p.buckets.items()))
+    (member, at), *rest = bucket.members
+    p.buckets[name] = replace(bucket, members=((member, at + 1), *rest))
+    return p
+
+
+def drawn_again(p: Program) -> Program:
+    """The backward draws its mask anew, under another id."""
+    drawn = first(p, gs.dropout.default)
+    mask = next(user for user in drawn.users if user.args[1] == 1)
+    backward = next(user for user in mask.users if info(user).phase is not Phase.FORWARD)
+    record = replace(info(mask), phase=info(backward).phase)
+    with backward.graph.inserting_before(backward):
+        again = call(backward.graph, gs.dropout.default, (*drawn.args[:3], 8), record)
+        kept = call(backward.graph, operator.getitem, (again, 1), record)
+    backward.replace_input_with(mask, kept)
+    return p
+
+
+def with_dropout(source: str) -> str:
+    """Between the two layers."""
+    drawn = """%drawn = graphshard.dropout.default(%h, %key, 0.5, 7) {module=a}
+  %hd = getitem(%drawn, 0) {module=a}
+  %kept = getitem(%drawn, 1) {module=a}
+  %y = aten.mm.default(%hd, %b)"""
+    back = """%gd = aten.mm.default(%gy, %bt) {phase=backward, module=b, forward=y}
+  %gm = aten.mul.Tensor(%gd, %kept) {phase=backward, module=a, forward=drawn}
+  %gh = aten.mul.Tensor(%gm, 2.0) {phase=backward, module=a, forward=drawn}"""
+    source = source.replace("%y = aten.mm.default(%h, %b)", drawn).replace("aten.t.default(%h)", "aten.t.default(%hd)")
+    source = source.replace("%gh = aten.mm.default(%gy, %bt) {phase=backward, module=b, forward=y}", back)
+    return source.replace("%x : f32[2,4] = batch 0", '%x : f32[2,4] = batch 0\n  %key : i64[4] = rng "key"')
+
+
 def _instead(node: fx.Node, target: Any, value: Any) -> fx.Node:
     with after(node):
         return call(node.graph, target, (node, value), info(node))
@@ -94,6 +143,10 @@ FAULTS: dict[str, tuple[str, Fault]] = {
     "a rank updates another one's part": ("zero:stage=1", wrong_order_of_parts),
     "another value is sent": ("pipeline-cut", broken("read-another")),
     "the loss has another scale": ("normalize", broken("scale")),
+    "a value crosses stages without a transfer": ("pipeline-cut", no_transfer),
+    "a bucket is padded to uneven shards": ("bucket", uneven_shards),
+    "a member of a bucket is off by one": ("bucket", off_by_one),
+    "a random operator is computed again": ("pipeline-cut", drawn_again),
 }
 
 
@@ -115,15 +168,15 @@ def test_a_fault_is_found_and_its_pass_named(name: str) -> None:
     option, fault = FAULTS[name]
     pass_name = option.partition(":")[0]
     mesh = "pp=2 dp=2" if pass_name == "pipeline-cut" else "dp=2"
-    program = text.parse(two_layers(mesh))
-    good = parse_passes("normalize;pipeline-cut")
-    before = (
-        good[: [item.name for item in good].index(pass_name)] if pass_name in ("normalize", "pipeline-cut") else good
-    )
+    program = text.parse(with_dropout(two_layers(mesh)))
+    good = parse_passes("normalize;pipeline-cut;zero:stage=3;bucket")
+    before = good[: [item.name for item in good].index(pass_name)]
     (inner,) = parse_passes(option)
     listed = [*before, faulty(inner, fault), *parse_passes("overlap")]
     checked: list[str] = []
-    with pytest.raises(NotEquivalent, match=f"pass '{pass_name}' does not keep the program's meaning: .* differs by"):
+    # Some are found without running anything: a value that crosses stages, a gradient that is not reduced.
+    found = f"pass '{pass_name}' does not keep the program's meaning: .* differs by|illegal .* after pass '{pass_name}'"
+    with pytest.raises((NotEquivalent, IllegalProgram), match=found):
         checked.extend(item.name for item in check_passes(program, listed, Context(program.mesh)))
     assert checked == [item.name for item in before]
 

@@ -79,6 +79,8 @@ def test_what_check_lines_do_not_notice_is_reported(project: pytest.Pytester) ->
     weak.write_text(f"# RUN: theirs:Doubled:times=2\n# CHECK: aten.mul.Tensor\n{GRAPH}")
     result = project.runpytest_inprocess("--graphshard-mutate", "cases/good.graph", "cases/weak.graph")
     result.assert_outcomes(passed=2)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert project.runpytest_inprocess("--graphshard-mutate", "cases/good.graph").ret == pytest.ExitCode.OK
     result.stdout.fnmatch_lines(
         [
             "*mutants that no CHECK line notices*",
