@@ -28,6 +28,7 @@ from graphshard.errors import (
 )
 from graphshard.mesh import AXES, Mesh
 from graphshard.plan import Plan
+from graphshard.postconditions import of
 from graphshard.program import Level, Program
 
 if TYPE_CHECKING:
@@ -95,13 +96,15 @@ def _explain(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     """Check every pass against the program before it, and prove the plan."""
-    compiled = _compile(options)
     try:
+        compiled = _compile(options)
         for item in compiled.verify(options.full_size, options.limit_gb):
             print(f"{item.name:<16} {'the same to the bit' if item.exact else f'the same within {RTOL:g}'}")
     except (NotEquivalent, IllegalProgram, PlanError) as error:
         print(f"graphshard verify: {error}", file=sys.stderr)
         return FAILED_CHECK
+    for item in of(compiled.program):
+        print(f"{'graphs':<16} {item.what}")
     instructions = sum(len(stage.step()) for stage in compiled.execution_plan.stages)
     print(f"{'plan':<16} proved: {instructions} instructions on {compiled.mesh}")
     return 0

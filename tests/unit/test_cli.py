@@ -61,6 +61,20 @@ class Forgets:
 def faulty():  # a bias is left out of the update
     return as_dict() | {"passes": [Forgets()]}
 
+class Unreduced:
+    name, exact = "unreduced", False
+    after = "bucket"
+
+    def run(self, program, ctx):
+        all_reduce = torch.ops._c10d_functional.all_reduce.default
+        for node in program.epilogue.graph.find_nodes(op="call_function", target=all_reduce):
+            if node.meta["val"].dim():
+                next(iter(node.users)).replace_all_uses_with(node.args[0])
+        return program
+
+def unreduced():
+    return as_dict() | {"passes": [Unreduced()]}
+
 def fails():
     raise KeyError("two\\nlines")
 
@@ -360,8 +374,11 @@ def test_traceback_shows_where_an_error_was_raised(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("plan", ["dp2", "zero3+pp2", "zero2+pp2:schedule=zb-h1", "dp2+zero3:size=2"])
 def test_verify_checks_every_pass_and_the_plan(capsys: pytest.CaptureFixture[str], model: str, plan: str) -> None:
     assert main(["verify", f"{model}:make", "--plan", plan]) == 0
-    *passes, proved = capsys.readouterr().out.splitlines()
+    *lines, proved = capsys.readouterr().out.splitlines()
+    passes, graphs = lines[:6], lines[6:]
     assert [line.split()[0] for line in passes] == ["normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap"]
+    assert "graphs           every gradient is reduced exactly once" in graphs
+    assert all(line.startswith("graphs  ") for line in graphs)
     assert re.fullmatch(r"plan +proved: \d+ instructions on .*dp=2.*", proved)
 
 
@@ -371,6 +388,15 @@ def test_verify_names_the_pass_that_is_wrong(capsys: pytest.CaptureFixture[str],
     assert out.splitlines() == ["normalize        the same to the bit"]
     assert err.startswith("graphshard verify: pass 'forgets' does not keep the program's meaning: ")
     assert "differs by" in err and len(err.splitlines()) == 1
+
+
+def test_verify_fails_for_a_pass_that_breaks_a_rule(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    assert main(["verify", f"{model}:unreduced", "--plan", "dp2"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(
+        r"graphshard verify: illegal program: the gradient of .* is reduced never over dp, .*'unreduced'.*\n", err
+    )
 
 
 def test_verify_says_what_is_too_large(capsys: pytest.CaptureFixture[str], model: str) -> None:
