@@ -30,6 +30,7 @@ from graphshard.execution import (
     Storage,
     TensorType,
     slot_ref,
+    type_of,
     variants,
 )
 from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
@@ -65,12 +66,6 @@ def lower(program: Program, schedule: Schedule, watch: bool = False) -> Executio
     )
     peaks = [max(simulate_memory(plan, s, f).peak_bytes for f in variants(plan)) for s in range(program.stages)]
     return replace(plan, peak_bytes=tuple(peaks))
-
-
-def tensor_type(node: fx.Node) -> TensorType:
-    """The static type of a node's value."""
-    value = val(node)
-    return TensorType(tuple(value.shape), value.dtype, tuple(value.stride()))
 
 
 @dataclass
@@ -277,14 +272,14 @@ class _StageLowering:
                         node.name,
                         outputs=(name(node),),
                         peer=peer,
-                        type=tensor_type(node),
+                        type=type_of(val(node)),
                         **common,  # type: ignore[arg-type]
                     )
                 )
             elif piece.kind == "send":
                 source = name(node.args[0])  # type: ignore[arg-type]
                 peer = node.args[2]  # type: ignore[assignment]
-                result.append(Instruction(Op.SEND, node.name, (source,), peer=peer, type=tensor_type(node), **common))  # type: ignore[arg-type]
+                result.append(Instruction(Op.SEND, node.name, (source,), peer=peer, type=type_of(val(node)), **common))  # type: ignore[arg-type]
             else:
                 result += self._collective(node, name, common)
         return result
@@ -296,19 +291,20 @@ class _StageLowering:
         before: list[Instruction] = []
         if source is None:
             segment = f"zero_{node.name}"
-            kind_of = tensor_type(node)
+            kind_of = type_of(val(node))
             self.segments[segment] = Segment(
                 segment,
                 f"def {segment}(args, coordinates, device):\n"
                 f"    return (torch.zeros({list(kind_of.shape)}, dtype={kind_of.dtype}, device=device),)\n",
                 (),
                 (segment,),
+                output_types=(kind_of,),
             )
             ref = Ref(f"{name(node).name}.zero", name(node).microbatch)
             before.append(Instruction(Op.RUN, segment, outputs=(ref,), action=common["action"]))
             typed = kind_of
         else:
-            ref, typed = name(source), tensor_type(source)
+            ref, typed = name(source), type_of(val(source))
         axis = "pp" if node.target in _STAGE_COLLECTIVES else str(node.args[-1])
         issue = Instruction(
             op,
@@ -424,10 +420,10 @@ class _StageLowering:
             local = info(node).stage in (self.stage, None)
             used = any(user in mine for user in node.users) or (node in section.outputs.values() and local)
             if used and slot.role not in (Role.CARRY,):
-                self.reads[slot] = tensor_type(node)
+                self.reads[slot] = type_of(val(node))
         for slot, node in section.outputs.items():
             if slot.role is not Role.CARRY and info(node).stage in (self.stage, None):
-                self.results[slot] = tensor_type(node)
+                self.results[slot] = type_of(val(node))
 
 
 def _kind(node: fx.Node) -> str:

@@ -17,7 +17,7 @@ from torch import fx
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.loops import Loop, find_loops, overwritten, write_loop
 from graphshard.dataflow import arrives, has_floats, is_getitem, is_view
-from graphshard.execution import Segment
+from graphshard.execution import Segment, type_of
 from graphshard.program import Section, Slot, val
 from graphshard.rewrite import list_arg
 
@@ -119,7 +119,14 @@ class _Emitter:
         returned = ", ".join(self._expression(n) for n in self.outputs)
         self._line(f"return ({returned}{',' if len(self.outputs) == 1 else ''})")
         code = "\n".join(header + self.lines) + "\n"
-        segment = Segment(self.name, code, tuple(n.name for n in inputs), tuple(n.name for n in self.outputs))
+        segment = Segment(
+            self.name,
+            code,
+            tuple(n.name for n in inputs),
+            tuple(n.name for n in self.outputs),
+            tuple(type_of(val(n)) for n in inputs),
+            tuple(type_of(val(n)) for n in self.outputs),
+        )
         if not self.first:
             self.reused |= {node: node.all_input_nodes[0] for node in self.accumulated}
         return Code(segment, list(inputs), set(self.accumulated.values()), self.reused)

@@ -72,6 +72,11 @@ class TensorType:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}".replace(" ", "")
 
 
+def type_of(value: torch.Tensor) -> TensorType:
+    """The type of a tensor, fake ones included."""
+    return TensorType(tuple(value.shape), value.dtype, tuple(value.stride()))
+
+
 @dataclass(frozen=True)
 class Instruction:
     """One step of one rank.
@@ -113,14 +118,15 @@ class Segment:
     """Straight-line compute code: Python source of one function ``def <name>(args, coordinates, device)``.
 
     ``args`` is a list of the inputs in order, which the function empties; it returns a tuple of the outputs;
-    ``coordinates`` maps mesh axis to this rank's coordinate.
+    ``coordinates`` maps mesh axis to this rank's coordinate. Types are in the order of the names; (): not declared.
     """
 
     name: str
     source: str
     inputs: tuple[str, ...]  # value names, as in the graph
     outputs: tuple[str, ...]
-    flops: int = 0
+    input_types: tuple[TensorType, ...] = ()
+    output_types: tuple[TensorType, ...] = ()
 
 
 @dataclass(frozen=True)

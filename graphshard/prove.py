@@ -12,6 +12,7 @@ can go on stays able to whatever the others do, so that if one order of moves fi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -29,6 +30,7 @@ from graphshard.execution import (
     Instruction,
     Op,
     Ref,
+    Segment,
     TensorType,
     made_type,
     match_waits,
@@ -99,6 +101,10 @@ class _Values:
     arriving: set[Ref] = field(default_factory=set)  # made by a communication that is not complete
     busy: dict[Ref, int] = field(default_factory=dict)  # read by how many communications that are not complete
 
+    @property
+    def _segments(self) -> Mapping[str, Segment]:
+        return self.plan.stages[self.stage].segments
+
     def check(self) -> None:
         reads = read_refs(self.plan, self.stage, self.first)
         self.types = {ref: kind for ref, (_, kind) in reads.items()}
@@ -121,6 +127,8 @@ class _Values:
             return
         for ref in ins.inputs:
             self._read(position, ref)
+        if ins.op is Op.RUN:
+            self._runs(position, ins)
         if ins.op in (Op.GATHER, Op.REDUCE, Op.SEND):
             for ref in ins.inputs:
                 self._same_type(position, ref, ins.type)
@@ -136,7 +144,7 @@ class _Values:
         if ins.op is Op.BIND and len(ins.inputs) != len(ins.outputs):
             self._fail(f"BIND gives {len(ins.inputs)} values {len(ins.outputs)} names", position)
         for index, ref in enumerate(ins.outputs):
-            self._define(position, ins, ref, sources[index] if ins.op is Op.BIND else self._made(ins))
+            self._define(position, ins, ref, sources[index] if ins.op is Op.BIND else self._made(ins, index))
         if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV):
             self.arriving.update(ins.outputs)
 
@@ -166,8 +174,24 @@ class _Values:
         if ins.name == "broadcast" and (ins.peer is None or not 0 <= ins.peer < size):
             self._fail(f"a broadcast over {size} ranks cannot come from {ins.peer}", position)
 
-    def _made(self, ins: Instruction) -> TensorType | None:
-        """Segments do not declare what they return."""
+    def _runs(self, position: int, ins: Instruction) -> None:
+        """The segment is there, and takes and gives as many values as the instruction, of their types."""
+        segment = self._segments.get(ins.name)
+        if segment is None:
+            self._fail(f"segment {ins.name!r} is not part of the plan", position)
+        for what, refs, names in (("reads", ins.inputs, segment.inputs), ("makes", ins.outputs, segment.outputs)):
+            if len(refs) != len(names):
+                self._fail(f"segment {ins.name!r} {what} {len(names)} values, not {len(refs)}", position)
+        for ref, expected in zip(ins.inputs, segment.input_types, strict=False):
+            known = self.types[ref]
+            if known is not None and (known.shape, known.dtype) != (expected.shape, expected.dtype):
+                self._fail(f"{ref} is {known}, but segment {ins.name!r} takes {expected}", position)
+
+    def _made(self, ins: Instruction, index: int) -> TensorType | None:
+        """The type of an output; None if a segment does not declare it."""
+        if ins.op is Op.RUN:
+            types = self._segments[ins.name].output_types
+            return types[index] if types else None
         return None if ins.type is None else made_type(ins, ins.type, self.plan.mesh)
 
     def _same_type(self, position: int, ref: Ref, given: TensorType | None) -> None:

@@ -201,15 +201,17 @@ def _drop_wait(body: Body, choose: random.Random) -> bool:
 
 
 def _drop_collective(body: Body, choose: random.Random) -> bool:
-    """One member stays away; in place it goes on with an unreduced or ungathered value of the right name."""
+    """One member stays away, and goes on with its own value under the name of what all would have made."""
     at = _some(body, choose, lambda ins: ins.op in COLLECTIVE and bool(ins.inputs))
     if at is None:
         return False
     wait = _wait_of(body, at)
     assert wait is not None
     ins = body[at]
-    body[at] = Instruction(Op.RUN, "copy", ins.inputs, ins.outputs, ins.last, action=ins.action)
     del body[wait]
+    body[at] = Instruction(Op.BIND, inputs=ins.inputs, outputs=ins.outputs, action=ins.action)
+    if ins.last:
+        body.insert(at + 1, Instruction(Op.FREE, inputs=tuple(ins.last), action=ins.action))
     return True
 
 

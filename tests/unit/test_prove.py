@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import graphshard
-from graphshard import prove_memory
 from graphshard.errors import PlanError
 from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, StagePlan, TensorType
 from graphshard.prove import prove
@@ -331,21 +330,45 @@ def test_a_gathered_parameter_that_a_view_keeps_is_refused() -> None:
     runs = [at for at, ins in enumerate(body) if ins.op is Op.RUN]
     at = next(at for at in runs if any(ref.name in stage.storages and ref in body[at].last for ref in gathered(body)))
     ref = next(ref for ref in gathered(body) if ref in body[at].last)
-    view = Ref("view", ref.microbatch)
+    view, other = Ref("view", ref.microbatch), Ref("other", ref.microbatch)
     later = next(run for run in runs if run > at)
-    body[later] = replace(body[later], inputs=(*body[later].inputs, view), last=body[later].last | {view})
-    body[at] = replace(body[at], outputs=(*body[at].outputs, view))
-    storages = stage.storages | {"view": stage.storages[ref.name]}
-    prove_memory.check_memory(plan, 0, False, "stage 0")
-    kept = replace(plan, stages=(replace(stage, body=tuple(body), storages=storages),), peak_bytes=())
-    prove(kept)  # read there, it may stay
-    del body[later]
-    body.insert(later, stage.body[later])
-    body.insert(later + 1, Instruction(Op.FREE, inputs=(view,)))
-    kept = replace(plan, stages=(replace(stage, body=tuple(body), storages=storages),), peak_bytes=())
+
+    def kept(*after: Instruction) -> ExecutionPlan:
+        lines = (*body[:at], renamed(ref, view), *body[at : later + 1], *after, *body[later + 1 :])
+        return replace(plan, stages=(replace(stage, body=lines),), peak_bytes=())
+
+    prove(kept(renamed(view, other), Instruction(Op.FREE, inputs=(view, other))))  # what is read there may stay
     with pytest.raises(PlanError, match=r"%view.* is released later than where it is read last"):
-        prove(kept)
+        prove(kept(Instruction(Op.FREE, inputs=(view,))))
+
+
+def renamed(old: Ref, new: Ref) -> Instruction:
+    return Instruction(Op.BIND, inputs=(old,), outputs=(new,))
 
 
 def gathered(body: list[Instruction]) -> list[Ref]:
     return [ref for ins in body if ins.op is Op.GATHER for ref in ins.outputs]
+
+
+def test_a_segment_is_there_and_takes_what_it_is_given() -> None:
+    plan = compiled_plan("zero3:size=2+pp2")
+    stage = plan.stages[0]
+    at = next(at for at, ins in enumerate(stage.body) if ins.op is Op.RUN and len(ins.inputs) > 1)
+    ins = stage.body[at]
+    segment = stage.segments[ins.name]
+    wider = replace(segment.input_types[0], shape=(*segment.input_types[0].shape, 1))
+    for changed, segments, message in (
+        (replace(ins, name="nobody"), {}, "segment 'nobody' is not part of the plan"),
+        (
+            replace(ins, inputs=ins.inputs[:-1], last=frozenset()),
+            {},
+            rf"segment '{ins.name}' reads \d+ values, not \d+",
+        ),
+        (replace(ins, outputs=(*ins.outputs, Ref("more", 0))), {}, rf"segment '{ins.name}' makes \d+ values, not \d+"),
+        (ins, {ins.name: replace(segment, input_types=(wider, *segment.input_types[1:]))}, f"'{ins.name}' takes .*,1"),
+        (ins, {ins.name: replace(segment, output_types=(wider,) * len(ins.outputs))}, "takes|communicated as|result"),
+    ):
+        body = (*stage.body[:at], changed, *stage.body[at + 1 :])
+        damaged = replace(stage, body=body, segments=stage.segments | segments)
+        with pytest.raises(PlanError, match=message):
+            prove(replace(plan, stages=(damaged, plan.stages[1])))
