@@ -221,7 +221,8 @@ class BodyStaging:
         """Place everything else: backward operations, and the holders of parameters, buffers and carries."""
         for node in self.body.nodes():
             if node not in self.places:
-                self.places[node] = (self._backward_stage(node),)
+                stage = self._backward_stage(node)
+                self.places[node] = () if stage is None else (stage,)
         self.holders = holders
         for node, slot in self.body.inputs.items():
             if slot.role is Role.PARAM:
@@ -232,9 +233,11 @@ class BodyStaging:
             if slot.role is Role.CARRY:
                 self.places[node] = self._carry_place(slot, self.outputs[slot], holders)
 
-    def _backward_stage(self, node: fx.Node) -> int:
+    def _backward_stage(self, node: fx.Node) -> int | None:
+        """None: nothing says where, as of a constant, which each stage makes that reads it."""
         if is_getitem(node):
-            return self.stage(node.all_input_nodes[0])
+            place = self.places[node.all_input_nodes[0]]
+            return place[0] if place else None
         placed = [s for s in node.all_input_nodes if self.places.get(s)]
         # Gradients flow to smaller stages only: the schedule runs the backward of later stages first.
         limit = min((self.stage(s) for s in placed if info(s).phase is not Phase.FORWARD), default=None)
@@ -244,7 +247,7 @@ class BodyStaging:
             return own if limit is None else min(own, limit)
         if limit is not None:
             return limit
-        return max((self.stage(s) for s in placed), default=0)
+        return max((self.stage(s) for s in placed), default=None)
 
     def _reading_stages(self, root: fx.Node) -> tuple[int, ...]:
         """Stages of the forward operations that read a parameter, and of its gradients."""

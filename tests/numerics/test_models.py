@@ -89,6 +89,18 @@ def test_a_replica_that_gets_all_its_gradient_from_another_stage(plan: str, trai
     check_parity(make, stages, adamw, dtype=torch.float64, max_grad_norm=0.1)
 
 
+@pytest.mark.parametrize("plan", ["pp2", "dp2+pp2", "zero3+pp2:schedule=zb-h1"])
+def test_a_gradient_that_depends_on_constants_alone(plan: str) -> None:
+    """The last bias's, of a loss that is the output's mean."""
+
+    def make() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+        return model, (torch.randn(16, 4), torch.randn(16, 4)), {}, lambda out, target: out.mean()
+
+    check_parity(make, plan, adamw, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1"])
 def test_a_stage_that_keeps_no_optimizer_state(schedule: str) -> None:
     """Its parameter is frozen; the first step's collectives are issued in another order than those of later ones."""
