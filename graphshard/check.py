@@ -7,7 +7,7 @@ a pass that declares ``exact`` may not change a bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from torch import Tensor
 from graphshard.alignment import Alignment
 from graphshard.errors import NodeFailed, NotEquivalent, NotFinite, TooLargeToCheck
 from graphshard.pipeline import Context, Pass, run_passes
-from graphshard.program import Program, info, tensors, val
+from graphshard.program import Level, Program, Role, Slot, info, tensors, val
 from graphshard.reference import Results, run
 from graphshard.reference_inputs import Inputs, random_inputs
-from graphshard.rewrite import copied
+from graphshard.rewrite import copied, set_outputs
+
+aten = torch.ops.aten
 
 RTOL, ATOL = 1e-9, 1e-10
 """Of float64, relative to the largest element: sums associate differently, what is wrong is off by far more."""
@@ -54,24 +56,62 @@ def require_fits(program: Program, limit_gb: float) -> None:
         raise TooLargeToCheck(held, limit_gb)
 
 
-def check_passes(program: Program, passes: list[Pass], ctx: Context, inputs: Inputs | None = None) -> Iterator[Pass]:
+def check_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    ctx: Context,
+    inputs: Inputs | None = None,
+    observe: Callable[[Program], object] | None = None,
+) -> Iterator[Pass]:
     """Run ``passes`` one after the other, and give each that was found to keep the program's meaning.
+
+    Gradients are compared by themselves: clipping, and updates by sign, hide their scale from the parameters.
+
+    Args:
+        inputs: None: random values; positive ones if others have no finite loss.
+        observe: is given the program after each pass.
 
     Raises:
         NotEquivalent: naming the first pass that does not.
         NotFinite: on ``inputs`` the loss is NaN or infinite.
     """
-    given = inputs if inputs is not None else random_inputs(program)
-    expected = run(program, given)
-    for what, copies in expected.values.items():
-        if what.startswith("loss of step") and not copies[0].isfinite():
-            raise NotFinite(copies[0].item())
+    program = _with_gradients(program)
+    given, expected = _first_run(program, inputs)
     for item in passes:
         after = run_passes(copied(program), [item], ctx)
         found = _run_after(after, given, item.name)
         _compare(program, after, expected, found, item.exact, item.name)
         program, expected = after, found
+        if observe is not None:
+            observe(after)
         yield item
+
+
+def _first_run(program: Program, inputs: Inputs | None) -> tuple[Inputs, Results]:
+    """``inputs``, or random ones on which the loss is finite, and what ``program`` makes of them."""
+    choices = [inputs] if inputs is not None else [random_inputs(program), random_inputs(program, positive=True)]
+    for given in choices:
+        results = run(program, given)
+        losses = [copies[0] for what, copies in results.values.items() if what.startswith("loss of step")]
+        if all(loss.isfinite() for loss in losses):
+            return given, results
+    raise NotFinite(next(loss.item() for loss in losses if not loss.isfinite()))
+
+
+def _with_gradients(program: Program) -> Program:
+    """``program``, a captured one, that also returns the mean of every gradient that it accumulates."""
+    if program.level is not Level.CAPTURED:
+        return program
+    program = copied(program)
+    for section in program.updates():
+        outputs = section.outputs
+        for node, slot in section.inputs.items():
+            if slot.role is Role.CARRY and slot.name.startswith("grad:"):
+                readers = list(node.users)
+                mean = len(readers) == 1 and readers[0].target is aten.mul.Tensor and readers[0].args[0] is node
+                outputs.setdefault(Slot(Role.OUTPUT, slot.name), readers[0] if mean else node)
+        set_outputs(section, outputs)
+    return program
 
 
 def _run_after(program: Program, inputs: Inputs, pass_name: str) -> Results:

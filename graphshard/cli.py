@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from graphshard.check import RTOL
 from graphshard.errors import (
     GraphshardError,
     IllegalProgram,
@@ -24,11 +23,11 @@ from graphshard.errors import (
     MissingFile,
     NotEquivalent,
     NothingToCompare,
+    PassFailed,
     PlanError,
 )
 from graphshard.mesh import AXES, Mesh
 from graphshard.plan import Plan
-from graphshard.postconditions import of
 from graphshard.program import Level, Program
 
 if TYPE_CHECKING:
@@ -49,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         return int(options.command(options))
+    except BrokenPipeError:  # whoever read our output, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (GraphshardError, OSError) as error:
         if options.traceback:
             traceback.print_exc()
@@ -97,16 +99,10 @@ def _explain(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     """Check every pass against the program before it, and prove the plan."""
     try:
-        compiled = _compile(options)
-        for item in compiled.verify(options.full_size, options.limit_gb):
-            print(f"{item.name:<16} {'the same to the bit' if item.exact else f'the same within {RTOL:g}'}")
-    except (NotEquivalent, IllegalProgram, PlanError) as error:
+        _compile(options).verify(options.full_size, options.limit_gb, report=print)
+    except (NotEquivalent, IllegalProgram, PassFailed, PlanError) as error:
         print(f"graphshard verify: {error}", file=sys.stderr)
         return FAILED_CHECK
-    for item in of(compiled.program):
-        print(f"{'graphs':<16} {item.what}")
-    instructions = sum(len(stage.step()) for stage in compiled.execution_plan.stages)
-    print(f"{'plan':<16} proved: {instructions} instructions on {compiled.mesh}")
     return 0
 
 
@@ -117,7 +113,7 @@ def _bisect(options: argparse.Namespace) -> int:
 
     try:
         compiled = compile_model(**arguments)
-    except IllegalProgram as error:  # says after which pass
+    except (IllegalProgram, PassFailed) as error:  # says which pass
         print(f"graphshard bisect: {error}", file=sys.stderr)
         return FAILED_CHECK
     for seen in compiled.bisect(options.until, arguments["example_inputs"], options.steps, options.limit_gb):
@@ -125,11 +121,11 @@ def _bisect(options: argparse.Namespace) -> int:
         if seen.wrong:
             print(f"graphshard bisect: {seen.blamed}: {seen.wrong}", file=sys.stderr)
             return FAILED_CHECK
-    print(f"no pass is responsible: {_FINE[options.until]}")
+    print(f"no pass is responsible: {_NOBODY[options.until]}")
     return 0
 
 
-_FINE = {
+_NOBODY = {
     "loss": "the loss is the same after each",
     "nan": "everything is finite after each",
     "memory": "no rank takes more than it may after any",
@@ -259,6 +255,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _gigabytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of gigabytes above 0, not {text!r}")
+    return value
+
+
 def _device(text: str) -> str:
     try:
         return str(torch.device(text))
@@ -319,17 +325,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--full-size", action="store_true", help="run at the model's own sizes, not at smaller ones")
     check.add_argument(
         "--limit-gb",
-        type=float,
+        type=_gigabytes,
         default=4.0,
         metavar="G",
         help="most memory that all ranks here may take (4)",
     )
     bisect = command("bisect", _bisect)
-    bisect.add_argument("--until", required=True, choices=tuple(_FINE), help="what goes wrong")
+    bisect.add_argument("--until", required=True, choices=tuple(_NOBODY), help="what goes wrong")
     bisect.add_argument("--steps", type=_count, default=2, metavar="N", help="loss, nan: steps to run (2)")
     bisect.add_argument(
         "--limit-gb",
-        type=float,
+        type=_gigabytes,
         metavar="G",
         help="memory: what a rank may hold; default: as much as before all passes",
     )

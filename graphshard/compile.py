@@ -16,20 +16,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
 
-from graphshard import dump, report, trace
+from graphshard import dump, postconditions, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.bisect import Seen, Until, bisect
-from graphshard.check import check_passes, require_fits
+from graphshard.check import RTOL, check_passes, require_fits
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
-from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor, UnknownExecutor
+from graphshard.errors import (
+    ExecutorNone,
+    NeedsExampleInputs,
+    StateMismatch,
+    TooLargeToCheck,
+    UnexpectedTensor,
+    UnknownExecutor,
+)
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, given_state
 from graphshard.passes import default_passes, with_passes
-from graphshard.pipeline import Context, Pass, Placement, run_passes
+from graphshard.pipeline import COMMUNICATION, Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
-from graphshard.program import Program, Role
+from graphshard.program import PassRecord, Program, Role
 from graphshard.prove import prove
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
@@ -81,7 +88,8 @@ def compile(
         executor: "distributed", "local", "none" (compile only), or "auto": distributed under torchrun, else local.
         max_grad_norm: clip the global gradient norm to this.
         timeout_s: distributed: how long a rank may wait in one instruction.
-        passes: replacements (by name) for passes of the plan, or extra ones, which run after ``normalize``.
+        passes: replacements (by name) for passes of the plan, or extra ones, which run behind the pass that their
+            attribute ``after`` names, ``normalize`` without one.
         dump_dir: write every pass's graph here.
         debug_nan: look at every value of ``step``'s forward and backward; when the loss or a gradient is NaN or
             infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first.
@@ -445,30 +453,73 @@ class Compiled:
         program = run_passes(*self._before_passes(build), dump.writer(Path(path)))
         dump.write_plan(Path(path), lower(program, self._schedule(build.mode, program.microbatches)))
 
-    def verify(self, full_size: bool = False, limit_gb: float = _CHECK_GB) -> Iterator[Pass]:
-        """Run the passes once more, each checked against the program before it on random inputs (see check.py), prove
-        the plan, and give each pass that is found right.
+    def verify(
+        self, full_size: bool = False, limit_gb: float = _CHECK_GB, report: Callable[[str], object] | None = None
+    ) -> list[Pass]:
+        """Run the passes once more, for training and for evaluation, each checked against the program before it on
+        random inputs (check.py), and prove the plan.
+
+        Where the model's own sizes do not fit, sizes and ranks are as small as its structure allows (shrink.py), with
+        parameters on the stages where the model has them. A pass that decides by size, such as by a byte budget, may
+        then do something else than it did: a warning says so.
 
         Args:
-            full_size: with the model's own sizes and all ranks. Else both are as small as the structure allows (see
-                shrink.py), with parameters on the stages where the model has them.
+            full_size: never at smaller sizes.
             limit_gb: most memory, in 10^9 bytes, that all ranks in one process may take.
+            report: is told a line about each thing that is found right.
+
+        Returns:
+            The passes, all of them.
 
         Raises:
-            TooLargeToCheck: they take more.
+            TooLargeToCheck: the ranks take more memory.
             NotEquivalent: a pass does not keep the program's meaning.
-            IllegalProgram: a pass leaves a program that breaks a rule.
+            IllegalProgram: a pass leaves a program that breaks a rule, or a postcondition.
+            NotFinite, NodeFailed: the program cannot be run on random inputs.
             PlanError: the plan cannot run.
         """
+        say = report or (lambda line: None)
         build = self._built()
-        program, passes, ctx = self._before_passes(build)
-        if full_size:
-            require_fits(program, limit_gb)
-        else:
-            program = shrunk(program, limit_gb)
-            ctx = Context(program.mesh, Placement(_placement(build.program).stages))
-        yield from check_passes(program, passes, ctx)
+        program, passes, ctx = self._sized(*self._before_passes(build), full_size, limit_gb)
+        seen: list[Program] = []
+        for item in check_passes(program, passes, ctx, observe=seen.append):
+            say(f"{item.name:<16} {'the same to the bit' if item.exact else f'the same within {RTOL:g}'}")
+        for ours, checked in zip(build.program.history, seen, strict=True):
+            self._warn_if_other(ours, checked.history[-1])
+        evaluation = self._capture("evaluate", *build.example.arguments(), build.program.microbatches).program
+        given = self._sized(evaluation, self.passes, Context(self.mesh, _placement(build.program)), full_size, limit_gb)
+        if list(check_passes(*given)):
+            say(f"{'evaluation':<16} the same after every pass")
+        for condition in postconditions.of(build.program):
+            say(f"{'graphs':<16} {condition.what}")
         prove(build.plan)
+        instructions = sum(len(stage.step()) for stage in build.plan.stages)
+        say(f"{'plan':<16} proved: {instructions} instructions on {self.mesh}")
+        return passes
+
+    def _sized(
+        self, program: Program, passes: list[Pass], ctx: Context, full_size: bool, limit_gb: float
+    ) -> tuple[Program, list[Pass], Context]:
+        """What to check: as it is if it fits, else smaller."""
+        try:
+            require_fits(program, limit_gb)
+        except TooLargeToCheck:
+            if full_size:
+                raise
+            program = shrunk(program, limit_gb)
+            ctx = Context(program.mesh, Placement(_placement(self._built().program).stages))
+        return program, passes, ctx
+
+    def _warn_if_other(self, ours: PassRecord, checked: PassRecord) -> None:
+        for what in COMMUNICATION:
+            mine, theirs = ours.changes.get(what, 0), checked.changes.get(what, 0)
+            if mine != theirs:
+                logger.warning(
+                    "graphshard: pass %r was checked at a smaller size, where it made %+d %s, and not %+d as in the "
+                    "program that runs: verify(full_size=True) checks that",
+                    ours.name, theirs, what, mine,
+                )  # fmt: skip
+                return
 
     def bisect(self, until: Until, batch: Any = None, steps: int = 2, limit_gb: float | None = None) -> Iterator[Seen]:
         """What is seen after each prefix of the passes, the pass that is responsible last; see bisect.py.
@@ -483,8 +534,7 @@ class Compiled:
         build = self._built()
         program, passes, ctx = self._before_passes(build)
         if until == "verify":
-            program = shrunk(program, _CHECK_GB)
-            ctx = Context(program.mesh, Placement(_placement(build.program).stages))
+            program, passes, ctx = self._sized(program, passes, ctx, False, _CHECK_GB)
         elif until != "memory":
             require_fits(program, _CHECK_GB)
         inputs = self._inputs(program, until, batch, steps)

@@ -61,6 +61,14 @@ class NodeFailed(GraphshardError):
         )
 
 
+class PassFailed(GraphshardError):
+    """A pass raises what is no error of ours, or returns something else than a program."""
+
+    def __init__(self, name: str, what: str) -> None:
+        super().__init__(f"pass {name!r} {what}; expected it to return the rewritten Program")
+        self.what = what
+
+
 class UnknownPass(GraphshardError):
     """A pass name that is neither in the table nor an importable ``module:Class``."""
 

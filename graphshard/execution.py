@@ -7,7 +7,6 @@ by its slot, with no micro-batch.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -225,12 +224,6 @@ class ExecutionPlan:
         """The plan of one rank."""
         return self.stages[self.mesh.coordinates(rank)["pp"]]
 
-    def communication_fingerprint(self) -> str:
-        """Hash of every stage's communication: equal on all ranks that may run together."""
-        return _digest(
-            f"{i} {ins}" for i, stage in enumerate(self.stages) for ins in stage.step() if ins.op not in _LOCAL_OPS
-        )
-
     def __str__(self) -> str:
         lines = [f"mesh {self.mesh}", f"microbatches {self.microbatches}"]
         lines += [f"stage {stage}: at most {peak} bytes a rank" for stage, peak in enumerate(self.peak_bytes)]
@@ -240,16 +233,6 @@ class ExecutionPlan:
                 if instructions:
                     lines += [f"stage {i} {part}:", *(f"  {ins}" for ins in instructions)]
         return "\n".join(lines) + "\n"
-
-
-_LOCAL_OPS = (Op.RUN, Op.FREE, Op.BIND, Op.WAIT)
-
-
-def _digest(lines: object) -> str:
-    state = hashlib.sha256()
-    for line in lines:  # type: ignore[attr-defined]
-        state.update(line.encode() + b"\n")
-    return state.hexdigest()[:16]
 
 
 def slot_ref(slot: Slot, microbatch: int | None = None) -> Ref:

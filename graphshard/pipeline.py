@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from graphshard.errors import PassOptionError, UnknownPass
+from graphshard.errors import GraphshardError, PassFailed, PassOptionError, UnknownPass
 from graphshard.mesh import Mesh
 from graphshard.program import Bucket, PassRecord, Phase, Program, info
+from graphshard.text_spelling import first_line
 from graphshard.verify import verify
 
 PASSES: Mapping[str, str] = {
@@ -71,6 +72,7 @@ def run_passes(
 
     Raises:
         IllegalProgram: the input, or what a pass made of it, breaks a rule of its level.
+        PassFailed: a pass raises, or returns no program.
     """
     ctx = ctx or Context(program.mesh)
     verify(program)
@@ -79,7 +81,7 @@ def run_passes(
     before = _census(program)
     for index, item in enumerate(passes, 1):
         start = time.perf_counter()
-        program = item.run(program, ctx)
+        program = _run(item, program, ctx)
         seconds = time.perf_counter() - start
         verify(program, after=item.name)
         after = _census(program)
@@ -91,6 +93,18 @@ def run_passes(
     return program
 
 
+def _run(item: Pass, program: Program, ctx: Context) -> Program:
+    try:
+        result = item.run(program, ctx)
+    except GraphshardError:
+        raise
+    except Exception as error:  # a pass is anybody's code
+        raise PassFailed(item.name, f"raises {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(result, Program):
+        raise PassFailed(item.name, f"returns {type(result).__name__}")
+    return result
+
+
 _COUNTED = {
     "all_gather_into_tensor": "all-gathers",
     "reduce_scatter_tensor": "reduce-scatters",
@@ -100,6 +114,10 @@ _COUNTED = {
     "stage_broadcast": "broadcasts over stages",
     "as_strided": "views of buckets",
 }
+
+
+COMMUNICATION = tuple(what for what in _COUNTED.values() if what != "views of buckets")
+"""The changes in a PassRecord that are about communication: not about sizes, unless a pass decides by them."""
 
 
 def _census(program: Program) -> Counter[str]:

@@ -26,11 +26,12 @@ class Inputs:
     seed: int = 0
 
 
-def random_inputs(program: Program, steps: int = 2, seed: int = 0) -> Inputs:
-    """Inputs of the right shapes. Integers are 0 or 1, which index every table; buffers and state are positive."""
+def random_inputs(program: Program, steps: int = 2, seed: int = 0, positive: bool = False) -> Inputs:
+    """Inputs of the right shapes. Integers are 0 or 1, which index every table; buffers and state are positive, with
+    ``positive`` all floats are."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(shape: Sequence[int], dtype: torch.dtype, positive: bool = False) -> Tensor:
+    def draw(shape: Sequence[int], dtype: torch.dtype, positive: bool = positive) -> Tensor:
         if not dtype.is_floating_point:
             return torch.randint(0, 2, tuple(shape), generator=generator).to(dtype)
         if positive:

@@ -34,4 +34,4 @@ def check(name: str, plan: str) -> None:
         executor="none",
         max_grad_norm=0.5,
     )
-    assert list(compiled.verify()) == compiled.passes
+    assert compiled.verify() == compiled.passes

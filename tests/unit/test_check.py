@@ -14,7 +14,9 @@ from torch import fx
 import graphshard
 from graphshard import text
 from graphshard.check import check, check_passes
-from graphshard.errors import IllegalProgram, NotEquivalent
+from graphshard.errors import IllegalProgram, NotEquivalent, PassFailed
+from graphshard.passes.normalize import Normalize
+from graphshard.passes.zero import Zero
 from graphshard.pipeline import Context, Pass, parse_passes
 from graphshard.program import Phase, Program, info
 from graphshard.rewrite import after, arg, call, copied, list_arg
@@ -204,3 +206,83 @@ def test_exact_means_every_bit() -> None:
     graphshard.check(program, other)
     with pytest.raises(NotEquivalent):
         graphshard.check(program, other, exact=True)
+
+
+def scaled(p: Program) -> Program:
+    """Every gradient's mean over ranks is half of what it should be."""
+    for node in nodes(p).op("mul").in_graph("epilogue"):
+        if isinstance(node.args[1], float) and node.meta["val"].dim():
+            changed(node, 1, node.args[1] / 2)
+    return p
+
+
+def other_evaluation(p: Program) -> Program:
+    """Right for training alone: without a backward, the hidden layer has the other sign."""
+    if not any(info(node).phase is Phase.BACKWARD for node in p.body.nodes()):
+        tanh = first(p, aten.tanh.default)
+        for reader in list(tanh.users):
+            reader.replace_input_with(tanh, _instead(tanh, aten.mul.Tensor, -1.0))
+    return p
+
+
+class Raises:
+    name: ClassVar[str] = "raises"
+    exact: ClassVar[bool] = True
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        raise KeyError("oops")
+
+
+class ReturnsNothing(Raises):
+    name: ClassVar[str] = "returns"
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        return None  # type: ignore[return-value]
+
+
+def compiled(*passes: Pass, positive: bool = False, **given: Any) -> graphshard.Compiled:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.second(torch.tanh(self.first(torch.log(x) if positive else x)))
+            return result
+
+    arguments: dict[str, Any] = {
+        "loss_fn": torch.nn.functional.mse_loss,
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.1),
+        "example_inputs": (torch.ones(8, 4), torch.ones(8, 4)),
+        "executor": "none",
+        "passes": passes,
+    }
+    return graphshard.compile(Model(), "dp2", **(arguments | given))
+
+
+def test_a_scale_that_clipping_hides_from_the_parameters_is_found_in_the_gradients() -> None:
+    with pytest.raises(NotEquivalent, match=r"pass 'zero' does not keep .*: output grad:first.weight of step 0"):
+        compiled(faulty(Zero(stage=0), scaled), max_grad_norm=1e-6).verify()
+
+
+def test_programs_for_evaluation_are_checked_too() -> None:
+    assert compiled().verify()
+    with pytest.raises(NotEquivalent, match="pass 'normalize' does not keep the program's meaning: loss of step 0"):
+        compiled(faulty(Normalize(), other_evaluation)).verify()
+
+
+def test_a_model_that_takes_positive_numbers_alone() -> None:
+    assert compiled(positive=True).verify()
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        (Raises(), "pass 'raises' raises KeyError: 'oops'; expected it to return the rewritten Program"),
+        (ReturnsNothing(), "pass 'returns' returns NoneType; expected it to return the rewritten Program"),
+    ],
+)
+def test_a_pass_that_fails_is_named(bad: Pass, said: str) -> None:
+    with pytest.raises(PassFailed) as raised:
+        compiled(bad)
+    assert str(raised.value) == said

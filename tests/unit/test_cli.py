@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -375,7 +377,8 @@ def test_traceback_shows_where_an_error_was_raised(capsys: pytest.CaptureFixture
 def test_verify_checks_every_pass_and_the_plan(capsys: pytest.CaptureFixture[str], model: str, plan: str) -> None:
     assert main(["verify", f"{model}:make", "--plan", plan]) == 0
     *lines, proved = capsys.readouterr().out.splitlines()
-    passes, graphs = lines[:6], lines[6:]
+    passes, evaluation, graphs = lines[:6], lines[6], lines[7:]
+    assert evaluation == "evaluation       the same after every pass"
     assert [line.split()[0] for line in passes] == ["normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap"]
     assert "graphs           every gradient is reduced exactly once" in graphs
     assert all(line.startswith("graphs  ") for line in graphs)
@@ -399,6 +402,24 @@ def test_verify_fails_for_a_pass_that_breaks_a_rule(capsys: pytest.CaptureFixtur
     )
 
 
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "much"])
+def test_a_limit_is_a_number_above_zero(capsys: pytest.CaptureFixture[str], model: str, limit: str) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["verify", f"{model}:make", f"--limit-gb={limit}"])
+    assert raised.value.code == 2
+    assert f"expected a number of gigabytes above 0, not '{limit}'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_enough(model: str) -> None:
+    """As ``| head`` does."""
+    command = [sys.executable, "-m", "graphshard", "explain", f"{model}:make", "--plan", "dp2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_verify_says_what_is_too_large(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    assert main(["verify", f"{model}:make", "--plan", "dp2", "--limit-gb", "1e-6"]) == 2
+    assert main(["verify", f"{model}:make", "--plan", "dp2", "--limit-gb", "1e-6", "--full-size"]) == 2
     assert "build a smaller model of the same structure" in capsys.readouterr().err

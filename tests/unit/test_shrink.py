@@ -86,9 +86,9 @@ def captured(what: graphshard.Compiled) -> Program:
 @pytest.mark.parametrize("plan", ["zero3:size=16+pp2", "dp8", "dp2+zero3:size=8+accum4"])
 def test_a_large_model_is_checked_in_a_small_one(plan: str) -> None:
     what = compiled(plan)
-    assert [item.name for item in what.verify(limit_gb=1.0)] == [item.name for item in what.passes]
+    assert what.verify(limit_gb=1.0) == what.passes
     with pytest.raises(TooLargeToCheck, match=r"which takes \d\d+\.\d GB where the limit is 4;"):
-        next(what.verify(full_size=True))
+        what.verify(full_size=True)
 
 
 def test_sizes_shrink_but_for_those_of_a_table_that_is_looked_up_to_its_end() -> None:
@@ -139,7 +139,16 @@ def test_a_wrong_pass_is_found_in_the_small_program() -> None:
     what = compiled("zero3:size=16")
     what.passes = [OffByOne() if item.name == "zero" else item for item in what.passes]
     with pytest.raises(NotEquivalent, match="pass 'zero' does not keep the program's meaning"):
-        list(what.verify())
+        what.verify()
+
+
+def test_a_pass_that_decides_by_size_is_said_to_have_decided_otherwise(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("WARNING", "graphshard")
+    compiled("zero3:size=16").verify()
+    compiled("zero3:size=16,budget_gb=0.5").verify()
+    (message,) = (record.getMessage() for record in caplog.records if record.name == "graphshard")
+    assert "pass 'hoist' was checked at a smaller size, where it made" in message
+    assert message.endswith("verify(full_size=True) checks that")
 
 
 @pytest.mark.parametrize(
