@@ -36,7 +36,7 @@ from graphshard.optim import CompiledOptimizer, given_state
 from graphshard.passes import default_passes, with_passes
 from graphshard.pipeline import COMMUNICATION, Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
-from graphshard.program import PassRecord, Program, Role
+from graphshard.program import PassRecord, Phase, Program, Role, info
 from graphshard.prove import prove
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
@@ -507,7 +507,7 @@ class Compiled:
             if full_size:
                 raise
             program = shrunk(program, limit_gb)
-            ctx = Context(program.mesh, Placement(_placement(self._built().program).stages))
+            ctx = Context(program.mesh, replace(_placement(self._built().program), buckets={}))  # of other sizes
         return program, passes, ctx
 
     def _warn_if_other(self, ours: PassRecord, checked: PassRecord) -> None:
@@ -589,7 +589,9 @@ def _placement(program: Program) -> Placement:
             if slot.role is Role.BUFFER:
                 holders.setdefault(slot.name, set()).add(slot.stage)
     stages |= {name: tuple(sorted(held)) for name, held in holders.items()}
-    return Placement(stages, dict(program.buckets))
+    forward = (info(node) for node in program.body.nodes() if info(node).phase is Phase.FORWARD)
+    operations = {r.origin: r.stage for r in forward if r.origin and r.stage is not None and not r.made_by}
+    return Placement(stages, dict(program.buckets), operations)
 
 
 def _assemble(captured: Captured, parts: list[list[MicroBatch]], outputs: dict[int, dict[str, list[Tensor]]]) -> Any:

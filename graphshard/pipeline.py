@@ -40,6 +40,8 @@ class Placement:
     # Parameter or buffer to the stages that hold it.
     stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     buckets: Mapping[str, Bucket] = field(default_factory=dict)
+    # Origin of a forward operation to its stage, for programs that have the same operations.
+    operations: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,15 @@ class BodyStaging:
         for node, index in self.index.items():
             self.places[node] = (bisect_right(positions, index),)
 
-    def obey(self, holders: Holders) -> None:
-        """Place the forward line where its inputs are: on the largest of their stages, a parameter that several stages
-        hold counting as the smallest one that is not before the others."""
+    def obey(self, holders: Holders, operations: Mapping[str, int]) -> None:
+        """Place the forward line as ``operations`` says by origin, if it is of the same operations. Else where its
+        inputs are: on the largest of their stages, a parameter that several stages hold counting as the smallest one
+        that is not before the others."""
+        known = [operations[origin] for node in self.line if (origin := info(node).origin) in operations]
+        if len(known) == len(self.line) and known == sorted(known):
+            self.places |= {node: (known[index],) for node, index in self.index.items()}
+            if self._as_held(holders):
+                return
         for node in self.body.nodes():
             if node not in self.index:
                 continue
@@ -203,6 +209,11 @@ class BodyStaging:
             for held in sorted((holders[name] for name in names if name in holders), key=len):
                 stage = min((h for h in held if h >= stage), default=stage)
             self.places[node] = (stage,)
+
+    def _as_held(self, holders: Holders) -> bool:
+        """Whether all that reads a parameter or buffer is on a stage that holds it."""
+        stored = ((self.body.inputs[root].name, nodes) for root, nodes in self.readers.items())
+        return all(self.stage(node) in holders.get(name, ()) for name, nodes in stored for node in nodes)
 
     def _storage(self, node: fx.Node) -> set[str]:
         """Names of the parameters and buffers that ``node`` is or is made of."""

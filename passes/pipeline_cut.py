@@ -54,8 +54,8 @@ class PipelineCut:
             return program
         staging = BodyStaging(program, self.byte_flops)
         holders: Holders = ctx.placement.stages if ctx.placement is not None else {}
-        if holders:
-            staging.obey(holders)
+        if ctx.placement is not None and holders:
+            staging.obey(holders, ctx.placement.operations)
         else:
             staging.cut(self._positions(staging, program.stages))
         staging.assign(holders)
