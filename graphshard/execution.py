@@ -206,7 +206,9 @@ class ExecutionPlan:
     params: dict[str, Param]
     buckets: dict[str, Bucket]
     constants: dict[str, torch.Tensor]
-    peak_bytes: tuple[int, ...] = ()  # per stage: the most that a rank's values take in any step; (): not stated
+    peak_bytes: tuple[
+        int, ...
+    ] = ()  # per stage, as simulate.py counts: the most a rank holds in a step; (): not stated
 
     @property
     def state_keys(self) -> frozenset[str]:
@@ -226,10 +228,13 @@ class ExecutionPlan:
 
     def __str__(self) -> str:
         lines = [f"mesh {self.mesh}", f"microbatches {self.microbatches}"]
-        lines += [f"stage {stage}: at most {peak} bytes a rank" for stage, peak in enumerate(self.peak_bytes)]
-        for i, stage in enumerate(self.stages):
+        lines += [
+            f"stage {stage}: at most {peak} bytes a rank between instructions"
+            for stage, peak in enumerate(self.peak_bytes)
+        ]
+        for i, stage_plan in enumerate(self.stages):
             for part in ("prologue", "body", "epilogue", "first_epilogue"):
-                instructions = getattr(stage, part)
+                instructions = getattr(stage_plan, part)
                 if instructions:
                     lines += [f"stage {i} {part}:", *(f"  {ins}" for ins in instructions)]
         return "\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
-"""What passes leave behind: predicates on the graphs, nothing that a pass could claim. verify.py asks for all of them.
+"""What passes leave behind: predicates on the graphs. verify.py asks for all of them.
 
-Most hold from a level on, whoever brought the program there; what only one pass establishes holds once it has run.
+The one thing taken from a pass is its word for ``save``, that a value is kept on purpose. Most hold from a level on,
+whoever brought the program there; what only one pass establishes holds once it has run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Proves the plans that ranks were given, one each, against one another.
 
-``prove.prove`` takes one plan that all ranks run. Here every rank may have another one: of another version, edited,
-stale. What depends on a few lists only is checked once for every class of ranks that are alike:
+``prove.prove`` takes one plan that all ranks run, which a job makes sure of by comparing fingerprints before its first
+step. Here every rank may have another one: of another version, edited, stale. This says what would go wrong where, for
+tests and for who looks into such a job. What depends on a few lists only is checked once for every class of ranks that
+are alike:
 
 - Ranks with equal plans are one class. The life of values depends on a rank's own list: once per class and stage.
 - A pipeline is the ranks of equal data-parallel coordinates. Pairing sends and receives depends on the lists of its

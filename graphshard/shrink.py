@@ -1,8 +1,8 @@
 """A program of the same structure with small dims and few ranks: what can be run in one process in little time.
 
 Translation validation is about structure: which value is gathered, reduced, sent, added to which. That is the same for
-a width of 8 as for one of 4096, and the passes run on the small program as they do on the large one. Where small sizes
-do not type or do not run (a table that is looked up beyond its end), the sizes at that operator stay as they are.
+a width of 8 as for one of 4096, as long as passes do not decide by size; ``Compiled.verify`` says where one did. Where
+small sizes do not type or do not run (a table that is looked up beyond its end), those of that operator stay.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""What a plan holds in memory: its instructions run over sizes instead of tensors."""
+"""What a plan holds in memory between instructions: they are run over sizes instead of tensors.
+
+What lives only while a segment runs is left out, so that a rank takes more than this for a moment: a pointwise chain
+over a large activation by a few times that activation.
+"""
 
 from __future__ import annotations
 

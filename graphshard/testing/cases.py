@@ -18,6 +18,7 @@ one's own is ``RUN: module:Class:option=value``, where ``module`` can be importe
 
 from __future__ import annotations
 
+import difflib
 import io
 import re
 from collections.abc import Iterable
@@ -37,6 +38,9 @@ _OPTIONS = re.compile(r"(?:\s+|^)(?=--)")
 _RUNS = ("", "-ERROR")
 _CHECKS = re.compile(r"|-NEXT|-NOT|-MEANING|-COUNT-(?P<count>\d+)")
 _MEANING = "-MEANING"
+
+
+_WORDS = ("RUN", "RUN-ERROR", "CHECK", "CHECK-NEXT", "CHECK-NOT", "CHECK-COUNT", "CHECK-MEANING")
 
 
 class CaseFailed(AssertionError):
@@ -83,6 +87,7 @@ def cases(source: str) -> list[Case]:
     for number, line in enumerate(source.splitlines(), 1):
         match = _DIRECTIVE.match(line.strip())
         if match is None:
+            _refuse_misspelt(number, line)
             continue
         suffix, content = match["suffix"], match["text"].strip()
         if match["word"] == "RUN":
@@ -107,6 +112,14 @@ def cases(source: str) -> list[Case]:
         if not checks:
             raise BadCase(number, "this RUN has no CHECK; expected '# CHECK: text' behind it")
     return [Case(line, refused, command, tuple(checks)) for line, refused, command, checks in found]
+
+
+def _refuse_misspelt(number: int, line: str) -> None:
+    """A comment that was meant to be a directive would be a test that tests nothing."""
+    word = re.match(r"\s*#\s*([A-Za-z-]+):", line)
+    near = difflib.get_close_matches(word[1].upper(), _WORDS, n=1, cutoff=0.75) if word else []
+    if word and near:
+        raise BadCase(number, f"{word[1]} is no directive; did you mean {near[0]}?")
 
 
 def output(path: Path, case: Case) -> str:

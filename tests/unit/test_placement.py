@@ -19,7 +19,8 @@ class Gated(nn.Module):
         self.up, self.gate, self.down = nn.Linear(16, 64), nn.Linear(16, 64), nn.Linear(64, 16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(torch.tanh(self.gate(x)) * torch.sigmoid(self.up(x)))
+        result: torch.Tensor = x + self.down(torch.tanh(self.gate(x)) * torch.sigmoid(self.up(x)))
+        return result
 
 
 def stages(program: Program) -> list[tuple[str, int | None]]:

@@ -64,6 +64,8 @@ def test_what_does_not_hold_fails_with_the_line_of_the_check(lines: tuple[str, .
         ("# RUN: zero\n# CHECK-NXT: a\n", "line 2: CHECK-NXT does not exist"),
         ("# RUN-ERROR: zero\n# CHECK-MEANING:\n", "line 2: CHECK-MEANING after RUN-ERROR"),
         ("# RUN-FAIL: zero\n# CHECK: a\n", "line 1: RUN-FAIL does not exist"),
+        ("# RUN: zero\n# CHECK: a\n# CHEKC: b\n", "line 3: CHEKC is no directive; did you mean CHECK?"),
+        ("# RUN: zero\n# check-not: a\n", "line 2: check-not is no directive; did you mean CHECK-NOT?"),
     ],
 )
 def test_a_case_that_checks_nothing_or_is_misspelt_is_refused(source: str, message: str) -> None:
