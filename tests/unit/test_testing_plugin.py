@@ -61,7 +61,7 @@ def test_cases_of_the_folders_named_are_collected(project: pytest.Pytester) -> N
         [
             "*bad.graph: line 3: CHECK-NEXT: nothing of the kind",
             "> graph body {",
-            "*broken.graph: line 3: CHECK-NXT does not exist; expected *",
+            "*broken.graph: line 2: CHEK is no directive; did you mean CHECK?",
         ]
     )
     result.stdout.no_fnmatch_line("*other.graph*")
