@@ -16,7 +16,8 @@ from torch import fx
 
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.loops import Loop, find_loops, overwritten, write_loop
-from graphshard.dataflow import arrives, has_floats, is_getitem, is_view
+from graphshard.communication import arrives
+from graphshard.dataflow import has_floats, is_getitem, is_view
 from graphshard.execution import Segment, type_of
 from graphshard.program import Section, Slot, val
 from graphshard.rewrite import list_arg

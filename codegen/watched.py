@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from graphshard import text
 from graphshard.codegen.segments import resolve
-from graphshard.dataflow import arrives, has_floats, is_getitem
+from graphshard.communication import communicates
+from graphshard.dataflow import has_floats, is_getitem
 from graphshard.execution import SUM, Watched
 from graphshard.program import Program, Role, Slot, info, source_line
 from graphshard.rewrite import list_arg
@@ -114,7 +115,7 @@ def _results(program: Program) -> dict[fx.Node, str]:
         bucket = program.buckets.get(name)
         found[node] = "the loss" if kind == "loss" else SUM if bucket else f"the gradient of parameter {name!r}"
         value = node.all_input_nodes[-1]
-        while value.op == "call_function" and (arrives(value) or value.target is c10d.wait_tensor.default):
+        while communicates(value):
             value = value.all_input_nodes[0]
         if bucket is None or value.target is not gs.pack.default:
             continue

@@ -26,6 +26,11 @@ def communicates(node: fx.Node) -> bool:
     return bool(communication_axis(node)) or node.target is c10d.wait_tensor.default
 
 
+def arrives(node: fx.Node) -> bool:
+    """Whether no segment computes the node: an input of the graph, or what communication brings."""
+    return node.op == "placeholder" or bool(communication_axis(node))
+
+
 def communication_axis(node: fx.Node) -> str:
     """The mesh axis that a node sends over; "" for what sends nothing."""
     if node.target is gs.transfer.default or node.target in MEETINGS:

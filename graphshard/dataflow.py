@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import fx
-
-import graphshard.ops  # noqa: F401  defines the graphshard:: operators
 
 aten = torch.ops.aten
 
@@ -45,19 +44,12 @@ def is_getitem(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
-_COMMUNICATION = (
-    torch.ops._c10d_functional.all_gather_into_tensor.default,
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
-    torch.ops._c10d_functional.all_reduce.default,
-    torch.ops.graphshard.transfer.default,
-    torch.ops.graphshard.stage_sum.default,
-    torch.ops.graphshard.stage_broadcast.default,
-)
-
-
-def arrives(node: fx.Node) -> bool:
-    """Whether no segment computes the node: an input of the graph, or what communication brings."""
-    return node.op == "placeholder" or node.target in _COMMUNICATION
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments given, by the names that the operator has for them."""
+    target = node.target
+    names = [a.name for a in target._schema.arguments] if isinstance(target, torch._ops.OpOverload) else []
+    positional = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(node.args)}
+    return positional | node.kwargs
 
 
 def has_floats(node: fx.Node) -> bool:

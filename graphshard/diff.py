@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
 from graphshard import text
 from graphshard.alignment import Alignment, Item, increasing, without_stage
 from graphshard.communication import communicates
 from graphshard.costs import costs
+from graphshard.dataflow import arguments
 from graphshard.difference import Diff, Difference, Entry, Kind, in_order
 from graphshard.program import Level, Program, Slot, info
 from graphshard.text_spelling import spell, spell_slot, spell_target, spell_type, type_of
@@ -117,7 +117,7 @@ class _Comparison:
         elif old.node.target != new.node.target:
             yield f"operator: {spell_target(old.node.target)} -> {spell_target(new.node.target)}"
         else:
-            first, second = _arguments(old.node), _arguments(new.node)
+            first, second = arguments(old.node), arguments(new.node)
             for name in first | second:
                 if name not in first or name not in second or not self._same(first[name], second[name]):
                     yield f"{name}: " + " -> ".join(spell(s[name]) if name in s else "default" for s in (first, second))
@@ -162,14 +162,6 @@ class _Comparison:
                 places = behind[0][old.node], behind[1][new.node]
                 if communicates(new.node) and places[0] != places[1]:
                     yield new.node, " -> ".join(f"behind %{place}" if place else "first" for place in places)
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by the names that the operator gives them."""
-    target = node.target
-    names = [a.name for a in target._schema.arguments] if isinstance(target, torch._ops.OpOverload) else []
-    positional = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(node.args)}
-    return positional | node.kwargs
 
 
 def _header(before: Program, after: Program) -> Iterable[str]:

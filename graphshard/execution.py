@@ -206,9 +206,7 @@ class ExecutionPlan:
     params: dict[str, Param]
     buckets: dict[str, Bucket]
     constants: dict[str, torch.Tensor]
-    peak_bytes: tuple[
-        int, ...
-    ] = ()  # per stage, as simulate.py counts: the most a rank holds in a step; (): not stated
+    peak_bytes: tuple[int, ...] = ()  # per stage: the most a rank holds in a step, see simulate.py; (): not stated
 
     @property
     def state_keys(self) -> frozenset[str]:

@@ -15,11 +15,11 @@ import torch
 from torch import fx
 
 from graphshard.analysis import weight_views_cross
+from graphshard.communication import communication_axis
 from graphshard.dataflow import is_view
 from graphshard.errors import IllegalProgram
 from graphshard.program import Level, MemoryTag, Phase, Program, Role, Section, Slot, info, val
 
-gs = torch.ops.graphshard
 c10d = torch.ops._c10d_functional
 
 Violation = tuple[str, str]
@@ -183,14 +183,11 @@ def _buckets_fit(program: Program) -> Iterator[Violation]:
             yield f"{last[0]!r} ends at element {last[2]}, beyond the bucket's {bucket.numel}", where
 
 
-_NOT_AGAIN = (*_REDUCTIONS, gs.transfer.default, gs.stage_sum.default, gs.stage_broadcast.default)
-
-
 def _nothing_is_communicated_again(program: Program) -> Iterator[Violation]:
     """Of what the backward computes again, nothing is sent or reduced again: parameters alone are gathered anew."""
     first = {(info(n).origin, n.target) for n in program.body.nodes() if info(n).phase is Phase.FORWARD}
     for node in program.body.nodes():
-        if node.target not in _NOT_AGAIN:
+        if not communication_axis(node) or node.target is c10d.all_gather_into_tensor.default:
             continue
         record = info(node)
         again = record.phase is not Phase.FORWARD and record.origin and (record.origin, node.target) in first

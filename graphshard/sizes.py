@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_flatten
 
-from graphshard.dataflow import is_pointwise
+from graphshard.dataflow import arguments, is_pointwise
 from graphshard.program import Program, tensors, val
 from graphshard.rewrite import list_arg
 
@@ -227,13 +227,6 @@ def _windows(node: fx.Node) -> set[int]:
         return set()
     values = [val(node), *(val(source) for source in node.all_input_nodes)]
     return {size for shape in _shapes(values) for size in shape[2:]}
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments given, by the names that the operator has for them."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    names = [argument.name for argument in node.target._schema.arguments]
-    return dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
 
 
 def _numbers(node: fx.Node) -> list[int]:

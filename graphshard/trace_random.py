@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 
 import graphshard.ops  # noqa: F401  (defines the operators)
 from graphshard import fake
+from graphshard.dataflow import arguments
 from graphshard.errors import UnknownRandomOperator
 from graphshard.program import NodeInfo, Role, Section, Slot
 from graphshard.rewrite import add_input, call
@@ -135,9 +136,7 @@ def _type(value: Tensor) -> dict[str, Any]:
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """All arguments of an operator's call by name, defaults included."""
     schema = node.target._schema  # type: ignore[union-attr]
-    names = [argument.name for argument in schema.arguments]
-    defaults = {a.name: a.default_value for a in schema.arguments}
-    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+    return {a.name: a.default_value for a in schema.arguments} | arguments(node)
 
 
 def _bound(entry: tuple[str, tuple[str | float, ...]], given: Mapping[str, Any]) -> tuple[str, list[Any]]:
