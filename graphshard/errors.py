@@ -108,6 +108,8 @@ class PlanFieldError(GraphshardError):
 
     def __init__(self, name: str, value: object, expected: str) -> None:
         super().__init__(f"Plan({name}={value!r}): expected {expected}")
+        self.name = name
+        self.expected = expected
 
 
 class PlanSizeError(GraphshardError):

@@ -3,6 +3,7 @@
 Tokens are joined by ``+``; options follow a colon as ``key=value`` joined by commas; list values are joined by ``/``::
 
     dp4   zero3:size=4,budget_gb=0.5   pp4:schedule=1f1b,microbatches=8,stages=h.4/h.8/h.12   accum8   batch_dims:1=none
+    bf16   fp16:reduce=fp16   recompute:policy=full   offload:optimizer=nvme,path=/scratch   memory:budget_gb=12
 
 A size left out (``dp``, ``zero3``, ``pp``) is inferred from the number of ranks.
 """
@@ -17,12 +18,23 @@ from typing import Any, NoReturn
 
 from graphshard.errors import PlanFieldError, PlanNotSupported, PlanSizeError, PlanSyntaxError
 from graphshard.mesh import Mesh
+from graphshard.plan_options import (
+    TOKENS,
+    Memory,
+    Offload,
+    Precision,
+    Recompute,
+    convert,
+    number,
+    option_names,
+    spelling,
+)
 
 SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 """Pipeline schedules by name, the default first."""
 
 _GB = 10**9
-_NOT_YET = ("bf16", "fp16", "recompute", "offload", "tp")
+_NOT_YET = ("tp",)
 _OPTIONS = {  # of tokens with options from a fixed set
     "dp": (),
     "zero1": ("size", "budget_gb"),
@@ -30,6 +42,7 @@ _OPTIONS = {  # of tokens with options from a fixed set
     "zero3": ("size", "budget_gb"),
     "pp": ("schedule", "microbatches", "stages", "virtual"),
     "accum": (),
+    **{token: option_names(token) for token in TOKENS},
 }
 _PATH = re.compile(r"[\w.\-]+")
 _SIZED = re.compile(r"(dp|pp|accum|tp)([0-9]*)")
@@ -53,6 +66,10 @@ class Plan:
     stages: tuple[str, ...] = ()  # module paths where stages 1, 2, … begin; or, one more, where each stage does
     accum: int = 1  # rounds of accumulation per step
     batch_dims: tuple[tuple[int, int | None], ...] = ()  # (index of a flattened argument, dim to split; None: repeat)
+    precision: Precision | None = None  # None: as the model has it
+    recompute: Recompute | None = None  # None: everything the backward reads is kept
+    offload: Offload | None = None  # None: everything stays on the device
+    memory: Memory | None = None  # None: no budget
 
     def __post_init__(self) -> None:
         for name in ("dp", "shard", "pp", "microbatches", "accum"):
@@ -77,6 +94,9 @@ class Plan:
             raise PlanFieldError("stages", self.stages, expected)
         if len(set(self.stages)) != len(self.stages):
             raise PlanFieldError("stages", self.stages, "each module path once")
+        for name, kind in TOKENS.values():
+            if not isinstance(getattr(self, name), kind | None):
+                raise PlanFieldError(name, getattr(self, name), f"None or graphshard.plan_options.{kind.__name__}")
         indices = [index for index, _ in self.batch_dims]
         if indices != sorted(set(indices)) or any(n is not None and n < 0 for pair in self.batch_dims for n in pair):
             raise PlanFieldError("batch_dims", self.batch_dims, "pairs (index, dim or None) in order of index")
@@ -161,7 +181,7 @@ class Plan:
         return replace(self, **change)
 
     def __str__(self) -> str:
-        zero = _options(size=self.shard, budget_gb=None if self.budget_gb is None else _number(self.budget_gb))
+        zero = _options(size=self.shard, budget_gb=None if self.budget_gb is None else number(self.budget_gb))
         pipeline = _options(
             schedule=None if self.schedule == SCHEDULES[0] else self.schedule,
             microbatches=self.microbatches,
@@ -181,6 +201,8 @@ class Plan:
         if self.batch_dims:
             pairs = (f"{index}={'none' if dim is None else dim}" for index, dim in self.batch_dims)
             tokens.append(f"batch_dims:{','.join(pairs)}")
+        given = (self.precision, self.recompute, self.offload, self.memory)
+        tokens += [spelling(value) for value in given if value is not None]
         return "+".join(tokens) or "dp1"
 
     @classmethod
@@ -210,7 +232,7 @@ class _Parser:
         at, seen = 0, dict[str, str]()
         for token in self.text.split("+"):
             kind, digits, rest = self.head(token, at)
-            family = "zero" if kind.startswith("zero") else kind
+            family = "zero" if kind.startswith("zero") else TOKENS[kind][0] if kind in TOKENS else kind
             if family in seen:
                 self.fail(at, f"{token!r} contradicts or repeats {seen[family]!r}; keep one of them")
             seen[family] = token
@@ -230,9 +252,9 @@ class _Parser:
         if not name:
             self.fail(at, "a token is missing")
         if kind not in _OPTIONS and kind != "batch_dims":
-            number = name[len(name.rstrip("0123456789")) :]
-            known = [f"{kind}{number}" for kind in ("dp", "pp", "accum")] + ["zero1", "zero2", "zero3", "batch_dims"]
-            self.fail(at, f"unknown token {name!r}; {_nearest(name, [*known, *_NOT_YET])}")
+            digits = name[len(name.rstrip("0123456789")) :]
+            known = [f"{kind}{digits}" for kind in ("dp", "pp", "accum")] + ["zero1", "zero2", "zero3", "batch_dims"]
+            self.fail(at, f"unknown token {name!r}; {_nearest(name, [*known, *TOKENS, *_NOT_YET])}")
         return kind, digits, rest if colon else None
 
     def token(self, kind: str, digits: str, rest: str | None, at: int) -> None:
@@ -242,6 +264,8 @@ class _Parser:
             return self.batch_dims(digits, rest, at)
         if kind == "accum" and size is None:
             self.fail(at, "'accum' needs a number, such as accum8")
+        if kind in TOKENS:
+            return self.value(kind, rest, at, options)
         if kind.startswith("zero"):
             self.fields["zero_stage"] = int(kind[-1])
         else:
@@ -251,6 +275,26 @@ class _Parser:
                 known = _OPTIONS[kind]
                 self.fail(column, f"{kind} has no option {key!r}; {_nearest(key, known) if known else 'it takes none'}")
             self.option(key, value, column, column + len(key) + 1)
+
+    def value(self, kind: str, rest: str | None, at: int, options: int) -> None:
+        """A token whose options are the fields of one value."""
+        name, made = TOKENS[kind]
+        given: dict[str, Any] = {"dtype": kind} if made is Precision else {}
+        columns: dict[str, int] = {}
+        for key, text, column in self.items(rest, options):
+            if key not in option_names(kind):
+                self.fail(column, f"{kind} has no option {key!r}; {_nearest(key, option_names(kind))}")
+            columns[key] = column + len(key) + 1
+            try:
+                given[key] = convert(kind, key, text)
+            except ValueError as error:
+                self.fail(columns[key], f"{key} is {error}, not {text!r}")
+        try:
+            self.fields[name] = made(**given)
+        except PlanFieldError as error:
+            if error.name not in columns:
+                self.fail(at, f"{kind} needs {'' if error.name == kind else f'{error.name}: '}{error.expected}")
+            self.fail(columns[error.name], f"{error.name} is {error.expected}, not {given[error.name]!r}")
 
     def items(self, rest: str | None, at: int) -> list[tuple[str, str, int]]:
         """(key, value, column of the key) of every option."""
@@ -330,11 +374,6 @@ def _alternatives(names: list[str]) -> str:
     if len(names) == 1 or names[-1] == "…":
         return ", ".join(names)
     return f"{', '.join(names[:-1])} or {names[-1]}"
-
-
-def _number(value: float) -> str:
-    # "+" joins tokens, so an exponent is written without it.
-    return repr(float(value)).replace("e+", "e").removesuffix(".0")
 
 
 def _options(**items: object) -> str:

@@ -7,9 +7,40 @@ from hypothesis import strategies as st
 from graphshard.errors import GraphshardError, PlanFieldError, PlanNotSupported, PlanSizeError, PlanSyntaxError
 from graphshard.mesh import Mesh
 from graphshard.plan import SCHEDULES, Plan
+from graphshard.plan_options import PLACES, POLICIES, Memory, Offload, Precision, Recompute
 
 sizes = st.none() | st.integers(1, 4096)
 paths = st.lists(st.from_regex(r"[a-z][a-z0-9_.\-]{0,6}", fullmatch=True), max_size=4, unique=True).map(tuple)
+
+
+positive = st.floats(0, exclude_min=True, allow_infinity=False)
+patterns = st.lists(st.from_regex(r"[a-z*][a-z0-9_.*?\-]{0,6}", fullmatch=True), max_size=3).map(tuple)
+directories = st.none() | st.from_regex(r"/[a-z0-9/._\-=]{0,9}", fullmatch=True)
+
+
+@st.composite
+def precisions(draw: st.DrawFn) -> Precision:
+    if draw(st.booleans()):
+        return Precision("bf16", draw(st.sampled_from(["fp32", "bf16"])))
+    growth = draw(st.floats(1, 100, exclude_min=True))
+    backoff = draw(st.floats(0, 1, exclude_min=True, exclude_max=True))
+    reduce = draw(st.sampled_from(["fp32", "fp16"]))
+    return Precision("fp16", reduce, draw(positive), growth, backoff, draw(st.integers(1, 9999)))
+
+
+@st.composite
+def recomputes(draw: st.DrawFn) -> Recompute:
+    policy = draw(st.sampled_from(POLICIES))
+    modules, ops = draw(patterns), draw(patterns)
+    if policy == "custom" and (modules or ops):
+        return Recompute(policy, modules, ops)
+    return Recompute("auto", budget_gb=draw(positive)) if policy == "auto" else Recompute("selective")
+
+
+@st.composite
+def offloads(draw: st.DrawFn) -> Offload:
+    places = draw(st.tuples(*[st.sampled_from([None, *PLACES])] * 3).filter(any))
+    return Offload(*places, "/scratch/a" if "nvme" in places else None)
 
 
 @st.composite
@@ -27,6 +58,10 @@ def plans(draw: st.DrawFn) -> Plan:
         stages=stages,
         accum=draw(st.integers(1, 64)),
         batch_dims=tuple(sorted(draw(st.dictionaries(st.integers(0, 9), st.none() | st.integers(0, 3))).items())),
+        precision=draw(st.none() | precisions()),
+        recompute=draw(st.none() | recomputes()),
+        offload=draw(st.none() | offloads()),
+        memory=draw(st.none() | st.builds(Memory, positive, directories)),
     )
 
 
@@ -64,6 +99,15 @@ def test_any_text_parses_or_is_a_plan_error_within_the_text(text: str) -> None:
         "dp2+zero3:size=4",
         "zero3+pp4",
         "dp2+zero3:size=4,budget_gb=2+pp4:schedule=gpipe+accum2+batch_dims:1=none,2=1",
+        "bf16",
+        "bf16:reduce=bf16",
+        "zero3+pp2+accum2+fp16:reduce=fp16,init_scale=1024,growth_interval=4",
+        "recompute:policy=full",
+        "recompute:policy=custom,modules=h.*.mlp/head,ops=gelu",
+        "recompute:policy=auto,budget_gb=1.5",
+        "offload:optimizer=cpu",
+        "zero3+offload:optimizer=nvme,params=nvme,activations=cpu,path=/scratch/run=1",
+        "zero3+memory:budget_gb=2,path=/scratch",
     ],
 )
 def test_canonical_spellings(text: str) -> None:
@@ -80,6 +124,9 @@ def test_canonical_spellings(text: str) -> None:
         ("dp+zero3:size=4", "zero3:size=4"),
         ("pp:stages=h.4/h.8", "pp3:stages=h.4/h.8"),
         ("batch_dims:2=1,1=none+dp", "dp+batch_dims:1=none,2=1"),
+        ("recompute", "recompute:policy=full"),
+        ("bf16:reduce=fp32+dp2", "dp2+bf16"),
+        ("memory:budget_gb=1e30", "memory:budget_gb=1e30"),
     ],
 )
 def test_other_spellings_print_canonically(text: str, canonical: str) -> None:
@@ -184,6 +231,24 @@ def test_a_mesh_has_as_many_ranks_as_asked_for_and_keeps_stated_sizes(plan: Plan
         ("batch_dims", 1, "such as batch_dims:1=none"),
         ("batch_dims:1=non", 14, "at least 0 or none, not 'non'"),
         ("batch_dims:1=0,01=1", 16, "given twice"),
+        ("bf16+fp16", 6, "contradicts or repeats 'bf16'"),
+        ("bf17", 1, "did you mean 'bf16'?"),
+        ("bf16:init_scale=2", 6, "bf16 has no option 'init_scale'"),
+        ("bf16:reduce=fp16", 13, "reduce is 'fp32' or 'bf16', not 'fp16'"),
+        ("fp16:backoff_factor=1", 21, "a finite number above 0 and below 1, not 1.0"),
+        ("fp16:growth_interval=0", 22, "an integer of at least 1, not 0"),
+        ("fp16:growth_interval=x", 22, "an integer, not 'x'"),
+        ("dp2+recompute:policy=all", 22, "policy is 'full' or 'selective' or 'custom' or 'auto', not 'all'"),
+        ("recompute:policy=auto", 1, "recompute needs budget_gb: a number with policy=auto"),
+        ("recompute:policy=custom", 18, "modules or ops with it"),
+        ("recompute:modules=h", 19, "policy=custom with it"),
+        ("recompute:policy=custom,ops=a b", 29, "patterns of names"),
+        ("offload", 1, "offload needs optimizer, params or activations"),
+        ("offload:optimizer=disk", 19, "'cpu' or 'nvme', not 'disk'"),
+        ("offload:params=nvme", 1, "offload needs path: a folder with nvme"),
+        ("offload:params=cpu,path=/x", 25, "path is a folder with nvme, and none without"),
+        ("memory", 1, "memory needs budget_gb: a finite number above 0"),
+        ("memory:budget_gb=-1", 18, "a finite number above 0, not -1"),
     ],
 )
 def test_a_mistake_points_at_its_column(text: str, column: int, says: str) -> None:
@@ -198,11 +263,8 @@ def test_a_mistake_points_at_its_column(text: str, column: int, says: str) -> No
 @pytest.mark.parametrize(
     ("text", "column"),
     [
-        ("bf16", 1),
-        ("zero3+fp16", 7),
-        ("recompute:policy=full", 1),
-        ("offload:optimizer=cpu", 1),
         ("tp2", 1),
+        ("zero3+tp", 7),
         ("pp4:virtual=2", 5),
     ],
 )
@@ -255,6 +317,7 @@ def test_budget_is_decimal_gigabytes() -> None:
         {"pp": 2, "stages": ("a", "b", "c")},
         {"pp": 3, "stages": ("a", "a")},
         {"batch_dims": ((1, 0), (1, None))},
+        {"precision": "bf16"},
     ],
 )
 def test_fields_that_no_string_could_say_are_refused(fields: dict[str, object]) -> None:
