@@ -39,8 +39,10 @@ def recomputes(draw: st.DrawFn) -> Recompute:
 
 @st.composite
 def offloads(draw: st.DrawFn) -> Offload:
-    places = draw(st.tuples(*[st.sampled_from([None, *PLACES])] * 3).filter(any))
-    return Offload(*places, "/scratch/a" if "nvme" in places else None)
+    place = st.sampled_from([None, *PLACES])
+    optimizer, params, activations = draw(st.tuples(place, place, place).filter(any))
+    path = "/scratch/a" if "nvme" in (optimizer, params, activations) else None
+    return Offload(optimizer, params, activations, path)
 
 
 @st.composite
