@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -433,6 +433,17 @@ class UnknownStageModule(GraphshardError):
             else f"modules: {', '.join(names[:8])}{', …' if len(names) > 8 else ''}"
         )
         super().__init__(f"stages: no module {path!r} in the model's graph; {hint}")
+
+
+class NothingMatches(GraphshardError):
+    """``recompute:policy=custom`` with patterns that name no forward operation."""
+
+    def __init__(self, modules: Sequence[str], ops: Sequence[str]) -> None:
+        asked = " and ".join(f"{key}={'/'.join(given)}" for key, given in (("modules", modules), ("ops", ops)) if given)
+        super().__init__(
+            f"recompute: no forward operation matches {asked}; module paths and operators are those of the captured "
+            "graph, such as modules=h.*.mlp and ops=gelu"
+        )
 
 
 class StageCountMismatch(GraphshardError):

@@ -24,6 +24,8 @@ from graphshard.verify import verify
 PASSES: Mapping[str, str] = {
     "normalize": "graphshard.passes.normalize:Normalize",
     "pipeline-cut": "graphshard.passes.pipeline_cut:PipelineCut",
+    "memory-policy": "graphshard.passes.memory_policy:MemoryPolicy",
+    "recompute": "graphshard.passes.recompute:Recompute",
     "zero": "graphshard.passes.zero:Zero",
     "bucket": "graphshard.passes.bucket:BucketCollectives",
     "hoist": "graphshard.passes.hoist:Hoist",

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from graphshard.errors import UnknownPass
 from graphshard.passes.bucket import BucketCollectives
 from graphshard.passes.hoist import Hoist
+from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.normalize import Normalize
 from graphshard.passes.overlap import Overlap
 from graphshard.passes.pipeline_cut import PipelineCut
+from graphshard.passes.recompute import Recompute
 from graphshard.passes.zero import Zero
 from graphshard.pipeline import Pass
 from graphshard.plan import Plan
@@ -20,11 +22,21 @@ def default_passes(plan: Plan) -> list[Pass]:
     return [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
         PipelineCut(stages=plan.stage_starts),  # before sharding: which parameters share a bucket depends on the stage
+        _memory_policy(plan),  # before sharding: what is gathered is never kept, but gathered again for the backward
+        Recompute(),  # obeys it
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right
         BucketCollectives(),  # merges what zero made
         Hoist(budget_gb=plan.budget_gb),  # by the sizes of merged buckets
         Overlap(),  # last: order depends on which collectives are left
     ]
+
+
+def _memory_policy(plan: Plan) -> MemoryPolicy:
+    offloads = plan.offload is not None and plan.offload.activations is not None
+    if plan.recompute is None or plan.recompute.policy == "auto":  # the planner's; see planner.py
+        return MemoryPolicy(offload_activations=offloads)
+    asked = plan.recompute
+    return MemoryPolicy(asked.policy, asked.modules, asked.ops, offload_activations=offloads)
 
 
 def with_passes(passes: list[Pass], given: Sequence[Pass]) -> list[Pass]:

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 
 from graphshard import fake
+from graphshard.blocks import block_path
 from graphshard.dataflow import downstream
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, NodeInfo, Phase, Program, Role, Section, Slot, info
@@ -61,19 +62,13 @@ def _order(program: Program) -> Callable[[Bucket], int]:
     return lambda bucket: first.get(bucket.name, len(position))
 
 
-def _block(path: str) -> str:
-    parts = path.split(".")
-    index = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    return ".".join(parts[: index + 1]) if index is not None else ""
-
-
 def _chosen(program: Program, updates: list[_Update]) -> list[tuple[Bucket, list[Bucket]]]:
     """Neighbours in order of use that agree on everything a bucket has in common."""
 
     def key(bucket: Bucket) -> tuple[Any, ...]:
         param = program.params[bucket.members[0][0]]
         alone = bucket.name if len(param.stages) > 1 else ""  # replicas on two stages must have the same layout
-        return (bucket.stage, _block(param.name), param.group, param.has_grad, bucket.dtype, bucket.store, alone)
+        return (bucket.stage, block_path(param.name), param.group, param.has_grad, bucket.dtype, bucket.store, alone)
 
     ordered = sorted(program.buckets.values(), key=_order(program))
     ordered.sort(key=lambda b: b.stage)
@@ -88,7 +83,7 @@ def _chosen(program: Program, updates: list[_Update]) -> list[tuple[Bucket, list
             names.add(members[0].name)
             continue
         for part in _isomorphic(updates, members):
-            name = _fresh(_block(part[0].members[0][0]) or part[0].name, names)
+            name = _fresh(block_path(part[0].members[0][0]) or part[0].name, names)
             result.append((_layout(name, part), part))
     return result
 
@@ -328,7 +323,7 @@ class _Merge:
             view.args = (whole, size, stride, offset + self.offsets[bucket.members[0][0]])
 
     def _record(self, record: NodeInfo) -> NodeInfo:
-        return replace(record, made_by="bucket", module=_block(self.merged.members[0][0]) or record.module)
+        return replace(record, made_by="bucket", module=block_path(self.merged.members[0][0]) or record.module)
 
     def _gradients(self) -> None:
         body, outputs = self.program.body, self.program.body.outputs

@@ -1,0 +1,172 @@
+"""What to keep from forward to backward, by a minimum cut: the cheapest values to compute the others from again.
+
+In each block the operations are a network from what is there to what the backward reads. A value's edge costs its bytes
+times a price, an operation's the time it takes again; the cut of least capacity says what is kept and what is computed
+again (the formulation of Jain et al. 2020, "Checkmate", relaxed as in torch's min-cut partitioner; Ford and Fulkerson
+1956). Values that cross blocks are kept, so that no more than one block is computed again at a time: without that, a
+cut that keeps fewer bytes can have the larger peak. Growing prices give a ladder from keeping all to keeping least.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import networkx as nx
+import torch
+from torch import fx
+
+from graphshard.analysis import cost, is_random, nbytes
+from graphshard.blocks import blocks, boundaries, forward_of, root, shows_another
+from graphshard.communication import communicates
+from graphshard.program import Phase, Program, info, val
+
+if TYPE_CHECKING:
+    _Graph = nx.DiGraph[object]  # networkx's classes take no parameters at run time
+
+PRICES = tuple(int(1.5 * 2 ** (k / 2)) for k in range(1, 36))
+"""What a byte that is kept may cost, in FLOPs, ascending: from less than reading it once to more than any product."""
+
+
+def is_required(node: fx.Node) -> bool:
+    """Whether the backward reads the value of a forward operation."""
+    return any(user.op != "output" and info(user).phase is not Phase.FORWARD for user in node.users)
+
+
+def can_repeat(node: fx.Node) -> bool:
+    """Whether computing a node again gives the same: it neither communicates nor draws numbers that have no key."""
+    return not communicates(node) and not is_random(node)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One choice for a stage: the blocks before ``blocks`` pay ``PRICES[level]``, the others the price below it."""
+
+    level: int
+    blocks: int
+
+
+@dataclass
+class Ladder:
+    """The choices for one stage, from recomputing nothing to keeping least."""
+
+    program: Program
+    stage: int | None
+    _cuts: dict[tuple[object, ...], list[frozenset[int]]] = field(default_factory=dict)
+
+    @cached_property
+    def block_of(self) -> dict[fx.Node, int]:
+        return blocks(forward_of(self.program, self.stage))
+
+    @cached_property
+    def kept(self) -> set[fx.Node]:
+        """What is kept whatever the price."""
+        return boundaries(self.program, self.block_of)
+
+    @cached_property
+    def choices(self) -> list[list[frozenset[fx.Node]]]:
+        """Per block and level what is computed again; level 0 is nothing."""
+        members: dict[int, list[fx.Node]] = {}
+        for node, block in self.block_of.items():
+            members.setdefault(block, []).append(node)
+        return [self._levels(members[block]) for block in sorted(members)]
+
+    @cached_property
+    def rungs(self) -> list[Rung]:
+        """Those that differ from the one before; the first recomputes nothing."""
+        found = [Rung(0, 0)]
+        for level in range(1, len(PRICES) + 1):
+            for index, levels in enumerate(self.choices):
+                if levels[level] != levels[level - 1]:
+                    found.append(Rung(level, index + 1))
+        return found
+
+    def recomputed(self, rung: Rung) -> set[fx.Node]:
+        """The operations that ``rung`` computes again."""
+        found: set[fx.Node] = set()
+        for index, levels in enumerate(self.choices):
+            found |= levels[rung.level if index < rung.blocks else max(rung.level - 1, 0)]
+        return found
+
+    def _levels(self, members: list[fx.Node]) -> list[frozenset[fx.Node]]:
+        network = _Network(members, self.kept)
+        key = network.signature()
+        if key not in self._cuts:
+            self._cuts[key] = [frozenset(), *(network.cut(price) for price in PRICES)]
+        return [frozenset(members[index] for index in chosen) for chosen in self._cuts[key]]
+
+
+class _Network:
+    """The flow network of one block; nodes are numbered in order, so that blocks that are alike share their cuts."""
+
+    def __init__(self, members: list[fx.Node], kept: set[fx.Node]) -> None:
+        number = {node: index for index, node in enumerate(members)}
+        outside: dict[fx.Node, int] = {}
+        self.edges: list[tuple[int, int]] = []
+        for node in members:
+            for source in map(_shown, node.all_input_nodes):
+                if source.op != "call_function":
+                    continue  # parameters, buffers and the batch are there in the backward too
+                if source not in number:
+                    outside.setdefault(source, len(members) + len(outside))
+                self.edges.append((number.get(source, outside.get(source, -1)), number[node]))
+        self.size: list[int | None] = []  # bytes that keeping the value takes; None: it cannot be kept by itself
+        self.time: list[int | None] = []  # of computing it again; None: it cannot be
+        self.required: list[bool] = []
+        for node in members:
+            several = not isinstance(val(node), torch.Tensor)
+            self.size.append(None if several or shows_another(node) else nbytes(val(node)))
+            self.time.append(None if node in kept or not can_repeat(node) else round(cost(node)))
+            self.required.append(is_required(node))
+        for node in outside:
+            self.size.append(0 if is_required(node) or node in kept else nbytes(val(root(node))))
+            self.time.append(None)
+            self.required.append(False)
+        self.members = len(members)
+
+    def signature(self) -> tuple[object, ...]:
+        return tuple(self.edges), tuple(self.size), tuple(self.time), tuple(self.required)
+
+    def cut(self, price: int) -> frozenset[int]:
+        """The members to compute again where a byte costs ``price``."""
+        graph: _Graph = nx.DiGraph()
+        graph.add_nodes_from(["source", "sink"])
+        for index, (size, time) in enumerate(zip(self.size, self.time, strict=True)):
+            before, after = (index, "in"), (index, "out")
+            _edge(graph, before, after, None if size is None else size * price)
+            _edge(graph, "source", before, time)
+            if self.required[index]:
+                _edge(graph, after, "sink", None)
+        for source, reader in self.edges:
+            _edge(graph, (source, "out"), (reader, "in"), None)
+        _, (_, behind) = nx.minimum_cut(graph, "source", "sink", flow_func=nx.algorithms.flow.dinitz)
+        return frozenset(i for i in range(self.members) if (i, "in") in behind and self.time[i] is not None)
+
+
+def _edge(graph: _Graph, start: object, end: object, capacity: int | None) -> None:
+    """None: infinite."""
+    graph.add_edge(start, end, **({} if capacity is None else {"capacity": capacity}))
+
+
+def _shown(node: fx.Node) -> fx.Node:
+    """What stands for ``node`` as an input: a view of something that is always there is always there."""
+    first = root(node)
+    return first if first.op != "call_function" else node
+
+
+def saved_bytes(recomputed: set[fx.Node], stage: int | None, program: Program) -> int:
+    """Bytes of the storages that a micro-batch's forward of a stage leaves for its backward."""
+    pending = [node for node in forward_of(program, stage) if is_required(node)]
+    seen: set[fx.Node] = set()
+    storages: dict[fx.Node, int] = {}
+    while pending:
+        node = pending.pop()
+        if node in seen or node.op != "call_function" or info(node).phase is not Phase.FORWARD:
+            continue
+        seen.add(node)
+        if node in recomputed:
+            pending += node.all_input_nodes
+        elif isinstance(val(node), torch.Tensor):
+            storages[root(node)] = nbytes(val(root(node)))
+    return sum(storages[node] for node in storages if node.op == "call_function")

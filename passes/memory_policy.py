@@ -1,0 +1,109 @@
+"""Decide which forward values the backward finds kept and which it computes again; recompute and offload obey.
+
+``full``: of each module block, only what enters it is kept (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+Cost"). ``selective``: results of matrix products and attention, which are dear, are kept too. ``custom``: what the
+patterns name is computed again. ``cut``: a minimum cut at a price per byte; see saving.py. What enters a block is kept
+by all but ``custom``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from graphshard.analysis import has_products, nbytes
+from graphshard.blocks import blocks, boundaries, forward_of, root, stages_of
+from graphshard.dataflow import is_getitem
+from graphshard.errors import NothingMatches
+from graphshard.pipeline import Context
+from graphshard.program import Level, MemoryTag, Program, info, set_info, val
+from graphshard.saving import Ladder, Rung, can_repeat, is_required
+
+_OFFLOADED_BYTES = 4096
+"""Smaller values than a page are not worth a transfer."""
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """Tag forward operations.
+
+    ``levels`` and ``blocks``, for ``cut``: a rung of the ladder for each stage; the last one is for the stages left.
+    ``offload_activations``: what is kept goes out of the device between forward and backward.
+    """
+
+    policy: str = ""
+    modules: tuple[str, ...] = ()
+    ops: tuple[str, ...] = ()
+    levels: tuple[int, ...] = ()
+    blocks: tuple[int, ...] = ()
+    offload_activations: bool = False
+    name: ClassVar[str] = "memory-policy"
+    exact: ClassVar[bool] = True
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if program.level is Level.SHARDED:
+            return program
+        again = {
+            node for position, stage in enumerate(stages_of(program)) for node in self._again(program, stage, position)
+        }
+        if self.policy == "custom" and not again:
+            raise NothingMatches(self.modules, self.ops)
+        for node in again:
+            set_info(node, tag=MemoryTag.RECOMPUTE)
+        if self.offload_activations:
+            _offload_what_is_kept(program)
+        return program
+
+    def _again(self, program: Program, stage: int | None, position: int) -> Iterable[fx.Node]:
+        """What the backward of a stage computes again."""
+        if not self.policy:
+            return ()
+        if self.policy == "cut":
+            rung = Rung(
+                self.levels[min(position, len(self.levels) - 1)], self.blocks[min(position, len(self.blocks) - 1)]
+            )
+            return Ladder(program, stage).recomputed(rung)
+        forward = [node for node in forward_of(program, stage) if can_repeat(node)]
+        if self.policy == "custom":
+            return [node for node in forward if self._named(node)]
+        kept = boundaries(program, blocks(forward_of(program, stage)))
+        if self.policy == "selective":
+            kept |= {node for node in forward if _is_dear(node)}
+        return [node for node in forward if node not in kept]
+
+    def _named(self, node: fx.Node) -> bool:
+        target = (node.all_input_nodes[0] if is_getitem(node) else node).target
+        assert isinstance(target, torch._ops.OpOverload)
+        path, op = info(node).module, target._schema.name.rpartition("::")[2]
+        inside = not self.modules or any(fnmatchcase(path, p) or fnmatchcase(path, f"{p}.*") for p in self.modules)
+        return inside and (not self.ops or any(fnmatchcase(op, pattern) for pattern in self.ops))
+
+
+def _is_dear(node: fx.Node) -> bool:
+    """Whether the value is the result of matrix products."""
+    return has_products(node.all_input_nodes[0] if is_getitem(node) else node)
+
+
+def _offload_what_is_kept(program: Program) -> None:
+    """Tag the storages that the backward finds kept, those it recomputes from included."""
+    wanted = {node for stage in stages_of(program) for node in forward_of(program, stage) if is_required(node)}
+    pending = list(wanted)
+    while pending:
+        node = pending.pop()
+        if info(node).tag is MemoryTag.RECOMPUTE:
+            more = [n for n in node.all_input_nodes if n.op == "call_function" and n not in wanted]
+            wanted.update(more)
+            pending += more
+            continue
+        first = root(node)
+        if (
+            first.op == "call_function"
+            and isinstance(val(first), torch.Tensor)
+            and nbytes(val(first)) >= _OFFLOADED_BYTES
+        ):
+            set_info(first, tag=MemoryTag.OFFLOAD)
