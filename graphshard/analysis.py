@@ -17,6 +17,10 @@ FLOPS_PER_BYTE = 10.0
 """What one byte moved to or from memory costs, in FLOPs. A core of about 90 GFLOP/s reads 10 GB/s, a GPU of 67 TFLOP/s
 in float32 about 5 TB/s: both are near 10, and pointwise work is all memory traffic."""
 
+FLOPS_PER_SENT_BYTE = 50.0
+"""What a byte sent to another rank costs, in FLOPs, if little of it is hidden: a core of 90 GFLOP/s beside 2 to 3 GB/s
+through shared memory, a GPU of 67 TFLOP/s beside 450 GB/s of NVLink, or a tenth of that between machines."""
+
 _CASTS = (aten._to_copy.default, aten.clone.default)
 _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default)
 

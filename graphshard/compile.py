@@ -30,12 +30,13 @@ from graphshard.errors import (
     UnexpectedTensor,
     UnknownExecutor,
 )
-from graphshard.execution import ExecutionPlan
+from graphshard.execution import ExecutionPlan, variants
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, given_state
 from graphshard.passes import default_passes, with_passes
 from graphshard.pipeline import COMMUNICATION, Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
+from graphshard.planner import Budget, choose
 from graphshard.program import PassRecord, Phase, Program, Role, info
 from graphshard.prove import prove
 from graphshard.reference_inputs import Inputs, random_inputs
@@ -43,6 +44,7 @@ from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
 from graphshard.shrink import shrunk
+from graphshard.simulate import MemoryUse, simulate_memory
 from graphshard.trace import Captured
 from graphshard.update import add_update, check_elementwise, make_optimizer
 
@@ -315,6 +317,8 @@ class Compiled:
         first, placement = self._main is None, self._placement
         source = copied(captured.program) if self.executor == "none" else None
         observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
+        if first and mode == "train":
+            self._fit_budget(captured.program, microbatches)
         program = run_passes(captured.program, self.passes, Context(self.mesh, placement), observer)
         watch = self.debug_nan and mode == "train"
         plan = lower(program, self._schedule(mode, microbatches), watch)
@@ -326,6 +330,24 @@ class Compiled:
         if self._storage is not None:
             self._storage.learn(plan)
         return build
+
+    def _fit_budget(self, program: Program, microbatches: int) -> None:
+        """Choose options of the passes so that a rank's simulated peak fits what the plan allows; once, for the first
+        training program: later ones share its storage."""
+        asked = self.plan.memory or self.plan.recompute
+        if asked is None or asked.budget_gb is None:
+            return
+        schedule = self._schedule("train", microbatches)
+
+        def measure(program: Program) -> list[MemoryUse]:
+            plan = lower(program, schedule)
+            uses = [
+                [simulate_memory(plan, stage, first) for first in variants(plan)] for stage in range(program.stages)
+            ]
+            return [max(of_stage, key=lambda use: use.peak_bytes) for of_stage in uses]
+
+        budget = Budget(int(asked.budget_gb * 1e9), reshard=self.plan.memory is not None and self.plan.zero_stage == 3)
+        self.passes = choose(program, self.passes, Context(self.mesh), budget, schedule, measure)
 
     def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> Captured:
         """The program before the first pass."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -444,6 +445,17 @@ class NothingMatches(GraphshardError):
             f"recompute: no forward operation matches {asked}; module paths and operators are those of the captured "
             "graph, such as modules=h.*.mlp and ops=gelu"
         )
+
+
+class BudgetTooSmall(GraphshardError):
+    """A memory budget that nothing the planner may do can keep."""
+
+    def __init__(self, budget_bytes: int, smallest_bytes: int, stage: int, held: str) -> None:
+        super().__init__(
+            f"a budget of {budget_bytes / 1e9:.9g} GB per rank is too small: the smallest possible is "
+            f"{math.ceil(smallest_bytes / 1e3) / 1e6:.9g} GB, for a rank of stage {stage} that holds {held}"
+        )
+        self.smallest_bytes = smallest_bytes
 
 
 class StageCountMismatch(GraphshardError):

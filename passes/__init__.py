@@ -26,7 +26,7 @@ def default_passes(plan: Plan) -> list[Pass]:
         Recompute(),  # obeys it
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right
         BucketCollectives(),  # merges what zero made
-        Hoist(budget_gb=plan.budget_gb),  # by the sizes of merged buckets
+        Hoist(budget_gb=() if plan.budget_gb is None else (plan.budget_gb,)),  # by the sizes of merged buckets
         Overlap(),  # last: order depends on which collectives are left
     ]
 

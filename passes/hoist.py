@@ -27,21 +27,21 @@ gs = torch.ops.graphshard
 @dataclass(frozen=True)
 class Hoist:
     """``budget_gb``: memory per rank, in 10^9 bytes, that whole parameters and whole gradients may take beyond their
-    shards; None: leave every gather where it is."""
+    shards, one for each pipeline stage, the last one for the stages left; (): leave every gather where it is."""
 
-    budget_gb: float | None = None
+    budget_gb: tuple[float, ...] = ()
     name: ClassVar[str] = "hoist"
     exact: ClassVar[bool] = False
 
     def run(self, program: Program, ctx: Context) -> Program:
-        if self.budget_gb is None or program.level is not Level.SHARDED:
+        if not self.budget_gb or program.level is not Level.SHARDED:
             return program
         for stage in range(program.stages):
-            left = self.budget_gb * 1e9
-            buckets = [b for b in program.buckets.values() if b.stage == stage and b.parts > 1]
+            left = self.budget_gb[min(stage, len(self.budget_gb) - 1)] * 1e9
+            buckets = _sharded(program, stage)
             # A hoisted reduction saves a reduce-scatter per micro-batch, a hoisted gather two gathers: gathers first.
             for bucket in buckets:
-                cost = (bucket.numel - bucket.shard_numel) * bucket.dtype.itemsize
+                cost = _cost(bucket)
                 if cost <= left and _hoist_gather(program, bucket):
                     left -= cost
             for bucket in buckets:
@@ -49,6 +49,19 @@ class Hoist:
                 if cost <= left and _hoist_reduction(program, bucket):
                     left -= cost
         return program
+
+
+def hoistable_bytes(program: Program, stage: int) -> list[int]:
+    """Of each sharded bucket of a stage, what its gather takes out of the loop, and its reduction as much again."""
+    return [_cost(bucket) for bucket in _sharded(program, stage) if bucket.store is Role.SHARD]
+
+
+def _sharded(program: Program, stage: int) -> list[Bucket]:
+    return [bucket for bucket in program.buckets.values() if bucket.stage == stage and bucket.parts > 1]
+
+
+def _cost(bucket: Bucket) -> int:
+    return (bucket.numel - bucket.shard_numel) * bucket.dtype.itemsize
 
 
 def _whole(like: fx.Node, bucket: Bucket) -> torch.Tensor:

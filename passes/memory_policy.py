@@ -21,7 +21,7 @@ from graphshard.blocks import blocks, boundaries, forward_of, root, stages_of
 from graphshard.dataflow import is_getitem
 from graphshard.errors import NothingMatches
 from graphshard.pipeline import Context
-from graphshard.program import Level, MemoryTag, Program, info, set_info, val
+from graphshard.program import Level, MemoryTag, Phase, Program, info, set_info, val
 from graphshard.saving import Ladder, Rung, can_repeat, is_required
 
 _OFFLOADED_BYTES = 4096
@@ -51,7 +51,8 @@ class MemoryPolicy:
         again = {
             node for position, stage in enumerate(stages_of(program)) for node in self._again(program, stage, position)
         }
-        if self.policy == "custom" and not again:
+        trained = any(info(node).phase is not Phase.FORWARD for node in program.body.nodes())
+        if self.policy == "custom" and trained and not again:
             raise NothingMatches(self.modules, self.ops)
         for node in again:
             set_info(node, tag=MemoryTag.RECOMPUTE)

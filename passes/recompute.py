@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from graphshard.analysis import weight_views
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, Phase, Program, info
 from graphshard.rewrite import clone
@@ -26,31 +27,30 @@ class Recompute:
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:
             return program
+        # Reads of parameters come along untagged: no view or cast of a parameter is kept for the backward.
+        again = {node for node in program.body.nodes() if info(node).tag is MemoryTag.RECOMPUTE}
+        again |= {node for node in weight_views(program.body) if info(node).phase is Phase.FORWARD}
         copies: dict[fx.Node, fx.Node] = {}
         for reader in list(program.body.nodes()):
             if info(reader).phase is Phase.FORWARD:
                 continue
-            for source in _again(reader):
+            for source in _needed(reader, again):
                 if source not in copies:
                     with reader.graph.inserting_before(reader):
                         copies[source] = _repeat(source, copies)
             for source in reader.all_input_nodes:
-                if _is_tagged(source):
+                if source in again:
                     reader.replace_input_with(source, copies[source])
         return program
 
 
-def _is_tagged(node: fx.Node) -> bool:
-    return node.op == "call_function" and info(node).tag is MemoryTag.RECOMPUTE
-
-
-def _again(reader: fx.Node) -> list[fx.Node]:
-    """The tagged operations that ``reader`` depends on through tagged ones alone, in order."""
+def _needed(reader: fx.Node, again: set[fx.Node]) -> list[fx.Node]:
+    """What of ``again`` is between ``reader`` and values that are kept, in order."""
     found: set[fx.Node] = set()
     pending = [reader]
     while pending:
         for source in pending.pop().all_input_nodes:
-            if _is_tagged(source) and source not in found:
+            if source in again and source not in found:
                 found.add(source)
                 pending.append(source)
     return sorted(found)
