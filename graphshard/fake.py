@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +15,18 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 
+class RememberingMode(FakeTensorMode):
+    """A mode in which real constants may meet fake tensors. What operators give for arguments of a type is remembered:
+    graphs repeat themselves, and passes derive types again and again."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.known: dict[Hashable, Any] = {}
+
+
 def new_mode() -> FakeTensorMode:
-    """A mode in which real constants may meet fake tensors."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    """The mode of a program."""
+    return RememberingMode()
 
 
 def mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
@@ -51,10 +60,32 @@ def tensor(
 
 
 def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The value ``target`` gives; nodes among the arguments stand for their values. Raises what the operator raises."""
-    args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
-    with mode, torch.no_grad():
-        return target(*args, **kwargs)
+    """The value ``target`` gives; nodes among the arguments stand for their values. Raises what the operator raises.
+
+    Fake tensors are types here, and never written to: equal ones may be one object.
+    """
+    known = mode.known if isinstance(mode, RememberingMode) else {}
+    key = (target, _kind(args), _kind(kwargs))
+    if key not in known:
+        args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
+        with mode, torch.no_grad():
+            known[key] = target(*args, **kwargs)
+    return known[key]
+
+
+def _kind(value: Any) -> Hashable:
+    """Equal for arguments for which an operator gives the same type."""
+    if isinstance(value, fx.Node):
+        value = value.meta["val"]
+    if isinstance(value, FakeTensor):
+        return FakeTensor, tuple(value.shape), value.stride(), value.dtype, value.device
+    if isinstance(value, torch.Tensor):
+        return object()  # like no other: the value of a constant may matter
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_kind, value)
+    if isinstance(value, dict):
+        return tuple((name, _kind(item)) for name, item in value.items())
+    return type(value), value if isinstance(value, Hashable) else repr(value)
 
 
 @contextmanager

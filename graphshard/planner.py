@@ -107,7 +107,7 @@ class _Search:
     def _fits(self, rungs: list[int]) -> list[bool]:
         key = tuple(rungs)
         if key not in self.seen:
-            self.seen[key] = self.measure(run_passes(copied(self.program), self._with(rungs), self.ctx))
+            self.seen[key] = self.measure(run_passes(copied(self.program), self._with(rungs), self.ctx, check=False))
         return [use.peak_bytes <= self.budget.nbytes for use in self.seen[key]]
 
     def _with(self, rungs: Sequence[int]) -> list[Pass]:

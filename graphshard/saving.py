@@ -78,7 +78,7 @@ class Ladder:
         found = [Rung(0, 0)]
         for level in range(1, len(PRICES) + 1):
             for index, levels in enumerate(self.choices):
-                if levels[level] != levels[level - 1]:
+                if any(cost(node) for node in levels[level] ^ levels[level - 1]):
                     found.append(Rung(level, index + 1))
         return found
 
