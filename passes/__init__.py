@@ -19,16 +19,19 @@ from graphshard.plan import Plan
 
 def default_passes(plan: Plan) -> list[Pass]:
     """The passes of a plan, in order."""
-    return [
+    offloads = plan.offload is not None and plan.offload.activations is not None
+    chosen: list[Pass | None] = [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
         PipelineCut(stages=plan.stage_starts),  # before sharding: which parameters share a bucket depends on the stage
-        _memory_policy(plan),  # before sharding: what is gathered is never kept, but gathered again for the backward
-        Recompute(),  # obeys it
+        # Before sharding: what is gathered is never kept, but gathered again for the backward.
+        _memory_policy(plan) if plan.recompute or plan.memory or offloads else None,
+        Recompute() if plan.recompute or plan.memory else None,  # obeys it
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right
         BucketCollectives(),  # merges what zero made
         Hoist(budget_gb=() if plan.budget_gb is None else (plan.budget_gb,)),  # by the sizes of merged buckets
         Overlap(),  # last: order depends on which collectives are left
     ]
+    return [item for item in chosen if item is not None]
 
 
 def _memory_policy(plan: Plan) -> MemoryPolicy:
