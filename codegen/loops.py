@@ -145,6 +145,32 @@ def write_loop(
     lines += [f"{node.name} = {expression(old)}" for node, old in in_place.items()]
     lines.append(f"for at in range(0, {loop.numel}, {BLOCK}):")
     lines += [f"    {expression(n)}_b = {expression(n)}[at : at + {BLOCK}]" for n in loop.inputs()]
-    lines += [f"    {node.name}_b = {call(node)}" for node in loop.nodes]
+    for node, dead in _blocks(loop, outputs):
+        lines.append(f"    {node.name}_b = {call(node)}")
+        if dead:
+            lines.append(f"    del {', '.join(f'{expression(n)}_b' for n in dead)}")
     lines += [f"    {node.name}[at : at + {BLOCK}] = {node.name}_b" for node in outputs]
+    lines.append(f"    del {', '.join(f'{expression(n)}_b' for n in outputs)}")
     return lines
+
+
+def block_bytes(loop: Loop, returned: set[fx.Node]) -> int:
+    """The most that the blocks of ``loop``'s own nodes take."""
+    inside = set(loop.nodes)
+    live = peak = 0
+    for node, dead in _blocks(loop, loop.outputs(returned)):
+        live += BLOCK * val(node).dtype.itemsize
+        peak = max(peak, live)
+        live -= sum(BLOCK * val(n).dtype.itemsize for n in dead if n in inside)
+    return peak
+
+
+def _blocks(loop: Loop, outputs: list[fx.Node]) -> list[tuple[fx.Node, list[fx.Node]]]:
+    """Each node of ``loop`` with the vectors whose block nothing reads after it, inputs included."""
+    vectors = {*loop.inputs(), *loop.nodes}
+    last = {source: node for node in loop.nodes for source in (*node.all_input_nodes, node) if source in vectors}
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for vector, node in last.items():
+        if vector not in outputs:
+            dead.setdefault(node, []).append(vector)
+    return [(node, dead.get(node, [])) for node in loop.nodes]

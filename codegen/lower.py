@@ -17,9 +17,11 @@ from torch import fx
 
 from graphshard.codegen.order import order
 from graphshard.codegen.schedule import Schedule
-from graphshard.codegen.segments import emit, resolve
+from graphshard.codegen.segments import emit
+from graphshard.codegen.storages import category, saved_roots, storage_root
 from graphshard.codegen.watched import watched
-from graphshard.dataflow import is_getitem, is_view, upstream
+from graphshard.codegen.workspace import storage_bytes
+from graphshard.dataflow import is_getitem, resolve, upstream
 from graphshard.execution import (
     ExecutionPlan,
     Instruction,
@@ -29,6 +31,7 @@ from graphshard.execution import (
     StagePlan,
     Storage,
     TensorType,
+    Workspace,
     slot_ref,
     type_of,
     variants,
@@ -299,6 +302,7 @@ class _StageLowering:
                 (),
                 (segment,),
                 output_types=(kind_of,),
+                workspace=Workspace((kind_of.nbytes,)),
             )
             ref = Ref(f"{name(node).name}.zero", name(node).microbatch)
             before.append(Instruction(Op.RUN, segment, outputs=(ref,), action=common["action"]))
@@ -411,11 +415,12 @@ class _StageLowering:
     def _collect(self, section: Section, nodes: list[fx.Node], name: Callable[[fx.Node], Ref]) -> None:
         """Note which slots this stage reads from outside the step, which results it gives, and where values live."""
         mine = set(nodes)
+        saved = saved_roots(nodes, self.reused)
         for node in (*section.inputs, *nodes):
             if isinstance(val(node), torch.Tensor):
-                root = _root(node, self.reused)
-                nbytes = val(root).numel() * val(root).dtype.itemsize
-                self.storages[name(node).name] = Storage(name(root), nbytes, _category(root, section))
+                root = storage_root(node, self.reused)
+                nbytes = storage_bytes(val(root))
+                self.storages[name(node).name] = Storage(name(root), nbytes, category(root, section, saved))
         for node, slot in section.inputs.items():
             local = info(node).stage in (self.stage, None)
             used = any(user in mine for user in node.users) or (node in section.outputs.values() and local)
@@ -431,29 +436,3 @@ def _kind(node: fx.Node) -> str:
     both ends see one order on the channel."""
     phase = info(node.args[0]).phase if node.target is gs.transfer.default else info(node).phase  # type: ignore[arg-type]
     return {Phase.FORWARD: "F", Phase.WEIGHT: "W"}.get(phase, "B")
-
-
-def _root(node: fx.Node, reused: dict[fx.Node, fx.Node]) -> fx.Node:
-    """The node whose storage ``node`` shares, through views, waits and results written in place."""
-    while node in reused or is_view(node) or node.target is c10d.wait_tensor.default:
-        node = reused[node] if node in reused else node.all_input_nodes[0]
-    return node
-
-
-def _category(root: fx.Node, section: Section) -> str:
-    slot = section.inputs.get(root)
-    if slot is None and root in section.outputs.values():
-        slot = next(s for s, n in section.outputs.items() if n is root)
-    if slot is not None:
-        if slot.role is Role.CARRY:
-            kinds = {"grad": "gradients", "whole": "gathered parameters"}
-            return kinds.get(slot.name.partition(":")[0], "parameters")
-        kinds = {Role.STATE: "optimizer state", Role.BATCH: "batch"}
-        return kinds.get(slot.role, "parameters")
-    if root.target is c10d.all_gather_into_tensor.default:
-        return "gathered parameters"
-    if root.target in (gs.pack.default, c10d.reduce_scatter_tensor.default, c10d.all_reduce.default):
-        return "gradients"
-    if root.target is gs.transfer.default:
-        return "transfers"
-    return "activations" if info(root).phase is not Phase.UPDATE else "workspace"

@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from graphshard.codegen.idioms import FusedAdam, find_adam
-from graphshard.codegen.loops import Loop, find_loops, overwritten, write_loop
+from graphshard.codegen.loops import Loop, block_bytes, find_loops, overwritten, write_loop
+from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
-from graphshard.dataflow import has_floats, is_getitem, is_view
+from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
 from graphshard.execution import Segment, type_of
 from graphshard.program import Section, Slot, val
 from graphshard.rewrite import list_arg
@@ -28,6 +29,9 @@ gs = torch.ops.graphshard
 
 LARGE_PRODUCT = 2**26
 """Multiply-adds from which on it matters which library computes a matrix product."""
+
+PRODUCT_PART = 512
+"""Inner length from which on products.py may add such a product up from parts."""
 
 
 @dataclass
@@ -100,6 +104,7 @@ class _Emitter:
                     inputs[source] = None
         self.items: list[Item] = list(self.nodes) if self.accumulators else self._loops()
         self.last_use = self._last_uses()
+        self.ledger = Ledger(list(inputs))
         header = [f"def {self.name}(args, coordinates, device):"]
         if inputs:
             self._line(f"({', '.join(n.name for n in inputs)}{',' if len(inputs) == 1 else ''}) = args")
@@ -114,9 +119,11 @@ class _Emitter:
             else:
                 self._node(item)
                 self._watch(item)
-            dead = [n.name for n in self.last_use.get(item, []) if n in self.defined or n in inputs]
+            dead = [n for n in self.last_use.get(item, []) if n in self.defined or n in inputs]
             if dead:
-                self._line(f"del {', '.join(dead)}")
+                self._line(f"del {', '.join(n.name for n in dead)}")
+                self.ledger.drop(dead)
+            self.ledger.advance()
         returned = ", ".join(self._expression(n) for n in self.outputs)
         self._line(f"return ({returned}{',' if len(self.outputs) == 1 else ''})")
         code = "\n".join(header + self.lines) + "\n"
@@ -127,6 +134,7 @@ class _Emitter:
             tuple(n.name for n in self.outputs),
             tuple(type_of(val(n)) for n in inputs),
             tuple(type_of(val(n)) for n in self.outputs),
+            self.ledger.workspace(),
         )
         if not self.first:
             self.reused |= {node: node.all_input_nodes[0] for node in self.accumulated}
@@ -226,8 +234,11 @@ class _Emitter:
             flat, _, axis = node.args
             size = val(node).numel()
             self._define(node, f"{self._expression(flat)}.narrow(0, coordinates[{axis!r}] * {size}, {size})")
+            self.ledger.shares(node, resolve(flat))  # type: ignore[arg-type]
         else:
             self._define(node, self._call(node))
+            self.ledger.result(node)
+            self._product_in_blocks(node)
 
     def _watch(self, node: fx.Node) -> None:
         if self.watch and has_floats(node):
@@ -246,7 +257,13 @@ class _Emitter:
         self.reused |= in_place
         self.lines += [f"    {line}" for line in write_loop(loop, in_place, returned, self._name, self._call)]
         self.block = set()
-        self.defined |= set(loop.outputs(returned))
+        self.ledger.temporary(block_bytes(loop, returned))
+        for node in loop.outputs(returned):
+            self.defined.add(node)
+            if node in in_place:
+                self.ledger.shares(node, resolve(in_place[node]))
+            else:
+                self.ledger.makes(node)
 
     def _adam(self, adam: FusedAdam) -> None:
         states = ", ".join(f"[{self._name(n)}]" for n in (adam.param, adam.gradient, adam.exp_avg, adam.exp_avg_sq))
@@ -259,6 +276,7 @@ class _Emitter:
             (adam.new_exp_avg_sq, adam.exp_avg_sq),
         ):
             self._define(new, self._name(old))
+            self.ledger.shares(new, resolve(old))
             self.reused[new] = old
 
     def _name(self, node: fx.Node) -> str:
@@ -282,6 +300,7 @@ class _Emitter:
         pack = destination.pack
         value = val(pack)
         self._define(pack, f"torch.empty({value.numel()}, dtype={value.dtype}, device=device)")
+        self.ledger.makes(pack)
         end = 0
         placed = zip(list_arg(pack, 0), list_arg(pack, 1), strict=True)
         for part, offset in sorted(placed, key=lambda item: item[1]):
@@ -301,11 +320,18 @@ class _Emitter:
         view = self._view(destination, node, offset)
         left, right = (self._expression(a) for a in node.args)
         if _is_large_product(node):
+            self.ledger.temporary(storage_bytes(val(node)))  # what a library that cannot write into the view returns
+            self._product_in_blocks(node)
             self._line(f"products.{'mm_into' if destination.overwrite else 'add_mm'}({view}, {left}, {right})")
         elif destination.overwrite:
             self._line(f"torch.mm({left}, {right}, out={view})")
         else:
             self._line(f"{view}.addmm_({left}, {right})")
+
+    def _product_in_blocks(self, node: fx.Node) -> None:
+        """A large product may be summed up from several; see products.py."""
+        if _is_large_product(node) and val(node.args[-1]).shape[0] > PRODUCT_PART:  # type: ignore[arg-type]
+            self.ledger.temporary(storage_bytes(val(node)))
 
     def _pack(self, destination: _Destination) -> None:
         self._start(destination)
@@ -322,11 +348,16 @@ class _Emitter:
             # The value becomes the accumulator, which later micro-batches write to: nobody else may hold it.
             shared = len(value.users) > 1 or is_view(value) or is_getitem(value) or value.op == "placeholder"
             self._define(node, f"{self._expression(value)}.clone()" if shared else self._expression(value))
+            if shared:
+                self.ledger.makes(node)
+            else:
+                self.ledger.shares(node, resolve(value))
             return
         destination = self.packs.get(value)
         if destination is None or destination.overwrite:
             self._line(f"{carry.name}.add_({self._expression(value)})")
         self._define(node, carry.name)
+        self.ledger.shares(node, carry)
 
     def _expression(self, value: Any) -> str:
         if isinstance(value, fx.Node):
@@ -349,8 +380,3 @@ def _is_large_product(node: fx.Node) -> bool:
     if bias and (node.kwargs or bias[0].shape != val(node).shape[1:]):
         return False
     return bool(val(node).numel() * left.shape[1] >= LARGE_PRODUCT)
-
-
-def resolve(node: fx.Node) -> fx.Node:
-    """A wait gives the collective's own buffer."""
-    return node.args[0] if node.target is c10d.wait_tensor.default else node  # type: ignore[return-value]

@@ -10,9 +10,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from graphshard import text
-from graphshard.codegen.segments import resolve
 from graphshard.communication import communicates
-from graphshard.dataflow import has_floats, is_getitem
+from graphshard.dataflow import has_floats, is_getitem, resolve
 from graphshard.execution import SUM, Watched
 from graphshard.program import Program, Role, Slot, info, source_line
 from graphshard.rewrite import list_arg

@@ -71,6 +71,7 @@ def compile(
     passes: Sequence[Pass] | None = None,
     dump_dir: str | Path | None = None,
     debug_nan: bool = False,
+    measure_memory: bool = False,
     init: Callable[[nn.Module], object] | None = None,
     seed: int = 0,
 ) -> Compiled:
@@ -96,6 +97,8 @@ def compile(
         debug_nan: look at every value of ``step``'s forward and backward; when the loss or a gradient is NaN or
             infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first.
             Steps take longer.
+        measure_memory: follow what every rank of this process holds while it runs, for ``report`` and ``explain``. Steps
+            take longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
 
@@ -119,6 +122,7 @@ def compile(
         passes=with_passes(default_passes(parsed), passes or ()),
         dump_dir=None if dump_dir is None else Path(dump_dir),
         debug_nan=debug_nan,
+        measure_memory=measure_memory,
         init=init,
         seed=seed,
     )
@@ -179,6 +183,7 @@ class Compiled:
     dump_dir: Path | None
     seed: int
     debug_nan: bool = False
+    measure_memory: bool = False
     init: Callable[[nn.Module], object] | None = None
     optimizer: Any = None
     _builds: dict[tuple[Any, ...], _Build] = field(default_factory=dict)
@@ -412,10 +417,12 @@ class Compiled:
             from graphshard.runtime.distributed import DistributedExecutor
 
             default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return DistributedExecutor(self.mesh, device or default, timeout_s=self.timeout_s)
+            return DistributedExecutor(
+                self.mesh, device or default, timeout_s=self.timeout_s, measure_memory=self.measure_memory
+            )
         from graphshard.runtime.local import LocalExecutor
 
-        return LocalExecutor(self.mesh, device or "cpu", measure_memory=True)
+        return LocalExecutor(self.mesh, device or "cpu", measure_memory=self.measure_memory)
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Full parameters and buffers under the model's own names, tied names included. Collective: all ranks call it.

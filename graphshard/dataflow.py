@@ -44,6 +44,22 @@ def is_getitem(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
+def resolve(node: fx.Node) -> fx.Node:
+    """A wait gives the collective's own buffer."""
+    return node.args[0] if node.target is torch.ops._c10d_functional.wait_tensor.default else node  # type: ignore[return-value]
+
+
+def storage_source(node: fx.Node) -> fx.Node | None:
+    """The node whose storage the value lives in: what a view, or one of several views, is of, and what a wait waits
+    for; None: the value has storage of its own."""
+    if is_getitem(node):
+        source = node.all_input_nodes[0]
+        return source.all_input_nodes[0] if is_view(source) else None
+    if is_view(node) or node.target is torch.ops._c10d_functional.wait_tensor.default:
+        return node.all_input_nodes[0]
+    return None
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments given, by the names that the operator has for them."""
     target = node.target

@@ -113,6 +113,19 @@ class Instruction:
 
 
 @dataclass(frozen=True)
+class Workspace:
+    """What a segment holds beside its inputs while it runs, outputs included, in bytes of storages.
+
+    Its run is cut into intervals where it lets go of inputs: ``held[i]`` is the most in interval i, and input k, where
+    nobody else holds it, goes at the end of interval ``released[k]``; ``len(held)``: not before the segment ends, or an
+    output lives in its storage. Without an account, (): none is released.
+    """
+
+    held: tuple[int, ...] = (0,)
+    released: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
     """Straight-line compute code: Python source of one function ``def <name>(args, coordinates, device)``.
 
@@ -126,6 +139,21 @@ class Segment:
     outputs: tuple[str, ...]
     input_types: tuple[TensorType, ...] = ()
     output_types: tuple[TensorType, ...] = ()
+    workspace: Workspace = Workspace()
+
+
+CATEGORIES = (
+    "parameters",
+    "gathered parameters",
+    "gradients",
+    "optimizer state",
+    "saved activations",
+    "transfers",
+    "workspace",
+    "batch",
+)
+"""What a rank's memory is for. Saved activations: made by the forward and read by the backward. Workspace: all that no
+other names, such as what a segment makes for itself, and its results until it ends."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +162,7 @@ class Storage:
 
     root: Ref  # with micro-batch 0 where there is one per micro-batch
     nbytes: int
-    category: (
-        str  # "parameters", "gathered parameters", "gradients", "optimizer state", "activations", "transfers", "batch"
-    )
+    category: str  # one of CATEGORIES
 
     def of(self, microbatch: int | None) -> Ref:
         """The root for one micro-batch."""
@@ -227,7 +253,7 @@ class ExecutionPlan:
     def __str__(self) -> str:
         lines = [f"mesh {self.mesh}", f"microbatches {self.microbatches}"]
         lines += [
-            f"stage {stage}: at most {peak} bytes a rank between instructions"
+            f"stage {stage}: at most {peak} bytes a rank"
             for stage, peak in enumerate(self.peak_bytes)
         ]
         for i, stage_plan in enumerate(self.stages):

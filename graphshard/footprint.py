@@ -25,11 +25,10 @@ import torch
 from torch import fx
 
 from graphshard.analysis import nbytes
-from graphshard.dataflow import is_getitem, is_view
+from graphshard.dataflow import is_getitem, storage_source
 from graphshard.places import Places
 from graphshard.program import Phase, Program, Role, Slot, info, val
 
-c10d = torch.ops._c10d_functional
 aten = torch.ops.aten
 
 _STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.CONSTANT, Role.STATE)
@@ -114,10 +113,8 @@ def _roots(program: Program) -> dict[fx.Node, fx.Node]:
     """Each node of the body to the one that makes the storage it lives in."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in program.body.graph.nodes:
-        shares = is_view(node) or node.target is c10d.wait_tensor.default
-        if is_getitem(node):
-            shares = is_view(node.all_input_nodes[0])
-        roots[node] = roots[node.all_input_nodes[0]] if shares and node.op == "call_function" else node
+        source = storage_source(node)
+        roots[node] = node if source is None else roots[source]
     inputs = program.body.input_slots
     overwritten = {
         node: inputs[slot]

@@ -19,7 +19,8 @@ from graphshard.mesh import Mesh
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.machine import Machine
-from graphshard.runtime.memory import StorageMeter, keep_freed_memory
+from graphshard.runtime.memory import keep_freed_memory
+from graphshard.runtime.meter import make_meter
 from graphshard.runtime.products import onednn_is_faster
 from graphshard.runtime.segments import SegmentFunction, compile_segments
 from graphshard.runtime.traffic import sent_bytes
@@ -53,7 +54,7 @@ class Executor(ABC):
         self.stores: dict[int, dict[Ref, Tensor]] = {rank: {} for rank in self.ranks}
         self.sent_bytes: dict[int, dict[str, int]] = {rank: {} for rank in self.ranks}  # by axis, all steps so far
         self.state_keys: frozenset[str] = frozenset()  # the optimizer state that exists, the same on every rank
-        self.meters = {rank: StorageMeter() for rank in self.ranks} if measure_memory else {}
+        self.meters = {rank: make_meter(device, len(self.ranks)) for rank in self.ranks} if measure_memory else {}
         self._loaded: dict[int, Loaded] = {}
 
     def choices(self) -> dict[str, str]:
@@ -183,7 +184,8 @@ class Executor(ABC):
 
     def _typed(self, value: Tensor, kind: TensorType, slot: Slot) -> Tensor:
         assert tuple(value.shape) == kind.shape and value.dtype == kind.dtype, f"{slot} is {kind}, given {value.shape}"
-        value = value.detach().to(self.device, non_blocking=True)
+        # Measured, a part of the batch has storage of its own, which goes when the step is done with it.
+        value = value.detach().to(self.device, non_blocking=True, copy=bool(self.meters))
         if value.stride() != kind.stride:
             value = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self.device).copy_(value)
         return value

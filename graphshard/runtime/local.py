@@ -29,7 +29,7 @@ class LocalExecutor(Executor):
     Args:
         interleaving: None: ranks run round-robin, each until it must wait. A seed: after every instruction a random
             rank goes on, and a communication whose ends are all there completes at a random later moment.
-        measure_memory: follow the live bytes of every rank in ``meters``.
+        measure_memory: measure what every rank holds, in ``meters``.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class LocalExecutor(Executor):
                 continue
             running = ranks[rank]
             try:
+                running.blocked = None  # what it kept may go
                 running.blocked = next(running.steps)
             except StopIteration as end:
                 results[rank] = end.value
@@ -103,10 +104,11 @@ class LocalExecutor(Executor):
     def _stuck(self, loaded: Loaded, ranks: Mapping[int, _Running], turns: deque[int]) -> StuckPlan:
         lines = []
         for rank in sorted(turns):
-            meeting = ranks[rank].blocked
-            if isinstance(meeting, LocalCouncil):
+            blocked = ranks[rank].blocked
+            if isinstance(blocked, LocalCouncil):
                 continue  # for those that the others wait for
-            assert isinstance(meeting, _Meeting)
+            assert isinstance(blocked, _Attendance)
+            meeting = blocked.meeting
             missing = ", ".join(str(member) for member in meeting.members if member not in meeting.joined)
             plural = "s" if "," in missing else ""
             lines.append(
@@ -135,12 +137,6 @@ class _Meeting:
     members: tuple[int, ...]
     joined: dict[int, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)  # (source, output) by rank
     delivered: bool = False
-
-    def done(self) -> bool:
-        return self.delivered
-
-    def wait(self) -> None:
-        assert self.delivered, "the scheduler goes on with a rank only when what it waits for is complete"
 
     def deliver(self) -> None:
         """Copy what the members put in to where they want it."""
@@ -172,6 +168,20 @@ class _Meeting:
         self.delivered = True
 
 
+@dataclass(frozen=True)
+class _Attendance:
+    """One rank's end of a meeting. What it put in is in use until the rank has waited, as on any network."""
+
+    meeting: _Meeting
+    buffers: tuple[Tensor | None, ...]
+
+    def done(self) -> bool:
+        return self.meeting.delivered
+
+    def wait(self) -> None:
+        assert self.meeting.delivered, "the scheduler goes on with a rank only when what it waits for is complete"
+
+
 def _sum(parts: list[Tensor], output: Tensor) -> Tensor:
     output.copy_(parts[0])
     for part in parts[1:]:
@@ -200,7 +210,7 @@ class _Network:
         what: str,
         source: Tensor | None,
         output: Tensor | None,
-    ) -> _Meeting:
+    ) -> _Attendance:
         """Put in this rank's end of the next meeting it has not joined on the channel."""
         queue = self._open.setdefault(channel, deque())
         meeting = next((m for m in queue if rank not in m.joined), None)
@@ -215,7 +225,7 @@ class _Network:
                 self.deliverable.append(meeting)
             else:
                 meeting.deliver()
-        return meeting
+        return _Attendance(meeting, (source, output))
 
     def deliver(self, index: int) -> None:
         """Complete one of the meetings that everybody has joined."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from graphshard.execution import (
 )
 from graphshard.program import Slot
 from graphshard.runtime.council import Council
-from graphshard.runtime.memory import StorageMeter
+from graphshard.runtime.meter import Meter
 from graphshard.runtime.nonfinite import judge
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.watch import Watch
@@ -85,7 +85,7 @@ class Machine:
         communicator: Communicator,
         functions: Mapping[str, SegmentFunction],
         device: torch.device,
-        meter: StorageMeter | None = None,
+        meter: Meter | None = None,
         watch: Watch | None = None,
     ) -> None:
         self.rank = rank
@@ -94,6 +94,7 @@ class Machine:
         self.watch = watch
         self._plan = plan
         stage_plan = plan.of_rank(rank)
+        self._storages = stage_plan.storages
         self.stage = plan.mesh.coordinates(rank)["pp"]
         self.update_begins = len(stage_plan.prologue) + len(stage_plan.body)
         self._instructions = {first: stage_plan.step(first) for first in (False, True)}
@@ -114,10 +115,7 @@ class Machine:
         self._places_in = {first: {ref: resolver.place(ref) for ref in refs} for first, refs in reads.items()}
         self._places_out = {ref: resolver.place(ref) for ref in self.results}
         self._size = resolver.size
-        self._touched = {
-            first: [tuple(map(resolver.place, (*ins.inputs, *ins.outputs))) for ins in listed]
-            for first, listed in self._instructions.items()
-        }
+        self._place = resolver.place
 
     @property
     def instruction(self) -> Instruction:
@@ -161,20 +159,19 @@ class Machine:
         handles: Handles = [None] * len(code)
         self._environment, self._first = environment, first
         if self.meter is not None:
-            self.meter.update(environment, range(self._size))
+            self.meter.begin(self._held(environment, places), first)
         for position, action in enumerate(code):
             if position == self.update_begins and council is not None:
                 yield from self._agree(council)
             self.position = position
             if self.watch is not None:
                 self.watch.begin(self.instruction)
-            blocked = action(environment, handles)
+            blocked = action(environment, handles) if self.meter is None else self._measured(action, environment, handles)
             if blocked is not None:
                 yield blocked
+                blocked = None  # what it kept may go
             elif preempt:
                 yield None
-            if self.meter is not None:
-                self.meter.update(environment, self._touched[first][position])
         results: dict[Ref, Tensor] = {}
         for ref, place in self._places_out.items():
             result = environment[place]
@@ -182,6 +179,23 @@ class Machine:
             results[ref] = result
         self._forget()
         return results
+
+    def _measured(self, action: Action, environment: Environment, handles: Handles) -> Handle | None:
+        """What ``action`` returns; the meter sees what it makes."""
+        assert self.meter is not None
+        made = {ref: self._place(ref) for ref in self.instruction.outputs}
+        # What a communication library takes for itself is not the plan's.
+        with self.meter.running(watched=self.instruction.op is Op.RUN):
+            blocked = action(environment, handles)
+        self.meter.ran(self._held(environment, made))
+        return blocked
+
+    def _held(self, environment: Environment, places: Mapping[Ref, int]) -> Iterator[tuple[Tensor, str]]:
+        """The values at ``places``, each with the category of its storage."""
+        for ref, place in places.items():
+            value, storage = environment[place], self._storages.get(ref.name)
+            if value is not None:
+                yield value, "workspace" if storage is None else storage.category
 
     def _agree(self, council: Council) -> Generator[Handle, None, None]:
         assert self.watch is not None
@@ -206,8 +220,6 @@ class Machine:
         self._environment = []
         if self.watch is not None:
             self.watch.take()
-        if self.meter is not None:
-            self.meter.clear()
 
 
 class _Resolver:

@@ -1,4 +1,4 @@
-"""What a rank holds in memory: bytes of live values in its environment, and of the whole process."""
+"""Memory of the whole process: how it is kept, and how much it is."""
 
 from __future__ import annotations
 
@@ -6,56 +6,9 @@ import ctypes
 import os
 import resource
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-
-@dataclass
-class StorageMeter:
-    """Follows the bytes that the values of one environment keep alive; a storage that several values view counts once.
-
-    What a segment allocates and frees inside one call is not seen: this is what the plan is responsible for.
-    """
-
-    live_bytes: int = 0
-    peak_bytes: int = 0
-    _of_place: dict[int, int] = field(default_factory=dict)  # place in the environment to the key of its storage
-    _users: dict[int, int] = field(default_factory=dict)
-    _sizes: dict[int, int] = field(default_factory=dict)
-
-    def update(self, environment: Sequence[torch.Tensor | None], places: Iterable[int]) -> None:
-        """Look again at ``places`` of ``environment``, whose values an instruction may have changed."""
-        for place in places:
-            value = environment[place]
-            new = None if value is None else value.untyped_storage().data_ptr()
-            old = self._of_place.get(place)
-            if new == old:
-                continue
-            if value is not None and new is not None:
-                if new not in self._users:
-                    self._users[new] = 0
-                    self._sizes[new] = value.untyped_storage().nbytes()
-                    self.live_bytes += self._sizes[new]
-                self._users[new] += 1
-                self._of_place[place] = new
-            else:
-                del self._of_place[place]
-            if old is not None:
-                self._users[old] -= 1
-                if not self._users[old]:
-                    del self._users[old]
-                    self.live_bytes -= self._sizes.pop(old)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-
-    def clear(self) -> None:
-        """Forget the environment, which is gone; the peak stays."""
-        self.live_bytes = 0
-        self._of_place.clear()
-        self._users.clear()
-        self._sizes.clear()
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
