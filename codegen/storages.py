@@ -13,7 +13,11 @@ from graphshard.program import Phase, Role, Section, info
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
 
-_CARRIED = {"grad": "gradients", "whole": "gathered parameters", "buffer": "parameters"}  # by the first word of a carry's name
+_CARRIED = {
+    "grad": "gradients",
+    "whole": "gathered parameters",
+    "buffer": "parameters",
+}  # by the first word of a carry's name
 _STORED = {
     Role.PARAM: "parameters",
     Role.FLAT: "parameters",

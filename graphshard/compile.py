@@ -97,8 +97,8 @@ def compile(
         debug_nan: look at every value of ``step``'s forward and backward; when the loss or a gradient is NaN or
             infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first.
             Steps take longer.
-        measure_memory: follow what every rank of this process holds while it runs, for ``report`` and ``explain``. Steps
-            take longer.
+        measure_memory: follow what every rank of this process holds while it runs a step, for ``report`` and
+            ``explain``. Steps take longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
 
@@ -331,7 +331,7 @@ class Compiled:
         if first:
             self._main, self._placement = build, _placement(program)
             if self.dump_dir is not None and self.rank == 0:
-                dump.write_plan(self.dump_dir, plan)
+                dump.write_plan(self.dump_dir, plan, self._title())
         if self._storage is not None:
             self._storage.learn(plan)
         return build
@@ -477,10 +477,15 @@ class Compiled:
     # Accounts
 
     def dump(self, path: str | Path) -> None:
-        """Write every pass's graph, the plan, and the code of each stage into the folder ``path``."""
+        """Write every pass's graph, the plan, the code of each stage and a picture of memory into folder ``path``."""
         build = self._built()
         program = run_passes(*self._before_passes(build), dump.writer(Path(path)))
-        dump.write_plan(Path(path), lower(program, self._schedule(build.mode, program.microbatches)))
+        plan = lower(program, self._schedule(build.mode, program.microbatches))
+        measured = {} if self._runtime is None else report.measured_peaks(build.plan, self._runtime)
+        dump.write_plan(Path(path), plan, self._title(), measured)
+
+    def _title(self) -> str:
+        return f"{type(self.model).__name__}, plan {self.plan}: memory of a rank over a step"
 
     def verify(
         self, full_size: bool = False, limit_gb: float = _CHECK_GB, report: Callable[[str], object] | None = None

@@ -1,13 +1,16 @@
-"""The dump folder: every pass's graph, the plan, and the code of each stage, as text that can be diffed."""
+"""The dump folder: every pass's graph, the plan, and the code of each stage, as text that can be diffed; and a picture
+of its memory."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from graphshard import text
 from graphshard.execution import ExecutionPlan
 from graphshard.files import write_atomic
+from graphshard.memory_picture import stage_memory, to_svg
 from graphshard.pipeline import Observer
 from graphshard.program import Program
 
@@ -35,8 +38,9 @@ def watch(name, value):
 '''
 
 
-def write_plan(folder: Path, plan: ExecutionPlan) -> None:
-    """``plan.txt``, and ``stage<k>.py`` with the segments of every stage."""
+def write_plan(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[int, int] | None = None) -> None:
+    """``plan.txt``; ``stage<k>.py`` with the segments of every stage; ``memory.json`` and ``memory.svg`` with what its
+    ranks hold over a step. ``title``: of the picture; ``measured``: peaks by stage, in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "plan.txt", str(plan))
     for index, stage in enumerate(plan.stages):
@@ -47,6 +51,22 @@ def write_plan(folder: Path, plan: ExecutionPlan) -> None:
         )
         source = f'"""Segments of stage {index}."""\n\n{imports}{watched}\n\n{code}'
         write_atomic(folder / f"stage{index}.py", source)
+    _write_memory(folder, plan, title, measured or {})
+
+
+def _write_memory(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[int, int]) -> None:
+    stages = stage_memory(plan, measured)
+    accounts = [
+        {
+            "stage": item.stage,
+            "peak_bytes": item.simulated.peak_bytes,
+            "measured_peak_bytes": item.measured_peak_bytes,
+            "timeline": item.simulated.to_json(),
+        }
+        for item in stages
+    ]
+    write_atomic(folder / "memory.json", json.dumps({"stages": accounts}) + "\n")
+    write_atomic(folder / "memory.svg", to_svg(stages, title))
 
 
 def _relative(line: str) -> str:

@@ -252,10 +252,7 @@ class ExecutionPlan:
 
     def __str__(self) -> str:
         lines = [f"mesh {self.mesh}", f"microbatches {self.microbatches}"]
-        lines += [
-            f"stage {stage}: at most {peak} bytes a rank"
-            for stage, peak in enumerate(self.peak_bytes)
-        ]
+        lines += [f"stage {stage}: at most {peak} bytes a rank" for stage, peak in enumerate(self.peak_bytes)]
         for i, stage_plan in enumerate(self.stages):
             for part in ("prologue", "body", "epilogue", "first_epilogue"):
                 instructions = getattr(stage_plan, part)

@@ -7,12 +7,14 @@ from typing import Any
 
 from graphshard import analysis
 from graphshard.codegen.schedule import Schedule, simulate
-from graphshard.execution import ExecutionPlan, Op
+from graphshard.execution import CATEGORIES, ExecutionPlan, Op
 from graphshard.plan import Plan
 from graphshard.program import Phase, Program, Role, info
 from graphshard.runtime.executor import Executor
+from graphshard.runtime.meter import Measured
 from graphshard.runtime.traffic import sent_bytes
 from graphshard.simulate import simulate_memory
+from graphshard.timeline import simulated_timeline, timeline
 from graphshard.units import human
 
 
@@ -33,14 +35,17 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
                 "collectives": _communications(plan, stage),
                 "gathers_per_microbatch": _gathers(plan, stage),
                 "peak_action": memory.peak_action,
+                "peak_instruction": _told(plan, stage, memory.peak_position),
+                "timeline": simulated_timeline(plan, stage).to_json(),
             }
         )
+    measured = {} if executor is None else executor.measured(plan)
     ranks: list[dict[str, Any]] = []
     for rank in range(plan.mesh.world_size):
         stage = plan.mesh.coordinates(rank)["pp"]
         entry = {"rank": rank, "stage": stage, **stages[stage]}
-        if executor is not None and rank in executor.meters:
-            entry["measured_peak_bytes"] = executor.meters[rank].peak_bytes
+        if rank in measured:
+            entry |= _measured(plan, stage, measured[rank])
         ranks.append(entry)
     costs = {phase: [float(f[phase]) for f in flops] for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT)}
     schedule = Schedule.parse(plan.schedule)
@@ -75,6 +80,29 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
         "stored": sorted({str(b.store) for b in plan.buckets.values()}),
         "machine": {} if executor is None else executor.choices(),
     }
+
+
+def _told(plan: ExecutionPlan, stage: int, position: int) -> str:
+    """An instruction of a step with its position."""
+    return f"{position} {' '.join(str(plan.stages[stage].step()[position]).split())}"
+
+
+def _measured(plan: ExecutionPlan, stage: int, step: Measured) -> dict[str, Any]:
+    return {
+        "measured_peak_bytes": step.peak_bytes,
+        "measured_memory": {name: size for name, size in step.fullest.items() if size},
+        "measured_first_step": step.first,  # which finds no optimizer state, so that its peak may be lower
+        "measured_timeline": timeline(plan.stages[stage].step(step.first), step.rows).to_json(),
+    }
+
+
+def measured_peaks(plan: ExecutionPlan, executor: Executor) -> dict[int, int]:
+    """Of the ranks here, the highest peak of each stage, where it was measured."""
+    peaks: dict[int, int] = {}
+    for rank, step in executor.measured(plan).items():
+        stage = plan.mesh.coordinates(rank)["pp"]
+        peaks[stage] = max(peaks.get(stage, 0), step.peak_bytes)
+    return peaks
 
 
 def stage_flops(program: Program) -> list[dict[Phase, int]]:
@@ -118,6 +146,24 @@ def _listed(prefix: str, items: list[str], width: int = 140) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
+def _memory(rank: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
+    """A table of what is held at the peak, simulated and measured; ``measured``: the ranks of the stage that were."""
+    at = rank["peak_instruction"]
+    lines = [f"           peak {human(rank['peak_bytes'])}, at {at if len(at) <= 110 else at[:109] + '…'}"]
+    fullest = max(measured, key=lambda r: int(r["measured_peak_bytes"]), default=None)
+    columns = [("simulated", rank["memory"])]
+    if fullest is not None:
+        columns.append(("measured", fullest["measured_memory"]))
+    lines.append(f"           {'':22}" + "".join(f"{title:>12}" for title, _ in columns))
+    names = [name for name in CATEGORIES if any(column.get(name) for _, column in columns)]
+    rows = [(name, [column.get(name, 0) for _, column in columns]) for name in names]
+    rows.append(("all", [sum(column.values()) for _, column in columns]))
+    lines += [f"             {name:20}" + "".join(f"{human(n):>12}" for n in sizes) for name, sizes in rows]
+    if fullest is not None and fullest["measured_first_step"]:
+        lines.append("             measured in the first step, which has no optimizer state to begin with")
+    return lines
+
+
 def explain(data: dict[str, Any]) -> str:
     """One page of text from :func:`report`'s data."""
     mesh = " ".join(f"{k}={v}" for k, v in data["mesh"].items()) or "one rank"
@@ -140,8 +186,7 @@ def explain(data: dict[str, Any]) -> str:
         seen.add(rank["stage"])
         sent = ", ".join(f"{axis} {human(n)}" for axis, n in rank["sent_bytes"].items()) or "nothing"
         lines.append(f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}")
-        memory = [f"{name} {human(n)}" for name, n in rank["memory"].items() if n]
-        lines += _listed(f"           peak {human(rank['peak_bytes'])}: ", memory)
+        lines += _memory(rank, [r for r in data["ranks"] if r["stage"] == rank["stage"] and "measured_memory" in r])
         started = [f"{count} {name.replace('_', '-')}" for name, count in rank["collectives"].items()]
         lines += _listed("           starts per step: ", started or ["no communication"])
         if rank["gathers_per_microbatch"]:

@@ -20,7 +20,7 @@ from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.machine import Machine
 from graphshard.runtime.memory import keep_freed_memory
-from graphshard.runtime.meter import make_meter
+from graphshard.runtime.meter import Measured, make_meter
 from graphshard.runtime.products import onednn_is_faster
 from graphshard.runtime.segments import SegmentFunction, compile_segments
 from graphshard.runtime.traffic import sent_bytes
@@ -62,6 +62,12 @@ class Executor(ABC):
         if self.device.type != "cpu":
             return {}
         return {"large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS"}
+
+    def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:
+        """By rank, the memory that the last step of ``plan`` took; empty unless it was measured."""
+        loaded = self._loaded.get(id(plan))
+        found = {} if loaded is None else {rank: machine.measured for rank, machine in loaded.machines.items()}
+        return {rank: measured for rank, measured in found.items() if measured is not None}
 
     def load(self, plan: ExecutionPlan) -> Loaded:
         """Prove and prepare ``plan``; a plan loaded before is not prepared again.

@@ -20,7 +20,7 @@ from graphshard.execution import (
 )
 from graphshard.program import Slot
 from graphshard.runtime.council import Council
-from graphshard.runtime.meter import Meter
+from graphshard.runtime.meter import Measured, Meter
 from graphshard.runtime.nonfinite import judge
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.watch import Watch
@@ -91,6 +91,7 @@ class Machine:
         self.rank = rank
         self.position = 0
         self.meter = meter
+        self.measured: Measured | None = None  # the last step that went through
         self.watch = watch
         self._plan = plan
         stage_plan = plan.of_rank(rank)
@@ -159,14 +160,14 @@ class Machine:
         handles: Handles = [None] * len(code)
         self._environment, self._first = environment, first
         if self.meter is not None:
-            self.meter.begin(self._held(environment, places), first)
+            self.meter.begin(self._held(environment, places))
         for position, action in enumerate(code):
             if position == self.update_begins and council is not None:
                 yield from self._agree(council)
             self.position = position
             if self.watch is not None:
                 self.watch.begin(self.instruction)
-            blocked = action(environment, handles) if self.meter is None else self._measured(action, environment, handles)
+            blocked = self._act(action, environment, handles)
             if blocked is not None:
                 yield blocked
                 blocked = None  # what it kept may go
@@ -177,12 +178,15 @@ class Machine:
             result = environment[place]
             assert result is not None, f"{ref} is not defined at the end of the step"
             results[ref] = result
+        if self.meter is not None:
+            self.measured = Measured(tuple(self.meter.rows), first)
         self._forget()
         return results
 
-    def _measured(self, action: Action, environment: Environment, handles: Handles) -> Handle | None:
-        """What ``action`` returns; the meter sees what it makes."""
-        assert self.meter is not None
+    def _act(self, action: Action, environment: Environment, handles: Handles) -> Handle | None:
+        """What ``action`` returns; a meter sees what it makes."""
+        if self.meter is None:
+            return action(environment, handles)
         made = {ref: self._place(ref) for ref in self.instruction.outputs}
         # What a communication library takes for itself is not the plan's.
         with self.meter.running(watched=self.instruction.op is Op.RUN):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 2**31 - 1  # the largest value mallopt takes
 

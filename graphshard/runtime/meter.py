@@ -6,6 +6,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,21 +15,33 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Meter(ABC):
-    """Measures the steps of one rank. ``rows`` is the account of the last one: for each instruction, bytes by category
-    when the rank held most. A category is one of execution.CATEGORIES."""
+@dataclass(frozen=True)
+class Measured:
+    """One step of one rank: for each instruction, bytes by category when the rank held most. A category is one of
+    execution.CATEGORIES."""
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, int]] = []
-        self.first = False  # whether that step found no optimizer state
+    rows: tuple[dict[str, int], ...]
+    first: bool  # it found no optimizer state
+
+    @property
+    def fullest(self) -> dict[str, int]:
+        """The row of the peak."""
+        return max(self.rows, key=lambda row: sum(row.values()), default={})
 
     @property
     def peak_bytes(self) -> int:
-        """The most that the rank held in the last step; 0 before it."""
-        return max((sum(row.values()) for row in self.rows), default=0)
+        """The most that the rank held."""
+        return sum(self.fullest.values())
+
+
+class Meter(ABC):
+    """Measures the steps of one rank. ``rows``: those of the step that runs, one for each instruction so far."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, int]] = []
 
     @abstractmethod
-    def begin(self, held: Iterable[tuple[Tensor, str]], first: bool) -> None:
+    def begin(self, held: Iterable[tuple[Tensor, str]]) -> None:
         """A step begins, in which the rank holds these values, each with its category."""
 
     @abstractmethod
@@ -55,8 +68,8 @@ class LiveStorages(Meter):
         self._row: dict[str, int] = {}
         self._recorder = _Recorder(self)
 
-    def begin(self, held: Iterable[tuple[Tensor, str]], first: bool) -> None:
-        self.rows, self.first = [], first
+    def begin(self, held: Iterable[tuple[Tensor, str]]) -> None:
+        self.rows = []
         for value, category in held:
             self.saw(value, category)
 
@@ -121,8 +134,8 @@ class DeviceAllocator(Meter):
         super().__init__()
         self._device = device
 
-    def begin(self, held: Iterable[tuple[Tensor, str]], first: bool) -> None:
-        self.rows, self.first = [], first
+    def begin(self, held: Iterable[tuple[Tensor, str]]) -> None:
+        self.rows = []
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def running(self, watched: bool) -> AbstractContextManager[object]:

@@ -76,7 +76,7 @@ def test_a_plan_with_fewer_micro_batches_in_flight_keeps_less_alive() -> None:
         plan = two_stages(2, schedule)
         executor, _ = start(plan)
         one_step(executor, plan)
-        peaks[name] = executor.meters[2].peak_bytes
+        peaks[name] = executor.measured(plan)[2].peak_bytes
     assert peaks["1f1b"] < peaks["gpipe"]
 
 
