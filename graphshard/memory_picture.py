@@ -25,7 +25,8 @@ _OTHER = ("#6f4e9c", "#8c564b", "#17a2b8")  # categories that are none of these
 _KINDS = {"F": "forward", "B": "backward", "W": "weight"}  # by the first letter of an action
 
 _STYLE = """
-  svg { font: 12px system-ui, sans-serif; background: #ffffff; }
+  svg { font: 12px system-ui, sans-serif; }
+  .page { fill: #ffffff; }
   text { fill: #222222; }
   .quiet { fill: #666666; }
   .title { font-size: 16px; font-weight: 600; }
@@ -34,7 +35,7 @@ _STYLE = """
   .forward { fill: #cfe2f3; } .backward { fill: #f6d5c3; } .weight { fill: #d5ead8; } .other { fill: #e4e4e4; }
   .action { font-size: 10px; text-anchor: middle; pointer-events: none; }
   @media (prefers-color-scheme: dark) {
-    svg { background: #16181c; }
+    .page { fill: #16181c; }
     text { fill: #e6e6e6; }
     .quiet { fill: #9aa0a6; }
     .axis { stroke: #4a4d52; }
@@ -44,7 +45,7 @@ _STYLE = """
 """
 
 _WIDTH, _LEFT, _RIGHT = 1120, 84, 24
-_PANEL, _BAND, _GAP, _TOP = 180, 18, 48, 76  # heights: a stage's area, its actions, between stages, above the first
+_PANEL, _BAND, _GAP, _TOP = 180, 18, 48, 92  # heights: a stage's area, its actions, between stages, above the first
 _LETTER = 6.0  # width of one in an action's label
 
 
@@ -84,6 +85,7 @@ def to_svg(stages: Sequence[StageMemory], title: str) -> str:
         f'role="img" aria-label="{escape(title)}">',
         f"<style>{_STYLE}</style>",
         f"<title>{escape(title)}</title>",
+        f'<rect class="page" width="{_WIDTH}" height="{height}"/>',
         f'<text class="title" x="{_LEFT}" y="28">{escape(title)}</text>',
         *_legend(colors, any(stage.measured_peak_bytes is not None for stage in stages)),
     ]
