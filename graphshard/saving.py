@@ -155,18 +155,30 @@ def _shown(node: fx.Node) -> fx.Node:
     return first if first.op != "call_function" else node
 
 
-def saved_bytes(recomputed: set[fx.Node], stage: int | None, program: Program) -> int:
-    """Bytes of the storages that a micro-batch's forward of a stage leaves for its backward."""
-    pending = [node for node in forward_of(program, stage) if is_required(node)]
-    seen: set[fx.Node] = set()
-    storages: dict[fx.Node, int] = {}
+def divide(forward: list[fx.Node], again: set[fx.Node]) -> tuple[set[fx.Node], set[fx.Node]]:
+    """What a backward that may repeat ``again`` finds kept of ``forward``, and what it repeats of it."""
+    pending = [node for node in forward if is_required(node)]
+    kept: set[fx.Node] = set()
+    repeated: set[fx.Node] = set()
     while pending:
         node = pending.pop()
-        if node in seen or node.op != "call_function" or info(node).phase is not Phase.FORWARD:
+        if node in kept or node in repeated or node.op != "call_function":
             continue
-        seen.add(node)
-        if node in recomputed:
+        if node in again:
+            repeated.add(node)
             pending += node.all_input_nodes
-        elif isinstance(val(node), torch.Tensor):
-            storages[root(node)] = nbytes(val(root(node)))
-    return sum(storages[node] for node in storages if node.op == "call_function")
+        else:
+            kept.add(node)
+    return kept, repeated
+
+
+def storages(kept: set[fx.Node]) -> set[fx.Node]:
+    """What makes the storages that ``kept`` values live in; those of parameters and the batch do not count."""
+    found = {root(node) for node in kept}
+    return {node for node in found if node.op == "call_function" and isinstance(val(node), torch.Tensor)}
+
+
+def saved_bytes(program: Program, stage: int | None, again: set[fx.Node]) -> int:
+    """Bytes that a micro-batch's forward of a stage leaves for a backward that may repeat ``again``."""
+    kept, _ = divide(forward_of(program, stage), again)
+    return sum(nbytes(val(node)) for node in storages(kept))

@@ -17,12 +17,12 @@ import torch
 from torch import fx
 
 from graphshard.analysis import has_products, nbytes
-from graphshard.blocks import blocks, boundaries, forward_of, root, stages_of
+from graphshard.blocks import blocks, boundaries, forward_of, stages_of
 from graphshard.dataflow import is_getitem
 from graphshard.errors import NothingMatches
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, Phase, Program, info, set_info, val
-from graphshard.saving import Ladder, Rung, can_repeat, is_required
+from graphshard.saving import Ladder, Rung, can_repeat, divide, storages
 
 _OFFLOADED_BYTES = 4096
 """Smaller values than a page are not worth a transfer."""
@@ -48,16 +48,19 @@ class MemoryPolicy:
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:
             return program
-        again = {
-            node for position, stage in enumerate(stages_of(program)) for node in self._again(program, stage, position)
-        }
+        named = False
+        for position, stage in enumerate(stages_of(program)):
+            again = set(self._again(program, stage, position))
+            named = named or bool(again)
+            kept, repeated = divide(forward_of(program, stage), again)
+            for node in repeated:
+                set_info(node, tag=MemoryTag.RECOMPUTE)
+            for node in storages(kept) if self.offload_activations else ():
+                if nbytes(val(node)) >= _OFFLOADED_BYTES:
+                    set_info(node, tag=MemoryTag.OFFLOAD)
         trained = any(info(node).phase is not Phase.FORWARD for node in program.body.nodes())
-        if self.policy == "custom" and trained and not again:
+        if self.policy == "custom" and trained and not named:
             raise NothingMatches(self.modules, self.ops)
-        for node in again:
-            set_info(node, tag=MemoryTag.RECOMPUTE)
-        if self.offload_activations:
-            _offload_what_is_kept(program)
         return program
 
     def _again(self, program: Program, stage: int | None, position: int) -> Iterable[fx.Node]:
@@ -88,23 +91,3 @@ class MemoryPolicy:
 def _is_dear(node: fx.Node) -> bool:
     """Whether the value is the result of matrix products."""
     return has_products(node.all_input_nodes[0] if is_getitem(node) else node)
-
-
-def _offload_what_is_kept(program: Program) -> None:
-    """Tag the storages that the backward finds kept, those it recomputes from included."""
-    wanted = {node for stage in stages_of(program) for node in forward_of(program, stage) if is_required(node)}
-    pending = list(wanted)
-    while pending:
-        node = pending.pop()
-        if info(node).tag is MemoryTag.RECOMPUTE:
-            more = [n for n in node.all_input_nodes if n.op == "call_function" and n not in wanted]
-            wanted.update(more)
-            pending += more
-            continue
-        first = root(node)
-        if (
-            first.op == "call_function"
-            and isinstance(val(first), torch.Tensor)
-            and nbytes(val(first)) >= _OFFLOADED_BYTES
-        ):
-            set_info(first, tag=MemoryTag.OFFLOAD)
