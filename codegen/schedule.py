@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from graphshard.errors import InvalidSchedule
 
@@ -61,6 +61,12 @@ class Schedule:
     def splits_backward(self, stage: int) -> bool:
         """Whether ``stage`` runs its weight gradients as actions of their own."""
         return any(action.kind == "W" for action in self.stages[stage])
+
+    def in_flight(self, stage: int) -> int:
+        """Most micro-batches at a time of which ``stage`` has run the forward and not yet all of the backward."""
+        last = "W" if self.splits_backward(stage) else "B"
+        held = accumulate((a.kind == "F") - (a.kind == last) for a in self.stages[stage])
+        return max(held, default=0)
 
     def __str__(self) -> str:
         return "\n".join(" ".join(map(str, actions)) for actions in self.stages)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import NoReturn
 
 from graphshard.analysis import FLOPS_PER_SENT_BYTE
 from graphshard.blocks import stages_of
@@ -23,7 +24,7 @@ from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.program import Program
 from graphshard.rewrite import copied
-from graphshard.saving import PRICES, Ladder
+from graphshard.saving import PRICES, Ladder, Rung, saved_bytes
 from graphshard.simulate import MemoryUse
 from graphshard.units import human
 
@@ -74,31 +75,60 @@ class _Search:
         self.program = run_passes(copied(program), passes[:at], ctx)
         self.before, self.rest = list(passes[:at]), list(passes[at:])
         self.ctx, self.budget, self.measure = ctx, budget, measure
-        self.ladders = self._ladders(schedule)
         self.seen: dict[tuple[int, ...], list[MemoryUse]] = {}
+        self.ladders: list[list[Setting]] = []
+        self.held: list[list[int]] = []
+        trial = run_passes(copied(self.program), self.rest, ctx, check=False) if budget.reshard else None
+        self._climb(schedule, trial)
 
     def run(self) -> list[Pass]:
         lowest, highest = [0] * len(self.ladders), [len(ladder) - 1 for ladder in self.ladders]
-        self._require(highest)
-        if self._fits(lowest) == [True] * len(lowest):
-            highest = list(lowest)
-        while any(low < high for low, high in zip(lowest, highest, strict=True)):
-            middle = [(low + high) // 2 for low, high in zip(lowest, highest, strict=True)]
-            for stage, fits in enumerate(self._fits(middle)):
-                if fits:
-                    highest[stage] = middle[stage]
-                else:
-                    lowest[stage] = middle[stage] + 1
-        self._require(highest)
+        if all(self._fits(lowest)):
+            return self.before + self._with(lowest)
+        if not all(self._fits(highest)):
+            highest = self._smallest()
+            if not all(self._fits(highest)):
+                self._refuse()
+        # A stage that fits on its first rung stays there; of the others, the one below the answer does not fit.
+        highest = [0 if fits else top for fits, top in zip(self._fits(lowest), highest, strict=True)]
+        while any(high - low > 1 for low, high in zip(lowest, highest, strict=True)):
+            tried = [self._guess(s, low, high) for s, (low, high) in enumerate(zip(lowest, highest, strict=True))]
+            for stage, fits in enumerate(self._fits(tried)):
+                (highest if fits else lowest)[stage] = tried[stage]
+        if not all(self._fits(highest)):
+            self._refuse()
         return self.before + self._with(highest)
 
-    def _require(self, rungs: list[int]) -> None:
-        if all(self._fits(rungs)):
-            return
-        best = [
-            min((uses[stage] for uses in self.seen.values()), key=lambda use: use.peak_bytes)
-            for stage in range(len(rungs))
-        ]
+    def _guess(self, stage: int, low: int, high: int) -> int:
+        """A rung between one that does not fit and one that does: the first that should fit if the peak changes in
+        proportion to what is held; but never so close to an end that the search would crawl."""
+        if high - low <= 1:
+            return high
+        over, under = (self._known(stage, rung) for rung in (low, high))
+        held = self.held[stage]
+        slope, allowed = (over - under) / max(held[low] - held[high], 1), self.budget.nbytes
+        guess = next(r for r in range(low + 1, high + 1) if under + slope * (held[r] - held[high]) <= allowed)
+        margin = max((high - low) // 8, 1)
+        return min(max(guess, low + margin), high - margin)
+
+    def _smallest(self) -> list[int]:
+        """The rung of least peak, stage by stage. The last rungs can hold more: what is recomputed is held meanwhile."""
+        for eighth in range(1, 8):
+            self._fits([(len(ladder) - 1) * eighth // 8 for ladder in self.ladders])
+        best = self._best()
+        for step in (-2, -1, 1, 2):
+            self._fits([min(max(r + step, 0), len(ladder) - 1) for r, ladder in zip(best, self.ladders, strict=True)])
+        return self._best()
+
+    def _best(self) -> list[int]:
+        tried = [{rungs[s]: uses[s].peak_bytes for rungs, uses in self.seen.items()} for s in range(len(self.ladders))]
+        return [min(peaks, key=lambda rung: (peaks[rung], rung)) for peaks in tried]
+
+    def _known(self, stage: int, rung: int) -> int:
+        return next(uses[stage].peak_bytes for rungs, uses in self.seen.items() if rungs[stage] == rung)
+
+    def _refuse(self) -> NoReturn:
+        best = [min((uses[s] for uses in self.seen.values()), key=_peak) for s in range(len(self.ladders))]
         stage = max(range(len(best)), key=lambda s: best[s].peak_bytes)
         largest = sorted(best[stage].at_peak.items(), key=lambda item: -item[1])[:3]
         held = ", ".join(f"{name} {human(count)}" for name, count in largest)
@@ -123,12 +153,12 @@ class _Search:
             result.append(item)
         return result
 
-    def _ladders(self, schedule: Schedule) -> list[list[Setting]]:
-        stages = stages_of(self.program)
-        sharded = run_passes(copied(self.program), self.rest, self.ctx) if self.budget.reshard else None
-        ladders = []
-        for position, stage in enumerate(stages):
-            changes = _recomputation(Ladder(self.program, stage), _repeats(schedule, position))
+    def _climb(self, schedule: Schedule, sharded: Program | None) -> None:
+        """Build the ladder of each stage, and estimate what every rung holds beside what all rungs hold."""
+        for position, stage in enumerate(stages_of(self.program)):
+            cuts, in_flight = Ladder(self.program, stage), schedule.in_flight(position)
+            kept = {rung: saved_bytes(self.program, stage, cuts.recomputed(rung)) * in_flight for rung in cuts.rungs}
+            changes = _recomputation(cuts, schedule.microbatches / in_flight)
             setting = Setting()
             if sharded is not None:
                 costs = hoistable_bytes(sharded, position)
@@ -137,8 +167,12 @@ class _Search:
             ladder = [setting]
             for _, change in sorted(changes, key=lambda item: item[0]):
                 ladder.append(replace(ladder[-1], **change))
-            ladders.append(ladder)
-        return ladders
+            self.ladders.append(ladder)
+            self.held.append([kept[Rung(s.level, s.blocks)] + (s.hoist_bytes or 0) for s in ladder])
+
+
+def _peak(use: MemoryUse) -> int:
+    return use.peak_bytes
 
 
 Change = tuple[float, dict[str, int]]
@@ -149,16 +183,6 @@ def _recomputation(ladder: Ladder, repeats: float) -> list[Change]:
     return [
         (PRICES[rung.level - 1] * repeats, {"level": rung.level, "blocks": rung.blocks}) for rung in ladder.rungs[1:]
     ]
-
-
-def _repeats(schedule: Schedule, stage: int) -> float:
-    """How often a step recomputes for each micro-batch whose values it saves at the peak."""
-    held = most = 0
-    ends = "W" if schedule.splits_backward(stage) else "B"
-    for action in schedule.stages[stage]:
-        held += (action.kind == "F") - (action.kind == ends)
-        most = max(most, held)
-    return schedule.microbatches / max(most, 1)
 
 
 def _resharding(costs: list[int], microbatches: int) -> list[Change]:

@@ -1,0 +1,100 @@
+"""The planner: budgets are kept, smaller ones never hold more, impossible ones are refused with what is possible."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+from torch.optim import AdamW
+
+import graphshard
+from graphshard.errors import BudgetTooSmall, NothingMatches
+from models.zoo import gpt
+from numerics.cases import rows_of
+
+
+def compiled(plan: str, run: bool = False, **sizes: Any) -> graphshard.Compiled:
+    sizes = {"rows": rows_of(plan, 8), "depth": 3, "width": 32, "length": 32} | sizes
+    model, (args, kwargs), loss_fn = gpt(**sizes)
+    made = graphshard.compile(
+        model,
+        plan,
+        loss_fn=loss_fn,
+        optimizer=partial(AdamW, lr=1e-3),
+        example_inputs=(args, kwargs),
+        executor="local" if run else "none",
+        measure_memory=run,
+    )
+    for _ in range(2 if run else 0):
+        made.step(*args, **kwargs)
+    return made
+
+
+def peaks(made: graphshard.Compiled, key: str = "peak_bytes") -> list[int]:
+    return [rank[key] for rank in made.report()["ranks"]]
+
+
+PLANS = ["accum2", *(pytest.param(plan, marks=pytest.mark.full) for plan in ("zero3+pp2", "pp2:schedule=gpipe"))]
+
+
+def asked(plan: str, nbytes: float) -> str:
+    token = "memory:" if "zero3" in plan else "recompute:policy=auto,"
+    return f"{plan}+{token}budget_gb={nbytes / 1e9!r}"
+
+
+def least(plan: str) -> int:
+    with pytest.raises(BudgetTooSmall) as caught:
+        compiled(asked(plan, 1000))
+    return caught.value.smallest_bytes
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_over_a_sweep_of_budgets_the_measured_peak_fits_and_never_grows(plan: str) -> None:
+    most, smallest = max(peaks(compiled(asked(plan, 1e12)))), least(plan)
+    assert smallest < 0.9 * most
+    measured: list[int] = []
+    for step in range(10):
+        budget = most - (most - smallest) * step / 9
+        made = compiled(asked(plan, math.ceil(budget)), run=True)
+        measured.append(max(peaks(made, "measured_peak_bytes")))
+        assert max(peaks(made)) <= math.ceil(budget)
+        assert measured[-1] <= budget * 1.05
+    assert measured == sorted(measured, reverse=True)
+    assert measured[-1] < measured[0]
+
+
+def test_a_budget_that_is_large_enough_changes_nothing() -> None:
+    assert peaks(compiled("accum2+recompute:policy=auto,budget_gb=1")) == peaks(compiled("accum2"))
+    roomy = compiled("zero3+accum2+memory:budget_gb=1").report()
+    assert roomy["ranks"][0]["gathers_per_microbatch"] == 0.5, "every parameter is gathered once a step"
+
+
+def test_what_a_stage_has_to_do_depends_on_what_it_holds() -> None:
+    plan = "pp4:microbatches=8"
+    free = peaks(compiled(plan))
+    made = compiled(f"{plan}+recompute:policy=auto,budget_gb={sorted(free)[-2] / 1e9!r}")
+    (policy,) = (item for item in made.passes if item.name == "memory-policy")
+    assert [level > 0 for level in policy.levels] == [peak == max(free) for peak in free]  # type: ignore[attr-defined]
+
+
+def test_an_impossible_budget_is_refused_with_the_smallest_and_what_it_holds() -> None:
+    with pytest.raises(BudgetTooSmall) as caught:
+        compiled("zero3+accum2+memory:budget_gb=0.00001")
+    message = str(caught.value)
+    assert message.startswith("a budget of 1e-05 GB per rank is too small: the smallest possible is 0.00")
+    assert "for a rank of stage 0 that holds " in message and "optimizer state" in message and "\n" not in message
+    fitting = compiled(f"zero3+accum2+memory:budget_gb={math.ceil(caught.value.smallest_bytes / 1e3) / 1e6!r}")
+    assert max(peaks(fitting)) <= caught.value.smallest_bytes
+
+
+def test_the_choice_is_an_option_of_the_passes_that_explain_shows() -> None:
+    text = compiled(asked("accum2", 1.05 * least("accum2"))).explain()
+    assert "memory-policy (policy=cut,levels=" in text
+
+
+def test_patterns_that_match_nothing_are_refused() -> None:
+    with pytest.raises(NothingMatches) as caught:
+        compiled("accum2+recompute:policy=custom,modules=layers.*,ops=relu")
+    assert str(caught.value).startswith("recompute: no forward operation matches modules=layers.* and ops=relu; ")
