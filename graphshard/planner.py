@@ -112,7 +112,7 @@ class _Search:
         return min(max(guess, low + margin), high - margin)
 
     def _smallest(self) -> list[int]:
-        """The rung of least peak, stage by stage. The last rungs can hold more: what is recomputed is held meanwhile."""
+        """The rung of least peak, stage by stage. It need not be the last: what is recomputed is held for a while."""
         for eighth in range(1, 8):
             self._fits([(len(ladder) - 1) * eighth // 8 for ladder in self.ladders])
         best = self._best()

@@ -1,0 +1,104 @@
+"""What recomputation costs and saves: the benchmark's GPT on one rank, with nothing, half, and all of a block recomputed.
+
+``auto`` is given the budget at which half of what is kept between forward and backward fits. All three take turns in
+one process, so that the machine's moods touch all of them; time is that of the processor.
+
+    python examples/bench/recompute.py --layers 16 --steps 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import graphshard
+from model import Sizes, batch_of, loss_fn, make_part
+
+LIMITS = {"none": 1.0, "auto": 1.12, "full": 1.33}
+"""Time that a step may take, as a multiple of one that recomputes nothing."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a step takes longer than it may, or a peak is not as predicted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of each")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    sizes = Sizes(layers=options.layers)
+    plan = f"dp1+accum{sizes.microbatches(1)}"
+    none = compiled(sizes, plan)
+    (rank,) = none.report()["ranks"]
+    budget = rank["peak_bytes"] - rank["memory"]["saved activations"] / 2
+    runs = {
+        "none": none,
+        "auto": compiled(sizes, f"{plan}+recompute:policy=auto,budget_gb={budget / 1e9:.6f}"),
+        "full": compiled(sizes, f"{plan}+recompute:policy=full"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for step in range(options.steps + 2):
+        for name, run in runs.items():
+            begin = time.process_time()
+            run.step(*batch_of(sizes, step))
+            seconds[name].append(time.process_time() - begin)
+    rows = {name: summary(sizes, run, seconds[name][2:], seconds["none"][2:]) for name, run in runs.items()}
+    show(rows, sizes)
+    return int(any(row["ratio"] > LIMITS[name] or row["off"] > 0.05 for name, row in rows.items()))
+
+
+def compiled(sizes: Sizes, plan: str, **options: Any) -> graphshard.Compiled:
+    """The model of ``sizes`` with AdamW, all of the plan's ranks in this process."""
+    return graphshard.compile(
+        make_part(sizes),
+        plan,
+        loss_fn=loss_fn,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
+        example_inputs=batch_of(sizes, 0),
+        executor="local",
+        **options,
+    )
+
+
+def summary(sizes: Sizes, run: graphshard.Compiled, seconds: list[float], alone: list[float]) -> dict[str, float]:
+    """Time, what the plan says that it holds, and the peak measured in two steps of a run of its own."""
+    (rank,) = run.report()["ranks"]
+    watched = compiled(sizes, str(run.plan), measure_memory=True)
+    for step in range(2):
+        watched.step(*batch_of(sizes, step))
+    measured = watched.report()["ranks"][0]["measured_peak_bytes"]
+    return {
+        "seconds": statistics.median(seconds),
+        "ratio": statistics.median(ours / theirs for ours, theirs in zip(seconds, alone, strict=True)),
+        "saved": rank["memory"].get("saved activations", 0),
+        "peak": rank["peak_bytes"],
+        "measured": measured,
+        "off": abs(rank["peak_bytes"] / measured - 1),
+    }
+
+
+def show(rows: dict[str, dict[str, float]], sizes: Sizes) -> None:
+    """The table."""
+    table = Table(title=f"recomputation, {sizes.layers} layers of width {sizes.width}, one rank, one thread")
+    for column in ("recomputed", "CPU s a step", "x none", "at most", "kept MB at the peak", "peak MB", "measured MB"):
+        table.add_column(column, justify="left" if column == "recomputed" else "right")
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            f"{row['seconds']:.2f}",
+            f"{row['ratio']:.3f}",
+            f"{LIMITS[name]:.2f}",
+            *(f"{row[key] / 1e6:.1f}" for key in ("saved", "peak", "measured")),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
