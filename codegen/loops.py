@@ -150,7 +150,7 @@ def write_loop(
         if dead:
             lines.append(f"    del {', '.join(f'{expression(n)}_b' for n in dead)}")
     lines += [f"    {node.name}[at : at + {BLOCK}] = {node.name}_b" for node in outputs]
-    lines.append(f"    del {', '.join(f'{expression(n)}_b' for n in outputs)}")
+    lines += [f"    del {node.name}_b" for node in outputs]
     return lines
 
 

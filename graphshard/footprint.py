@@ -30,6 +30,7 @@ from graphshard.places import Places
 from graphshard.program import Phase, Program, Role, Slot, info, val
 
 aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
 
 _STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.CONSTANT, Role.STATE)
 
@@ -80,6 +81,7 @@ def _live(program: Program, places: Places) -> tuple[list[int], list[int]]:
     """Peak bytes of the body's values, and bytes that its forward hands to its backward, by stage."""
     roots = _roots(program)
     order = [node for node in program.body.graph.nodes if node.op != "output"]
+    order.sort(key=lambda node: info(node).phase is Phase.WEIGHT)  # it ends a micro-batch's backward: see lower.py
     ends = {node: len(order) for node in program.body.output_node.all_input_nodes}
     dying: list[list[fx.Node]] = [[] for _ in range(len(order) + 1)]
     last: dict[fx.Node, int] = {}
@@ -87,7 +89,10 @@ def _live(program: Program, places: Places) -> tuple[list[int], list[int]]:
     for position, node in enumerate(order):
         root = roots[node]
         last[root] = max(last.get(root, 0), position, ends.get(node, 0))
-        for source in node.all_input_nodes:
+        read = node.all_input_nodes
+        if node.target is c10d.wait_tensor.default:
+            read = [*read, *read[0].all_input_nodes]  # what a collective reads is in use until then
+        for source in read:
             source = roots[source]
             last[source] = max(last[source], position)
             if info(node).phase is not Phase.FORWARD and info(source).phase is Phase.FORWARD:
