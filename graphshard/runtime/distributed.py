@@ -132,6 +132,7 @@ class DistributedExecutor(Executor):
         council = self._council() if loaded.plan.watched else None
         steps = machine.step(values[self.rank], first, council=council)
         while True:
+            handle = None  # what the one before kept may go
             try:
                 handle = next(steps)
             except StopIteration as end:

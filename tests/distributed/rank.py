@@ -27,8 +27,8 @@ def train(plan: ExecutionPlan) -> dict[str, object]:
     """Train on both executors, then go on from what was saved; all they end with."""
     found: dict[str, object] = {}
     for name, executor in (
-        ("local", LocalExecutor(plan.mesh)),
-        ("distributed", DistributedExecutor(plan.mesh, timeout_s=30.0)),
+        ("local", LocalExecutor(plan.mesh, measure_memory=True)),
+        ("distributed", DistributedExecutor(plan.mesh, timeout_s=30.0, measure_memory=True)),
     ):
         storage = Storage(executor, plan)
         storage.write_params(handmade.weights())
@@ -42,6 +42,7 @@ def train(plan: ExecutionPlan) -> dict[str, object]:
             "params": {key: value.tolist() for key, value in storage.read_params().items()},
             "state": {key: value["momentum"].tolist() for key, value in storage.read_state().items()},
             "sent": executor.sent_bytes[RANK],
+            "peak_bytes": executor.measured(plan)[RANK].peak_bytes,
         }
         found["exchange"] = executor.choices().get("exchange")
         found["rank0_only"] = sorted(storage.read_params(rank0_only=True))

@@ -22,7 +22,7 @@ def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 def test_processes_end_with_what_one_process_ends_with(together: list[dict[str, Any]]) -> None:
     for rank, result in enumerate(together):
         local, distributed = result["local"], result["distributed"]
-        for what in ("losses", "params", "state", "sent"):
+        for what in ("losses", "params", "state", "sent", "peak_bytes"):
             assert distributed[what] == local[what], (rank, what)
         assert result["rank0_only"] == (["w0", "w1"] if rank == 0 else [])
 

@@ -46,7 +46,7 @@ def test_the_peak_is_near_that_of_the_plan(model: str, plan: str) -> None:
     made = compiled(model, plan)
     for stage, mine in enumerate(costs(made.program).stages):
         simulated = simulate_memory(made.execution_plan, stage).peak_bytes
-        assert mine.peak_bytes == pytest.approx(simulated, rel=0.2)
+        assert mine.peak_bytes == pytest.approx(simulated, rel=0.25)
         assert mine.stored_bytes < mine.peak_bytes
 
 
