@@ -1,6 +1,7 @@
 """Proves what a plan says of memory: how much a rank holds at most, and that gathered parameters go when they can.
 
-Sizes are those of storages, so that a view keeps all of what it views. A gathered parameter is released where it is
+Sizes are those of storages, so that a view keeps all of what it views; what a segment takes while it runs is its own
+account (execution.Workspace), which is believed. A gathered parameter is released where it is
 read last, by whatever name: work that comes in between would pay for it.
 """
 

@@ -1,0 +1,85 @@
+"""The meter sees storages come and go, whoever holds them."""
+
+from __future__ import annotations
+
+import torch
+
+from graphshard.runtime.meter import LiveStorages, Measured
+
+KB = torch.ones(256)  # of float32
+
+
+def test_storages_count_once_and_until_they_are_freed() -> None:
+    meter, weight = LiveStorages(), KB.clone()
+    meter.begin([(weight, "parameters"), (weight[:10], "parameters")])
+    with meter.running(watched=True):
+        a = weight * 2
+        b = a.view(2, 128)
+        del a
+        c = b.exp_().sum()
+        d = torch.cat([b, b])
+        del b, d
+    meter.ran([(c, "gradients")])
+    with meter.running(watched=True):
+        pass
+    meter.ran([])
+    assert meter.rows == [
+        {"parameters": 1024, "workspace": 1024 + 4 + 2048},
+        {"parameters": 1024, "workspace": 0, "gradients": 4},
+    ]
+
+
+def test_what_an_instruction_leaves_gets_its_category_when_it_ends() -> None:
+    meter = LiveStorages()
+    meter.begin([])
+    with meter.running(watched=True):
+        kept = KB.clone()
+    meter.ran([(kept, "saved activations")])
+    with meter.running(watched=True):
+        kept = kept.neg()
+    meter.ran([(kept, "workspace")])
+    assert meter.rows == [{"workspace": 1024}, {"saved activations": 1024, "workspace": 1024}]
+
+
+def test_what_is_not_watched_is_seen_when_it_is_left() -> None:
+    meter = LiveStorages()
+    meter.begin([])
+    with meter.running(watched=False):
+        received, scratch = KB.clone(), KB.clone()
+    meter.ran([(received, "transfers")])
+    assert meter.rows == [{"transfers": 1024}] and scratch.numel() == 256
+
+
+def test_ranks_of_one_process_are_told_apart() -> None:
+    mine, other = LiveStorages(), LiveStorages()
+    mine.begin([])
+    other.begin([])
+    with mine.running(watched=True):
+        a = KB.clone()
+    mine.ran([])
+    with other.running(watched=True):
+        del a  # whoever frees it
+    other.ran([])
+    with mine.running(watched=True):
+        pass
+    mine.ran([])
+    assert mine.rows == [{"workspace": 1024}, {"workspace": 0}] and other.rows == [{}]
+
+
+def test_values_that_live_from_step_to_step_are_known_again() -> None:
+    meter = LiveStorages()
+    meter.begin([])
+    with meter.running(watched=True):
+        state = KB.clone()
+    meter.ran([(state, "optimizer state")])
+    meter.begin([(state, "optimizer state")])
+    with meter.running(watched=True):
+        pass
+    meter.ran([])
+    assert meter.rows == [{"workspace": 0, "optimizer state": 1024}]
+
+
+def test_the_peak_is_the_fullest_instruction() -> None:
+    measured = Measured(({"batch": 3}, {"batch": 1, "workspace": 4}, {}), first=False)
+    assert measured.fullest == {"batch": 1, "workspace": 4} and measured.peak_bytes == 5
+    assert Measured((), first=True).peak_bytes == 0
