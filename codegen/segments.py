@@ -33,6 +33,14 @@ LARGE_PRODUCT = 2**26
 PRODUCT_PART = 512
 """Inner length from which on products.py may add such a product up from parts."""
 
+_ELEMENTS_BEHIND_MEAN = (
+    aten.mse_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.binary_cross_entropy.default,
+    aten.soft_margin_loss.default,
+)
+"""Losses whose mean torch leaves in the storage of all elements' losses, which would live as long as the loss."""
+
 
 @dataclass
 class Code:
@@ -235,6 +243,10 @@ class _Emitter:
             size = val(node).numel()
             self._define(node, f"{self._expression(flat)}.narrow(0, coordinates[{axis!r}] * {size}, {size})")
             self.ledger.shares(node, resolve(flat))  # type: ignore[arg-type]
+        elif node.target in _ELEMENTS_BEHIND_MEAN and not val(node).dim():
+            self._define(node, f"{self._call(node)}.clone()")
+            self.ledger.temporary(storage_bytes(val(node.args[0])))  # type: ignore[arg-type]
+            self.ledger.result(node)
         else:
             self._define(node, self._call(node))
             self.ledger.result(node)

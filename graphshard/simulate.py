@@ -166,16 +166,17 @@ class _Memory:
                 self._live[category] -= size
 
     def _define(self, ref: Ref, root: Ref | None = None) -> None:
+        """``ref`` is made: in storage of its own, or in that of ``root``."""
         storage = self._storages.get(ref.name)
+        own = None if storage is None else storage.of(ref.microbatch)
+        root = root or own
         if root is None:
-            if storage is None:
-                self.forget((ref,))
-                return
-            root = storage.of(ref.microbatch)
+            self.forget((ref,))
+            return
         self._users[root] += 1  # before the old value goes: it may be the same storage
         old = self._root_of.pop(ref, None)
         if self._users[root] == 1:
-            if storage is not None and root == storage.of(ref.microbatch):
+            if storage is not None and root == own:
                 self._sizes[root] = storage.nbytes, storage.category
             size, category = self._sizes[root]
             self._live[category] = self._live.get(category, 0) + size

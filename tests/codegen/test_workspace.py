@@ -11,7 +11,7 @@ from graphshard.execution import Workspace
 from graphshard.program import Section
 from graphshard.runtime.meter import LiveStorages
 from graphshard.runtime.segments import compile_segment
-from segment_code import CPU, code, section
+from segment_code import CPU, code, run, section
 
 X = 4 * 64 * 64  # bytes of an f32[64,64]
 
@@ -117,3 +117,16 @@ def test_a_loop_holds_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 """)
     workspace, (alone, _) = measured(graph, accumulate=False)
     assert max(workspace.held) == alone == 3 * 4096, "three blocks of 1,024, and the state is written in place"
+
+
+def test_a_mean_does_not_keep_what_it_is_the_mean_of() -> None:
+    graph = section("""
+  %x : f32[64,64] = batch 0
+  %y : f32[64,64] = batch 1
+  %loss = aten.mse_loss.default(%x, %y)
+  return output 0 %loss
+""")
+    workspace, (alone, _) = measured(graph)
+    assert workspace == Workspace((X + 4, 4), (0, 0)) and alone == X + 4
+    (loss,) = run(code(graph), {"x": torch.ones(64, 64), "y": torch.zeros(64, 64)})
+    assert loss == 1 and loss.untyped_storage().nbytes() == 4
