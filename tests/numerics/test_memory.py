@@ -14,7 +14,14 @@ from models.zoo import MODELS
 from numerics.cases import PLANS, SPLITS, adamw, maker, sgd
 
 FEW = ("mlp", "convnet", "t5")
-SMALL = ("dp2", "zero2:size=2+accum3", "zero3+pp2:schedule=zb-h1", "pp2:schedule=gpipe,microbatches=2", "zero3+pp4")
+SMALL = (
+    "dp2",
+    "zero3+pp2+recompute:policy=full",
+    "zero2:size=2+accum3",
+    "zero3+pp2:schedule=zb-h1",
+    "pp2:schedule=gpipe,microbatches=2",
+    "zero3+pp4",
+)
 TOLERANCE, TINY_BYTES = 0.05, 1024
 
 
