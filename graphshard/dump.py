@@ -13,6 +13,7 @@ from graphshard.files import write_atomic
 from graphshard.memory_picture import stage_memory, to_svg
 from graphshard.pipeline import Observer
 from graphshard.program import Program
+from graphshard.units import human
 
 SOURCES = "sources.json"
 
@@ -44,7 +45,10 @@ def write_plan(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "plan.txt", str(plan))
     for index, stage in enumerate(plan.stages):
-        code = "\n\n".join(segment.source for segment in stage.segments.values())
+        code = "\n\n".join(
+            f"# Holds {human(max(segment.workspace.held))} at most, beside its inputs.\n{segment.source}"
+            for segment in stage.segments.values()
+        )
         imports = "import torch\n" + ("\nfrom graphshard.runtime import products\n" if "products." in code else "")
         watched = (
             "\n\ndef watch(name, value):\n    pass  # with debug_nan: looks at the value\n" if stage.watched else ""

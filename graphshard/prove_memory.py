@@ -1,7 +1,7 @@
 """Proves what a plan says of memory: how much a rank holds at most, and that gathered parameters go when they can.
 
 Sizes are those of storages, so that a view keeps all of what it views; what a segment takes while it runs is its own
-account (execution.Workspace), which is believed. A gathered parameter is released where it is
+account (execution.Workspace), which must at least cover what it leaves. A gathered parameter is released where it is
 read last, by whatever name: work that comes in between would pay for it.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 from graphshard.channels import Parties, reject
-from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, Storage, made_type
+from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, StagePlan, Storage, Workspace, made_type
 from graphshard.simulate import simulate_memory
 
 _WORK = (Op.RUN, Op.GATHER, Op.RECV)  # what takes memory of its own
@@ -27,7 +27,8 @@ def check_memory(plan: ExecutionPlan, stage: int, first: bool, name: str) -> Non
     instructions = plan.stages[stage].step(first)
     parties = Parties([instructions], [name])
     for position, ins in enumerate(instructions):
-        if (wrong := _does_not_hold(plan, stage, ins)) is not None:
+        wrong = _leaves_more(plan.stages[stage], ins) if ins.op is Op.RUN else _does_not_hold(plan, stage, ins)
+        if wrong is not None:
             reject(wrong, parties, [(0, position)])
     _check_releases(plan.stages[stage].storages, parties)
     if plan.peak_bytes:
@@ -46,6 +47,29 @@ def _does_not_hold(plan: ExecutionPlan, stage: int, ins: Instruction) -> str | N
     if storage is None or storage.nbytes >= needed:
         return None
     return f"{ins.outputs[0]} takes {needed} bytes, and {storage.nbytes} are accounted for it"
+
+
+def _leaves_more(stage: StagePlan, ins: Instruction) -> str | None:
+    """What a segment leaves is part of what it holds, unless it lies in the storage of an input."""
+    account = stage.segments[ins.name].workspace
+    if account == Workspace():  # none is given
+        return None
+    if len(account.released) != len(ins.inputs):
+        return f"segment {ins.name} reads {len(ins.inputs)} values, and its account has {len(account.released)}"
+    kept = account.held[-1]
+    inputs = {_storage(stage.storages, ref) for ref in ins.inputs}
+    for ref, interval in zip(ins.inputs, account.released, strict=True):
+        if interval == len(account.held) and ref.name in stage.storages:
+            kept += stage.storages[ref.name].nbytes  # an output may have taken it over
+    made = {
+        _storage(stage.storages, ref): stage.storages[ref.name].nbytes
+        for ref in ins.outputs
+        if ref.name in stage.storages
+    }
+    left = sum(size for root, size in made.items() if root not in inputs)
+    if left <= kept:
+        return None
+    return f"segment {ins.name} leaves {left} bytes, and {kept} are accounted for it"
 
 
 def _storage(storages: Mapping[str, Storage], ref: Ref) -> Ref | None:

@@ -128,23 +128,26 @@ class _Recorder(TorchDispatchMode):
 
 class DeviceAllocator(Meter):
     """What torch's allocator gave out on an accelerator, which serves all of a process: one rank. It counts what
-    operators take for themselves and rounds sizes up, and knows of no categories: all is workspace."""
+    operators take for themselves and rounds sizes up, and knows of no categories: all is workspace. What was there
+    before a step and is none of the step's is left out."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self._device = device
+        self._others = 0
 
     def begin(self, held: Iterable[tuple[Tensor, str]]) -> None:
         self.rows = []
-        torch.cuda.reset_peak_memory_stats(self._device)
+        own = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value, _ in held}
+        self._others = max(torch.cuda.memory_allocated(self._device) - sum(own.values()), 0)
 
     def running(self, watched: bool) -> AbstractContextManager[object]:
+        torch.cuda.reset_peak_memory_stats(self._device)
         return nullcontext()
 
     def ran(self, left: Iterable[tuple[Tensor, str]]) -> None:
         # The allocator works in the order in which the host asks: nothing has to be waited for.
-        self.rows.append({"workspace": torch.cuda.max_memory_allocated(self._device)})
-        torch.cuda.reset_peak_memory_stats(self._device)
+        self.rows.append({"workspace": torch.cuda.max_memory_allocated(self._device) - self._others})
 
 
 def make_meter(device: torch.device, ranks: int) -> Meter:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from graphshard.runtime.meter import LiveStorages, Measured
+from graphshard.runtime.meter import LiveStorages, Measured, make_meter
 
 KB = torch.ones(256)  # of float32
 
@@ -83,3 +84,20 @@ def test_the_peak_is_the_fullest_instruction() -> None:
     measured = Measured(({"batch": 3}, {"batch": 1, "workspace": 4}, {}), first=False)
     assert measured.fullest == {"batch": 1, "workspace": 4} and measured.peak_bytes == 5
     assert Measured((), first=True).peak_bytes == 0
+
+
+def test_an_accelerator_is_asked_after_every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others hold 100 bytes there, and the step begins with 1,024."""
+    peaks = iter([1124 + 500, 1124 + 80])
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1124)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    meter = make_meter(torch.device("cuda", 0), ranks=1)
+    meter.begin([(KB, "parameters"), (KB[:3], "parameters")])
+    for _ in range(2):
+        with meter.running(watched=True):
+            pass
+        meter.ran([])
+    assert [sum(row.values()) for row in meter.rows] == [1524, 1104] and len(asked) == 2
+    assert isinstance(make_meter(torch.device("cuda", 0), ranks=2), LiveStorages), "the allocator knows of no ranks"

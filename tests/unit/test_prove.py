@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import graphshard
 from graphshard.errors import PlanError
-from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, StagePlan, TensorType
+from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, StagePlan, TensorType, Workspace
 from graphshard.prove import prove
 from graphshard.prove_ranks import prove_ranks
 from graphshard.runtime.local import LocalExecutor
@@ -298,6 +298,24 @@ def compiled_plan(plan: str) -> ExecutionPlan:
     return graphshard.compile(
         model, plan, loss_fn=loss_fn, optimizer=optimizer, executor="none", example_inputs=(args, kwargs)
     ).execution_plan
+
+
+def test_a_segment_that_leaves_more_than_it_accounts_for_is_refused() -> None:
+    plan = compiled_plan("zero3:size=2")
+    (stage,) = plan.stages
+    name = next(ins.name for ins in stage.body if ins.op is Op.RUN)
+    segment = stage.segments[name]
+    held, released = segment.workspace.held, segment.workspace.released
+
+    def with_account(account: Workspace) -> ExecutionPlan:
+        segments = stage.segments | {name: replace(segment, workspace=account)}
+        return replace(plan, stages=(replace(stage, segments=segments),))
+
+    less = Workspace((*held[:-1], held[-1] - 1), released)
+    with pytest.raises(PlanError, match=rf"segment {name} leaves {held[-1]} bytes, and {held[-1] - 1} are accounted"):
+        prove(with_account(less))
+    with pytest.raises(PlanError, match=rf"segment {name} reads {len(released)} values, and its account has 1"):
+        prove(with_account(Workspace(held, released[:1])))
 
 
 @pytest.mark.parametrize("stage", [0, 1])
