@@ -82,7 +82,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _dump(options: argparse.Namespace) -> int:
-    """Write every pass's graph, the plan and the code."""
+    """Write every pass's graph, the plan, the code and a picture of memory."""
     output = Path(options.output)
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(20, "is no directory to write the dump to", str(output))

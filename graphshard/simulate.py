@@ -24,7 +24,6 @@ from graphshard.execution import (
 from graphshard.program import Role
 
 _IN_PLACE = ("all_reduce", "broadcast")  # a source that is handed over becomes the result
-_COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV)
 
 
 @dataclass(frozen=True)
@@ -57,27 +56,19 @@ def simulated(plan: ExecutionPlan, stage: int, first: bool = False) -> Iterator[
     segments = plan.stages[stage].segments
     in_flight: dict[int, list[Ref]] = {}  # storages that a communication reads or writes, by its position
     for position, ins in enumerate(instructions):
-        match ins.op:
-            case Op.RUN:
-                yield memory.run(ins, segments[ins.name])
-                continue
-            case Op.BIND:
-                yield memory.now()
-                memory.bind(ins)
-                continue
-            case Op.FREE:
-                yield memory.now()
-                memory.forget(ins.inputs)
-                continue
-            case Op.WAIT:
-                yield memory.now()
-                memory.release(in_flight.pop(waits.get(position, -1), ()))
-                continue
-            case _ if ins.op in _COMMUNICATION:
-                kept = memory.communicate(ins, position in awaited)
-                if kept:
-                    in_flight[position] = kept
+        if ins.op is Op.RUN:
+            yield memory.run(ins, segments[ins.name])
+            continue
+        if ins.op not in (Op.BIND, Op.FREE, Op.WAIT):
+            in_flight[position] = memory.start(ins, position in awaited)
         yield memory.now()
+        match ins.op:
+            case Op.FREE:
+                memory.forget(ins.inputs)
+            case Op.WAIT:
+                memory.release(in_flight.pop(waits.get(position, -1), ()))
+            case Op.BIND:
+                memory.bind(ins)
         memory.forget(ins.last)
 
 
@@ -136,8 +127,8 @@ class _Memory:
             if root is not None:
                 self._define(ref, root)
 
-    def communicate(self, ins: Instruction, awaited: bool) -> list[Ref]:
-        """Start a communication; the storages to hold until its WAIT, if there is one."""
+    def start(self, ins: Instruction, awaited: bool) -> list[Ref]:
+        """Start a communication; the storages to hold until its WAIT, none if nobody waits."""
         source = self._root_of.get(ins.inputs[0]) if ins.inputs else None
         in_place = ins.name in _IN_PLACE and source is not None and ins.inputs[0] in ins.last
         for ref in ins.outputs:

@@ -263,7 +263,8 @@ class _Resolver:
             case Op.FREE:
                 return _free([self.place(ref) for ref in ins.inputs])
             case Op.BIND:
-                return _bind([self.place(ref) for ref in ins.inputs], [self.place(ref) for ref in ins.outputs])
+                sources, targets, last = ([self.place(ref) for ref in r] for r in (ins.inputs, ins.outputs, ins.last))
+                return _bind(sources, targets, last)
             case Op.SEND:
                 return self._send(position, ins)
             case Op.RECV:
@@ -389,9 +390,12 @@ def _free(places: list[int]) -> Action:
     return run
 
 
-def _bind(sources: list[int], targets: list[int]) -> Action:
+def _bind(sources: list[int], targets: list[int], last: list[int]) -> Action:
     def run(environment: Environment, handles: Handles) -> None:
-        for place, value in zip(targets, [environment[source] for source in sources], strict=True):
+        values = [environment[source] for source in sources]
+        for place in last:
+            environment[place] = None
+        for place, value in zip(targets, values, strict=True):
             environment[place] = value
 
     return run
