@@ -1,4 +1,4 @@
-"""What recomputation costs and saves: the benchmark's GPT on one rank, recomputing nothing, half, and what is in blocks.
+"""What recomputation costs and saves: the benchmark's GPT on one rank, with nothing, half or whole blocks recomputed.
 
 ``auto`` is given the budget at which half of what is kept between forward and backward fits. All three take turns in
 one process, so that the machine's moods touch all of them; time is that of the processor.
