@@ -15,6 +15,8 @@ from graphshard.program import Role, Section, val
 
 aten = torch.ops.aten
 
+_STORES = (Role.SHARD, Role.FLAT, Role.PARAM, Role.MASTER)
+
 
 @dataclass(frozen=True)
 class FusedAdam:
@@ -42,7 +44,7 @@ def find_adam(nodes: Sequence[fx.Node], section: Section) -> FusedAdam | None:
     slots = {node: slot for slot, node in section.outputs.items()}
     for node in nodes:
         slot = slots.get(node)
-        if slot is None or slot.role not in (Role.SHARD, Role.FLAT, Role.PARAM) or val(node).dtype is not torch.float32:
+        if slot is None or slot.role not in _STORES or val(node).dtype is not torch.float32:
             continue
         found = _match(node)
         if found is None:
@@ -54,8 +56,7 @@ def find_adam(nodes: Sequence[fx.Node], section: Section) -> FusedAdam | None:
         )
         replaced = all(old in section.inputs and section.inputs[old] == slots.get(new) for old, new in pairs)
         results = (found.new_param, found.new_exp_avg, found.new_exp_avg_sq)
-        others = inside - found.nodes
-        private = all(set(n.users) <= found.nodes or (n in results and others.isdisjoint(n.users)) for n in found.nodes)
+        private = all(set(n.users) <= found.nodes or n in results for n in found.nodes)
         dead = all(set(old.users) <= found.nodes for old, _ in pairs)
         if replaced and private and dead and found.nodes <= inside:
             return found

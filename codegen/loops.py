@@ -123,7 +123,7 @@ _CARRY = Slot(Role.CARRY, "")
 def _owns_storage(node: fx.Node, section: Section) -> bool:
     """A slot's value, or what a collective left: not a view of something else."""
     if node in section.inputs:
-        return section.inputs[node].role in (Role.FLAT, Role.SHARD, Role.STATE, Role.CARRY)
+        return section.inputs[node].role in (Role.FLAT, Role.SHARD, Role.MASTER, Role.STATE, Role.CARRY)
     return node.target is torch.ops._c10d_functional.wait_tensor.default
 
 

@@ -9,8 +9,10 @@ from dataclasses import replace
 from itertools import pairwise
 
 from graphshard.execution import Instruction, Op, Ref, match_waits
+from graphshard.program import Role
 
-_PERSISTENT = ("shard:", "flat:", "param:", "buffer:", "state:", "constant:", "lr:", "loss:", "output:")
+_PERSISTENT = tuple(f"{role}:" for role in Role if role not in (Role.CARRY, Role.BATCH, Role.RNG))
+"""What names of values that outlive a step, or that the executor keeps, begin with."""
 
 
 def order(

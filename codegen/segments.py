@@ -104,6 +104,7 @@ class _Emitter:
         self.accumulated = self._accumulations()
         self.packs = self._destinations()
         self.placed = self._placements()
+        self.folded = self._folded_casts()
         inputs: dict[fx.Node, None] = {}
         for node in self.nodes:
             for source in node.all_input_nodes:
@@ -187,6 +188,16 @@ class _Emitter:
                     placed[part] = (destination, offset)
         return placed
 
+    def _folded_casts(self) -> dict[fx.Node, fx.Node]:
+        """Casts that only a pack reads, to what they cast: writing to the pack's buffer casts by itself."""
+        return {
+            part: part.all_input_nodes[0]
+            for pack in self.packs
+            for part in list_arg(pack, 0)
+            if part in self.inside and part.target is aten._to_copy.default and len(part.users) == 1
+            if part.kwargs.keys() == {"dtype"} and part not in self.outputs and not self.watch
+        }
+
     def _skips(self, node: fx.Node, source: fx.Node) -> bool:
         """The first micro-batch does not read the accumulator."""
         return self.first and node in self.accumulated and source is node.args[0]
@@ -199,8 +210,11 @@ class _Emitter:
             if adam is None or not isinstance(item, Loop):
                 result.append(item)
                 continue
-            rest = [node for node in item.nodes if node not in adam.nodes]
-            result += [Loop(item.numel, rest), adam] if rest else [adam]
+            behind = _readers_within(item.nodes, adam.nodes)
+            before = [node for node in item.nodes if node not in adam.nodes and node not in behind]
+            result += [Loop(item.numel, before)] if before else []
+            result.append(adam)
+            result += [Loop(item.numel, sorted(behind))] if behind else []
         return result
 
     def _last_uses(self) -> dict[Item, list[fx.Node]]:
@@ -211,6 +225,8 @@ class _Emitter:
             for node in [item] if isinstance(item, fx.Node) else item.nodes:
                 for source in node.all_input_nodes:
                     last[resolve(source)] = item
+                    if source in self.folded:
+                        last[resolve(self.folded[source])] = item
                 last.setdefault(node, item)
             if isinstance(item, FusedAdam):
                 last |= dict.fromkeys((item.step, item.lr), item)
@@ -236,6 +252,8 @@ class _Emitter:
             self._place(node, *self.placed[node])
         elif node in self.packs:
             self._pack(self.packs[node])
+        elif node in self.folded:
+            pass
         elif node in self.accumulated:
             self._accumulate(node)
         elif node.target is gs.local_shard.default:
@@ -351,7 +369,8 @@ class _Emitter:
         for part, offset in zip(pack.args[0], pack.args[1], strict=True):  # type: ignore[arg-type]
             if part not in self.placed:
                 method = "copy_" if destination.overwrite else "add_"
-                self._line(f"{self._view(destination, part, offset)}.{method}({self._expression(part)})")
+                value = self._expression(self.folded.get(part, part))
+                self._line(f"{self._view(destination, part, offset)}.{method}({value})")
 
     def _accumulate(self, node: fx.Node) -> None:
         carry, value = node.args
@@ -382,6 +401,15 @@ class _Emitter:
         if isinstance(value, float) and not math.isfinite(value):
             return f'float("{value}")'
         return repr(value)
+
+
+def _readers_within(nodes: list[fx.Node], made: frozenset[fx.Node]) -> set[fx.Node]:
+    """Those of ``nodes``, in order, that depend on ``made`` without being part of it: the cast of a master does."""
+    found: set[fx.Node] = set()
+    for node in nodes:
+        if node not in made and any(source in made or source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _is_large_product(node: fx.Node) -> bool:

@@ -83,9 +83,19 @@ def is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in target.tags
 
 
+def widens(node: fx.Node) -> bool:
+    """Whether the node is a cast that loses nothing and makes more bytes of the same value."""
+    if node.target is not aten._to_copy.default:
+        return False
+    before, after = val(node.all_input_nodes[0]).dtype, val(node).dtype
+    return bool(after != before and after == torch.promote_types(before, after))
+
+
 def sent_as(node: fx.Node) -> fx.Node:
     """What to send to another stage that needs ``node``: where it shows all of another value of its phase, that one."""
-    while is_view(node) and node.target is not aten.as_strided.default and len(node.all_input_nodes) == 1:
+    while (is_view(node) and node.target is not aten.as_strided.default and len(node.all_input_nodes) == 1) or widens(
+        node
+    ):
         (source,) = node.all_input_nodes
         if source.op != "call_function" or info(source).phase is not info(node).phase:
             break

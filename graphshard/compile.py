@@ -32,8 +32,9 @@ from graphshard.errors import (
 )
 from graphshard.execution import ExecutionPlan, variants
 from graphshard.mesh import Mesh
-from graphshard.optim import CompiledOptimizer, given_state
+from graphshard.optim import CompiledOptimizer, ScalerState, given_state
 from graphshard.passes import default_passes, with_passes
+from graphshard.passes.precision import Precision
 from graphshard.pipeline import COMMUNICATION, Context, Pass, Placement, run_passes
 from graphshard.plan import Plan
 from graphshard.planner import Budget, choose
@@ -199,7 +200,7 @@ class Compiled:
         self._user_optimizer: Optimizer | None = self.optimizer
         if self._user_optimizer is not None:
             self.optimizer = CompiledOptimizer(
-                self._user_optimizer, self._names, read_state=self._read_state, write_state=self._write_state
+                self._user_optimizer, self._names, self._read_state, self._write_state, self._scaler_state()
             )
 
     # Facts
@@ -425,7 +426,9 @@ class Compiled:
         return LocalExecutor(self.mesh, device or "cpu", measure_memory=self.measure_memory)
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
-        """Full parameters and buffers under the model's own names, tied names included. Collective: all ranks call it.
+        """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with
+        bf16 or fp16 the float32 masters, and a parameter that is never updated as it was rounded. Collective: all ranks
+        call it.
 
         Args:
             rank0_only: only rank 0 gets the tensors, the others an empty dict.
@@ -435,7 +438,9 @@ class Compiled:
         if rank0_only and self.rank != 0:
             return {}
         stored = self._stored_names()
-        return {name: values[stored[name]] for name in self._state_names}
+        dtypes = {name: param.dtype for name, param in self._params.items()}
+        full = {name: value.to(dtypes.get(name, value.dtype)) for name, value in values.items()}
+        return {name: full[stored[name]] for name in self._state_names}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them.
@@ -473,6 +478,18 @@ class Compiled:
 
     def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._start()[1].write_state(state)
+
+    def _scaler_state(self) -> ScalerState | None:
+        """What there is of loss scaling between steps, if the passes scale the loss."""
+        scaled = next((p for p in self.passes if isinstance(p, Precision) and p.dtype == "fp16"), None)
+        if scaled is None:
+            return None
+        factors = {name: getattr(scaled, name) for name in ("growth_factor", "backoff_factor", "growth_interval")}
+        return ScalerState(
+            factors,
+            read=lambda: self._start()[1].read_scaler(),
+            write=lambda values: self._start()[1].write_scaler(values),
+        )
 
     # Accounts
 

@@ -9,10 +9,16 @@ from typing import Any
 import torch
 from torch import fx
 
+import graphshard.ops  # noqa: F401  defines the graphshard operators
+
 aten = torch.ops.aten
+gs = torch.ops.graphshard
+
+_POOLED = (gs.sq_norm.default, gs.nonfinite.default)
 
 _POINTWISE_UNTAGGED = {
     aten.clone.default,
+    aten.copy.default,
     aten._to_copy.default,
     aten.full_like.default,
     aten.zeros_like.default,
@@ -29,6 +35,12 @@ def is_pointwise(node: fx.Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):
         return False
     return torch.Tag.pointwise in target.tags or target in _POINTWISE_UNTAGGED
+
+
+def is_pooled(node: fx.Node) -> bool:
+    """Whether the node is a sum over all of its inputs' elements: that of shards, or of the parameters of a stage, is
+    part of it, and parts are added."""
+    return node.target in _POOLED
 
 
 def is_view(node: fx.Node) -> bool:

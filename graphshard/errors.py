@@ -62,6 +62,16 @@ class NodeFailed(GraphshardError):
         )
 
 
+class NoLossGradient(GraphshardError):
+    """Loss scaling of a program whose backward does not begin with the gradient of its loss."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "fp16 scales the gradient of the loss, which is aten.full.default([], 1.0) of phase backward; the body has "
+            "gradients, but none that begin so"
+        )
+
+
 class PassFailed(GraphshardError):
     """A pass raises what is no error of ours, or returns something else than a program."""
 

@@ -33,7 +33,7 @@ from graphshard.program import Phase, Program, Role, Slot, info, val
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
-_STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.CONSTANT, Role.STATE)
+_STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.CONSTANT, Role.MASTER, Role.STATE)
 
 
 @dataclass(frozen=True)

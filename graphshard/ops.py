@@ -25,6 +25,7 @@ _define("transfer(Tensor x, int src, int dst) -> Tensor")
 _define("pack(Tensor[] parts, int[] offsets, int numel) -> Tensor")
 _define("local_shard(Tensor flat, int parts, str axis) -> Tensor")
 _define("sq_norm(Tensor[] parts) -> Tensor")
+_define("nonfinite(Tensor[] parts) -> Tensor")
 _define("stage_sum(Tensor[] parts, str axis) -> Tensor")
 _define("stage_broadcast(Tensor x, int src, str axis) -> Tensor")
 
@@ -56,12 +57,24 @@ def _sq_norm_meta(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].new_empty([], dtype=torch.promote_types(parts[0].dtype, torch.float32))
 
 
+def _nonfinite(parts: Sequence[Tensor]) -> Tensor:
+    """How many of ``parts`` hold NaN or infinity: the smallest or the largest element then is not finite."""
+    total = torch.zeros((), dtype=torch.float32, device=parts[0].device)
+    for part in parts:
+        if part.numel():
+            low, high = torch.aminmax(part)
+            total = total + (~(low.isfinite() & high.isfinite())).to(total.dtype)
+    return total
+
+
 _lib.impl("transfer", lambda x, src, dst: _like(x), "Meta")
 _lib.impl("pack", _pack_meta, "Meta")
 _lib.impl("pack", _pack, "CompositeExplicitAutograd")
 _lib.impl("local_shard", lambda flat, parts, axis: flat.new_empty([flat.numel() // parts]), "Meta")
 _lib.impl("sq_norm", _sq_norm_meta, "Meta")
 _lib.impl("sq_norm", _sq_norm, "CompositeExplicitAutograd")
+_lib.impl("nonfinite", lambda parts: parts[0].new_empty([], dtype=torch.float32), "Meta")
+_lib.impl("nonfinite", _nonfinite, "CompositeExplicitAutograd")
 _lib.impl("stage_sum", lambda parts, axis: _like(parts[0]), "Meta")
 _lib.impl("stage_broadcast", lambda x, src, axis: _like(x), "Meta")
 attention.register(_lib)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -13,6 +14,35 @@ from graphshard.errors import OptimizerForeignParameter, OptimizerStateMismatch,
 
 NamedState = dict[str, dict[str, Tensor]]
 """Parameter name to state key to full tensor."""
+
+
+@dataclass(frozen=True)
+class ScalerState:
+    """The state of loss scaling in the form of torch.amp.GradScaler's; ``factors`` are constants of the graph."""
+
+    factors: Mapping[str, float]  # growth_factor, backoff_factor, growth_interval
+    read: Callable[[], Mapping[str, float]]  # "scale" and "growth_tracker"
+    write: Callable[[Mapping[str, float]], None]
+
+    def state_dict(self) -> dict[str, float]:
+        """As GradScaler.state_dict()."""
+        now = self.read()
+        return {"scale": now["scale"], **self.factors, "_growth_tracker": int(now["growth_tracker"])}
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Whether :meth:`load_state_dict` can take ``state``.
+
+        Raises:
+            OptimizerStateMismatch: a number is missing, or a factor is not the plan's.
+        """
+        for key, own in {"scale": None, **self.factors, "_growth_tracker": None}.items():
+            given = state.get(key)
+            if not isinstance(given, (int, float)) or (own is not None and given != own):
+                raise OptimizerStateMismatch(f"{key} of the scaler", given, "a number" if own is None else own)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from GradScaler's or another run's state."""
+        self.write({"scale": float(state["scale"]), "growth_tracker": int(state["_growth_tracker"])})
 
 
 class CompiledOptimizer(Optimizer):
@@ -30,8 +60,9 @@ class CompiledOptimizer(Optimizer):
         param_names: Mapping[int, str],
         read_state: Callable[[], NamedState],
         write_state: Callable[[NamedState], None],
+        scaler: ScalerState | None = None,
     ) -> None:
-        """``param_names`` maps the id of each Parameter to its canonical name.
+        """``param_names`` maps the id of each Parameter to its canonical name; ``scaler``: None without loss scaling.
 
         Raises:
             OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
@@ -40,7 +71,7 @@ class CompiledOptimizer(Optimizer):
         self.source = optimizer
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._complete = True
-        self._read_state, self._write_state = read_state, write_state
+        self._read_state, self._write_state, self._scaler = read_state, write_state, scaler
         self._constants = [set(group) - {"params", "param_names", "lr", "initial_lr"} for group in self.param_groups]
         self._names: list[list[str]] = []
         for index, group in enumerate(self.param_groups):
@@ -87,21 +118,27 @@ class CompiledOptimizer(Optimizer):
         self.param_groups.append(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"state": {name: {key: tensor}}, "param_groups": [{"lr": …, "params": [name, …]}]}`` with full tensors."""
+        """``{"state": {name: {key: tensor}}, "param_groups": [{"lr": …, "params": [name, …]}]}`` with full tensors.
+
+        Under loss scaling also "scaler", as torch.amp.GradScaler.state_dict() has it."""
         groups = [
             {key: value for key, value in group.items() if key != "params"} | {"params": list(names)}
             for group, names in zip(self.param_groups, self._names, strict=True)
         ]
-        return {"state": self._read_state(), "param_groups": groups}
+        scaler = {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
+        return {"state": self._read_state(), "param_groups": groups, **scaler}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over options and state of :meth:`state_dict`, or of an eager optimizer's over the same parameters in the
         same order.
 
         Raises:
-            OptimizerStateMismatch: other groups, other parameters, or state that is no tensor or number. Nothing is
-                changed then.
+            OptimizerStateMismatch: other groups, other parameters, state that is no tensor or number, or a scaler with
+                other factors. Nothing is changed then.
         """
+        scaler = state_dict.get("scaler") if self._scaler is not None else None
+        if self._scaler is not None and scaler is not None:
+            self._scaler.check(scaler)
         groups = _part(state_dict, "param_groups", list)
         if len(groups) != len(self._names):
             raise OptimizerStateMismatch("number of parameter groups", len(groups), len(self._names))
@@ -125,6 +162,8 @@ class CompiledOptimizer(Optimizer):
                 k: _tensor(f"state {k!r} of {names[key]!r}", v) for k, v in values.items() if _is_value(v)
             }
         self._write_state(state)
+        if self._scaler is not None and scaler is not None:
+            self._scaler.load_state_dict(scaler)
         for group, own_group in zip(groups, self.param_groups, strict=True):
             own_group.update({key: value for key, value in group.items() if key != "params"})
 

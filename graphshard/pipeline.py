@@ -23,6 +23,7 @@ from graphshard.verify import verify
 
 PASSES: Mapping[str, str] = {
     "normalize": "graphshard.passes.normalize:Normalize",
+    "precision": "graphshard.passes.precision:Precision",
     "pipeline-cut": "graphshard.passes.pipeline_cut:PipelineCut",
     "memory-policy": "graphshard.passes.memory_policy:MemoryPolicy",
     "recompute": "graphshard.passes.recompute:Recompute",

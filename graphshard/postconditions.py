@@ -104,7 +104,7 @@ def _reduced_once(program: Program) -> Iterator[Violation]:
         }
         update = _flow(section, given)
         for slot, node in section.outputs.items():
-            if slot.role not in (Role.PARAM, Role.FLAT, Role.SHARD) or node not in update:
+            if slot.role not in (Role.PARAM, Role.FLAT, Role.SHARD, Role.MASTER) or node not in update:
                 continue
             where = f"%{node.name} = {node.target}, graph {name}"
             for axis in axes:

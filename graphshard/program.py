@@ -24,10 +24,12 @@ class Role(StrEnum):
     """What a graph input or output stands for."""
 
     PARAM = "param"  # a whole parameter of the model, named by its canonical fully qualified name
+    MASTER = "master"  # the float32 copy of a parameter or bucket that is computed with in less; the update's
     FLAT = "flat"  # a whole bucket of parameters, flat, replicated over the shard axis
     SHARD = "shard"  # this rank's part of a bucket
     BUFFER = "buffer"  # a buffer of the model
     STATE = "state"  # optimizer state; ``key`` says which ("exp_avg"), ``name`` the parameter or bucket
+    SCALER = "scaler"  # of loss scaling: see loss_scaling.py
     CARRY = "carry"  # handed from prologue to body, micro-batch to micro-batch, body to epilogue
     BATCH = "batch"  # a tensor the user gave to step; ``name`` is its index in flattening order
     CONSTANT = "constant"  # a tensor lifted out of the model's code; its value is in Program.constants

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from graphshard.errors import NodeFailed
+from graphshard.loss_scaling import SKIPPED, initial
 from graphshard.program import Level, Program, Role, Section, Slot, info, val
 from graphshard.reference_inputs import Batch, Inputs, members_of
 
@@ -88,7 +89,11 @@ class _Run:
         fresh = program.first_epilogue is not None and not has_state
         update = program.first_epilogue if fresh else program.epilogue
         assert update is not None
-        for slot, by_rank in self._section(update, carries, step, 0, batch).items():
+        made = self._section(update, carries, step, 0, batch)
+        skipped = fresh and SKIPPED in made and all(made[SKIPPED].values())
+        for slot, by_rank in made.items():
+            if skipped and slot.role is Role.STATE:
+                continue
             if slot.role is Role.LOSS:
                 self._add(f"loss of step {step}", by_rank)
             elif slot.role is Role.OUTPUT:
@@ -134,6 +139,8 @@ class _Run:
                 return self._cast(batch[dp_rank][microbatch][int(slot.name)], node)
             case Role.CONSTANT:
                 return self._cast(program.constants[slot.name], node)
+            case Role.SCALER if slot not in self.stores[rank]:
+                return self._cast(program.constants[initial(slot)], node)
             case Role.LR:
                 return torch.tensor(self.inputs.lrs[int(slot.name)], dtype=torch.float64)
             case Role.RNG:
@@ -145,7 +152,7 @@ class _Run:
                 return self._cast(self.inputs.params[slot.name], node)
             case Role.BUFFER:
                 return self._cast(self.inputs.buffers[slot.name], node)
-            case Role.FLAT | Role.SHARD:
+            case Role.FLAT | Role.SHARD | Role.MASTER:
                 return self._packed(slot, node, rank, self.inputs.params)
             case Role.STATE if self.inputs.state:
                 state = {name: value for (name, key), value in self.inputs.state.items() if key == slot.key}
@@ -230,6 +237,8 @@ class _Run:
     def _collect(self) -> None:
         for rank, store in self.stores.items():
             for slot, value in store.items():
+                if slot.role is Role.SCALER:
+                    continue
                 if slot.role is Role.BUFFER:
                     self._add(f"buffer {slot.name} @{self.mesh.dp_rank(rank)}", {rank: value})
                     continue

@@ -8,6 +8,7 @@ from typing import Any
 from graphshard import analysis
 from graphshard.codegen.schedule import Schedule, simulate
 from graphshard.execution import CATEGORIES, ExecutionPlan, Op
+from graphshard.model_states import bytes_per_parameter, explain_bytes, model_states
 from graphshard.plan import Plan
 from graphshard.program import Phase, Program, Role, info
 from graphshard.runtime.executor import Executor
@@ -35,6 +36,7 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
                 "collectives": _communications(plan, stage),
                 "gathers_per_microbatch": _gathers(plan, stage),
                 "peak_action": memory.peak_action,
+                "model_states": model_states(program, plan, stage),
                 "peak_instruction": _told(plan, stage, memory.peak_position),
                 "timeline": simulated_timeline(plan, stage).to_json(),
             }
@@ -55,6 +57,7 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
         "mesh": dict(plan.mesh.axes),
         "microbatches": plan.microbatches,
         "parameters": sum(p.numel for p in plan.params.values()),
+        "bytes_per_parameter": bytes_per_parameter(program, plan),
         "ranks": ranks,
         "bubble_fraction": simulated.bubble_fraction,
         "passes": [
@@ -189,10 +192,13 @@ def explain(data: dict[str, Any]) -> str:
         lines += _memory(rank, [r for r in data["ranks"] if r["stage"] == rank["stage"] and "measured_memory" in r])
         started = [f"{count} {name.replace('_', '-')}" for name, count in rank["collectives"].items()]
         lines += _listed("           starts per step: ", started or ["no communication"])
+        states = ", ".join(f"{what} {human(n)}" for what, n in rank["model_states"].items())
+        lines += [f"           model states {human(sum(rank['model_states'].values()))}: {states}"]
         if rank["gathers_per_microbatch"]:
             lines.append(
                 f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch"
             )
+    lines += explain_bytes(data["bytes_per_parameter"])
     lines += ["", f"bubble: {data['bubble_fraction']:.1%} of the schedule, by FLOPs", "", "buckets"]
     for bucket in data["buckets"]:
         size = f"{human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters"

@@ -5,13 +5,14 @@ Everything goes to the stage of what it initialises or updates. Norms and the lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
 
+from graphshard.dataflow import is_pooled
 from graphshard.placing import Placer
 from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot, info, val
 from graphshard.rewrite import add_input, call, set_outputs
@@ -73,7 +74,7 @@ class _Epilogue:
 
     def _input_place(self, slot: Slot) -> Place:
         match slot.role:
-            case Role.PARAM | Role.STATE:
+            case Role.PARAM | Role.MASTER | Role.STATE:
                 return self._holders(slot.name)
             case Role.CARRY:
                 return self.carried.get(slot.name, (0,))
@@ -84,7 +85,7 @@ class _Epilogue:
 
     def _output_stages(self, slot: Slot) -> tuple[int, ...]:
         match slot.role:
-            case Role.PARAM | Role.STATE:
+            case Role.PARAM | Role.MASTER | Role.STATE:
                 return self._holders(slot.name)
             case Role.BUFFER:
                 return self.carried.get(f"buffer:{slot.name}", (0,))
@@ -127,7 +128,7 @@ def _derive(section: Section, places: dict[fx.Node, Place], reach: dict[fx.Node,
     for node in list(section.nodes()):
         if node in places:
             continue
-        if node.target is gs.sq_norm.default:
+        if is_pooled(node):
             _split_norm(section, node, places)
             continue
         sources = [reach.get(s, places[s]) for s in node.all_input_nodes]
@@ -146,10 +147,10 @@ def _split_norm(section: Section, norm: fx.Node, places: dict[fx.Node, Place]) -
     for part in parts:
         groups.setdefault((places[part] or (0,))[0], []).append(part)
     record = replace(info(norm), made_by="pipeline-cut")
-    sums = []
+    sums, target = [], cast(Callable[..., Any], norm.target)
     with section.graph.inserting_before(norm):
         for stage in sorted(groups):
-            sums.append(call(section.graph, gs.sq_norm.default, (groups[stage],), replace(record, origin="")))
+            sums.append(call(section.graph, target, (groups[stage],), replace(record, origin="")))
             places[sums[-1]] = (stage,)
         total = call(section.graph, gs.stage_sum.default, (sums, "pp"), record)
     places[total] = None

@@ -90,7 +90,10 @@ class BodyStaging:
 
     def _follows(self, node: fx.Node) -> bool:
         """Forward operations that stay where their input is, wherever a cut falls: picks, the sum over micro-batches,
-        and views by strides, which a transfer may change."""
+        views by strides, which a transfer may change, and casts that capture has not seen: what is cut is the line of
+        captured operations, the same with another precision or without gradients."""
+        if node.target is aten._to_copy.default and info(node).made_by:
+            return True
         if is_getitem(node) or node.target is aten.as_strided.default:
             return True
         return any(self.body.inputs.get(s) == _LOSS for s in node.all_input_nodes)

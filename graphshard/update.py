@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 import graphshard.ops  # noqa: F401 - defines graphshard::sq_norm
-from graphshard.dataflow import downstream, is_pointwise
+from graphshard.dataflow import downstream, is_pointwise, is_pooled
 from graphshard.errors import (
     NotAnOptimizer,
     OptimizerForeignParameter,
@@ -290,7 +290,7 @@ def _offending(program: Program) -> tuple[str, str] | None:
                 own.setdefault(slot.name.removeprefix("grad:"), []).append(node)
         for name, nodes in own.items():
             param: Param = program.params[name]
-            for node in downstream(nodes, stop=lambda n: n.target is gs.sq_norm.default):
+            for node in downstream(nodes, stop=is_pooled):
                 if not _elementwise(node, param.shape):
                     return str(node.target), name
     return None

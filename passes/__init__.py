@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from graphshard.errors import UnknownPass
@@ -11,6 +12,7 @@ from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.normalize import Normalize
 from graphshard.passes.overlap import Overlap
 from graphshard.passes.pipeline_cut import PipelineCut
+from graphshard.passes.precision import Precision
 from graphshard.passes.recompute import Recompute
 from graphshard.passes.zero import Zero
 from graphshard.pipeline import Pass
@@ -22,6 +24,9 @@ def default_passes(plan: Plan) -> list[Pass]:
     offloads = plan.offload is not None and plan.offload.activations is not None
     chosen: list[Pass | None] = [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
+        _precision(plan)
+        if plan.precision
+        else None,  # before all that counts bytes; behind normalize, which knows no casts of parameters yet
         PipelineCut(stages=plan.stage_starts),  # before sharding: which parameters share a bucket depends on the stage
         # Before sharding: what is gathered is never kept, but gathered again for the backward.
         _memory_policy(plan) if plan.recompute or plan.memory or offloads else None,
@@ -40,6 +45,11 @@ def _memory_policy(plan: Plan) -> MemoryPolicy:
         return MemoryPolicy(offload_activations=offloads)
     asked = plan.recompute
     return MemoryPolicy(asked.policy, asked.modules, asked.ops, offload_activations=offloads)
+
+
+def _precision(plan: Plan) -> Precision:
+    assert plan.precision is not None
+    return Precision(**dataclasses.asdict(plan.precision))
 
 
 def with_passes(passes: list[Pass], given: Sequence[Pass]) -> list[Pass]:

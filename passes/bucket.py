@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from graphshard import fake
 from graphshard.blocks import block_path
-from graphshard.dataflow import downstream
+from graphshard.dataflow import downstream, is_pooled
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, NodeInfo, Phase, Program, Role, Section, Slot, info
 from graphshard.rewrite import add_input, arg, call, list_arg, remove_input, replace_input, retype, set_outputs
@@ -128,10 +128,6 @@ def _isomorphic(updates: list[_Update], members: list[Bucket]) -> list[list[Buck
     return groups
 
 
-def _is_norm(node: fx.Node) -> bool:
-    return node.target is gs.sq_norm.default
-
-
 class _Update:
     """An update's graph, by what concerns each of the buckets it has at first."""
 
@@ -159,7 +155,7 @@ class _Update:
     def own(self, bucket: Bucket) -> list[fx.Node]:
         """The operations that concern ``bucket`` alone, in order."""
         if bucket.name not in self._own:
-            own = set(downstream(self.inputs(bucket).values(), stop=_is_norm))
+            own = set(downstream(self.inputs(bucket).values(), stop=is_pooled))
             values = (self._values[slot] for slot in self.outputs(bucket).values())
             own |= {node for node in values if node.op == "call_function"}
             pending = list(own)
@@ -168,7 +164,7 @@ class _Update:
                     if source.op == "call_function" and source not in own and all(user in own for user in source.users):
                         own.add(source)
                         pending.append(source)
-            self._own[bucket.name] = sorted(n for n in own if not _is_norm(n))
+            self._own[bucket.name] = sorted(n for n in own if not is_pooled(n))
         return self._own[bucket.name]
 
     def match(self, first: Bucket, other: Bucket) -> dict[fx.Node, fx.Node] | None:
@@ -188,7 +184,7 @@ class _Update:
         return mapping
 
 
-_OF_BUCKETS = (Role.CARRY, Role.FLAT, Role.SHARD, Role.STATE, Role.OUTPUT)
+_OF_BUCKETS = (Role.CARRY, Role.FLAT, Role.SHARD, Role.MASTER, Role.STATE, Role.OUTPUT)
 
 
 def _bucket_of(slot: Slot) -> tuple[str, int]:
@@ -236,7 +232,7 @@ class _Merge:
                 del outputs[slot]
             dropped += [mapping[node] for node in own]
             gone |= set(mapping.values())
-        for norm in {user for node in gone for user in node.users if _is_norm(user)}:
+        for norm in {user for node in gone for user in node.users if is_pooled(user)}:
             norm.args = ([n for n in list_arg(norm, 0) if n not in gone],)
         renamed = {slot: self._slot(slot) for slot in update.outputs(first).values()}
         set_outputs(section, {renamed.get(slot, slot): node for slot, node in outputs.items()})
@@ -245,10 +241,12 @@ class _Merge:
         for other in self.members[1:]:
             for node in update.inputs(other).values():
                 remove_input(section, node)
+        whole = any(node.target is gs.pack.default for node in own)  # the update of a whole parameter
         for (role, key), node in update.inputs(first).items():
             value = node.meta["val"]
-            # A scalar, or state of a whole parameter's update, is no part of the storage and stays what it is.
-            if role is not Role.STATE or tuple(value.shape) in ((first.numel,), (first.shard_numel,)):
+            # A scalar, or what a whole parameter's update keeps, is no part of the storage and stays what it is.
+            kept = role in (Role.MASTER, Role.STATE)
+            if not kept or (not whole and tuple(value.shape) in ((first.numel,), (first.shard_numel,))):
                 value = self._flat(node, first)
             slot = self._slot(section.inputs[node])
             self._replace_input(section, node, slot, value, key)

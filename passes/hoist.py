@@ -45,7 +45,7 @@ class Hoist:
                 if cost <= left and _hoist_gather(program, bucket):
                     left -= cost
             for bucket in buckets:
-                cost = (bucket.numel - bucket.shard_numel) * bucket.dtype.itemsize
+                cost = (bucket.numel - bucket.shard_numel) * _gradient_itemsize(program, bucket)
                 if cost <= left and _hoist_reduction(program, bucket):
                     left -= cost
         return program
@@ -67,6 +67,12 @@ def _cost(bucket: Bucket) -> int:
 def _whole(like: fx.Node, bucket: Bucket) -> torch.Tensor:
     value = like.meta["val"]
     return fake.tensor(value.fake_mode, [bucket.numel], value.dtype, device=value.device)
+
+
+def _gradient_itemsize(program: Program, bucket: Bucket) -> int:
+    """Bytes of an element of its accumulated gradient, which may be of another dtype than the parameters."""
+    carry = program.body.input_slots.get(Slot(Role.CARRY, f"grad:{bucket.name}", stage=bucket.stage))
+    return bucket.dtype.itemsize if carry is None else int(carry.meta["val"].element_size())
 
 
 def _hoist_gather(program: Program, bucket: Bucket) -> bool:

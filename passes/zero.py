@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from graphshard import fake
-from graphshard.dataflow import downstream, is_pointwise
+from graphshard.dataflow import downstream, is_pointwise, is_pooled
 from graphshard.errors import OptimizerNotElementwise, StagesNotCut
 from graphshard.mesh import DATA_AXES
 from graphshard.pipeline import Context
@@ -99,7 +99,7 @@ def _shard_update(section: Section, shardings: list[_Sharding]) -> None:
     inputs = section.input_slots
     states: dict[tuple[str, int], list[Slot]] = {}
     for slot in inputs:
-        if slot.role is Role.STATE:
+        if slot.role in (Role.MASTER, Role.STATE):
             states.setdefault((slot.name, slot.stage), []).append(slot)
     for sharding in shardings:
         sharding.examine(inputs, states.get((sharding.slot.name, sharding.slot.stage), []))
@@ -108,7 +108,8 @@ def _shard_update(section: Section, shardings: list[_Sharding]) -> None:
     owners: dict[tuple[Role, str, int], _Sharding] = {}
     for sharding in reversed(active):  # the first stage that holds a tied weight hands out its gradient
         name, stage = sharding.slot.name, sharding.slot.stage
-        owners |= {(Role.PARAM, name, stage): sharding, (Role.STATE, name, stage): sharding}
+        owners |= {(Role.PARAM, name, stage): sharding, (Role.MASTER, name, stage): sharding}
+        owners[Role.STATE, name, stage] = sharding
         owners |= {(Role.OUTPUT, f"grad:{name}", held): sharding for held in sharding.param.stages}
 
     def owner(slot: Slot) -> _Sharding | None:
@@ -255,7 +256,7 @@ class _Sharding:
         """Find the update's operators and whether they may run on flat storage, before anything of it is rewritten."""
         self.states = states
         own = [inputs[s] for s in (self.carry, self.slot, *self.states) if s in inputs]
-        self.cone = downstream(own, stop=_is_norm)
+        self.cone = downstream(own, stop=is_pooled)
         offending = next((n for n in self.cone if not (is_pointwise(n) or n.target in _ALLOWED)), None)
         self.elementwise = offending is None
         if offending is not None and self.zero > 0 and self.parts > 1:
@@ -330,12 +331,20 @@ class _Sharding:
             if self.replicas > 1:
                 node = self._all_reduce(section, node, "dp", record)
             ranks = self.parts * self.replicas
-            means = [r for r in readers if r.target is aten.mul.Tensor and isinstance(r.args[1], float)]
-            if ranks > 1 and means == readers:
+            # Reduced in a lower precision it is widened first, so that it is not rounded once more.
+            widened = len(readers) == 1 and readers[0].target is aten._to_copy.default
+            scaled = list(readers[0].users) if widened else readers
+            means = [r for r in scaled if r.target is aten.mul.Tensor and isinstance(r.args[1], float)]
+            if ranks > 1 and means == scaled:
                 for mean in means:  # the mean over micro-batches: divide by both numbers at once
                     mean.args = (mean.args[0], mean.args[1] / ranks)  # type: ignore[operator]
-            elif ranks > 1:
+            elif ranks > 1 and not widened:
                 node = call(section.graph, aten.mul.Tensor, (node, 1.0 / ranks), record)
+        if ranks > 1 and means != scaled and widened:
+            with after(readers[0]):
+                mean = call(section.graph, aten.mul.Tensor, (readers[0], 1.0 / ranks), record)
+            for reader in scaled:
+                reader.replace_input_with(readers[0], mean)
         for reader in readers:
             reader.replace_input_with(accumulated, node)
         return node
@@ -344,8 +353,8 @@ class _Sharding:
         """A sum of squares over shards is a partial sum: reduce it, once for all parameters of a norm."""
         if self.zero == 0 or self.parts == 1:
             return
-        for norm in downstream(sharded, stop=_is_norm, include_stop=True):
-            if norm.target is not gs.sq_norm.default or info(norm).layout:
+        for norm in downstream(sharded, stop=is_pooled, include_stop=True):
+            if not is_pooled(norm) or info(norm).layout:
                 continue
             readers = list(norm.users)
             with after(norm):
@@ -398,7 +407,3 @@ def _contiguous(shape: tuple[int, ...]) -> list[int]:
         result.append(stride)
         stride *= max(size, 1)
     return result[::-1]
-
-
-def _is_norm(node: fx.Node) -> bool:
-    return node.target is gs.sq_norm.default

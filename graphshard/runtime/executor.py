@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from graphshard.errors import NoValue
-from graphshard.execution import ExecutionPlan, Ref, TensorType
+from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref
+from graphshard.loss_scaling import SKIPPED
 from graphshard.mesh import Mesh
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
@@ -127,7 +128,7 @@ class Executor(ABC):
             totals = self.sent_bytes[rank]
             for axis, count in loaded.traffic(rank, first).items():
                 totals[axis] = totals.get(axis, 0) + count
-        return self._keep(loaded, results)
+        return self._keep(loaded, results, first)
 
     @abstractmethod
     def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
@@ -202,9 +203,11 @@ class Executor(ABC):
         stored = [ref for ref, (slot, _) in machine.reads[first].items() if slot.role in _STORED]
         return {ref: store.pop(ref) if ref in machine.results else store[ref] for ref in stored}
 
-    def _keep(self, loaded: Loaded, results: Mapping[int, Mapping[Ref, Tensor]]) -> StepResult:
+    def _keep(self, loaded: Loaded, results: Mapping[int, Mapping[Ref, Tensor]], first: bool) -> StepResult:
         loss: Tensor | None = None
         outputs: dict[int, dict[str, list[Tensor]]] = {}
+        # A first step that loss scaling skips was none for the optimizer: the next one begins its state.
+        made = first and not any(bool(results[rank].get(slot_ref(SKIPPED), False)) for rank in self.ranks)
         for rank in self.ranks:
             mine: dict[str, list[Tensor]] = {}
             for ref, slot in loaded.machines[rank].results.items():
@@ -212,12 +215,12 @@ class Executor(ABC):
                     loss = results[rank][ref] if loss is None else loss
                 elif slot.role is Role.OUTPUT:
                     mine.setdefault(slot.name, []).append(results[rank][ref])  # micro-batches are listed in order
-                else:
+                elif made or not first or slot.role is not Role.STATE:
                     self.stores[rank][ref] = results[rank][ref]
             at = outputs.setdefault(self.mesh.dp_rank(rank), {})
             outputs[self.mesh.dp_rank(rank)] = mine | at  # several stages may have it: the first one's counts
         loaded.steps += 1
-        self.state_keys |= loaded.state_keys
+        self.state_keys |= loaded.state_keys if made else frozenset()
         return StepResult(loss, outputs)
 
 

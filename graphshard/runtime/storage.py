@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graphshard.errors import StateMismatch
 from graphshard.execution import ExecutionPlan, TensorType, slot_ref
+from graphshard.loss_scaling import SKIPPED, initial
 from graphshard.program import Bucket, Param, Role, Slot
 from graphshard.runtime.executor import Executor
 
@@ -51,7 +52,10 @@ class Storage:
         self.buckets |= plan.buckets
         for stage, (reads, results) in enumerate(zip(plan.reads, plan.results, strict=True)):
             for slot, kind in (reads | results).items():
-                self._slots[Slot(slot.role, slot.name, slot.key, stage)] = kind
+                here = Slot(slot.role, slot.name, slot.key, stage)
+                if slot.role is Role.SCALER and here not in self._slots and slot in reads:
+                    self.executor.write(slot_ref(slot), stage, plan.constants[initial(slot)])
+                self._slots[here] = kind
         late = [place for place in self._places(Role.BUFFER) if place.slot.name in self._unplaced]
         for place in late:
             self._write(place, ((place.slot.name, -1),), self._unplaced)
@@ -61,10 +65,14 @@ class Storage:
     # Parameters
 
     def read_params(self, rank0_only: bool = False) -> dict[str, Tensor]:
-        """Every parameter in full, by canonical name; with ``rank0_only`` other ranks get an empty dict. Collective."""
+        """Every parameter in full, by canonical name, of its master if it has one; with ``rank0_only`` other ranks get
+        an empty dict. Collective."""
         result: dict[str, Tensor] = {}
-        for place, members in self._param_places():
-            wanted = [(name, at) for name, at in members if self.params[name].stages[0] == place.stage]
+        masters = [(place, self._members(place)) for place in self._sharded_places(Role.MASTER)]
+        mastered = {name for _, members in masters for name, _ in members}
+        for place, members in [*masters, *self._param_places()]:
+            held = [(name, at) for name, at in members if self.params[name].stages[0] == place.stage]
+            wanted = [(n, at) for n, at in held if place.slot.role is Role.MASTER or n not in mastered]
             if not wanted:
                 continue
             flat = self._read(place, rank0_only)
@@ -74,7 +82,7 @@ class Storage:
         return {name: result[name] for name in self.params if name in result}
 
     def write_params(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store full parameters, given by canonical name, on every rank and stage that holds them.
+        """Store full parameters and their masters, given by canonical name, on every rank and stage that holds them.
 
         Raises:
             StateMismatch: one is missing or has another shape; nothing is stored then.
@@ -83,6 +91,8 @@ class Storage:
             _expect(name, tensors.get(name), param.shape)
         for place, members in self._param_places():
             self._write(place, members, tensors)
+        for place in self._sharded_places(Role.MASTER):
+            self._write(place, self._members(place), tensors)
 
     def _param_places(self) -> Iterator[tuple[_Place, tuple[tuple[str, int], ...]]]:
         """Each stored piece of parameters with its (name, offset) members; offset -1: it is the parameter itself."""
@@ -131,7 +141,7 @@ class Storage:
         """Optimizer state in full: parameter to key to tensor; empty before the first step. Collective."""
         known = not rank0_only or 0 in self.executor.ranks
         result = {name: {k: t.clone() for k, t in state.items()} for name, state in self._idle.items() if known}
-        for place in self._state_places() if self.executor.state_keys else ():
+        for place in self._sharded_places(Role.STATE) if self.executor.state_keys else ():
             members = [(n, at) for n, at in self._members(place) if self.params[n].stages[0] == place.stage]
             value = self._read(place, rank0_only) if members else None
             for name, at in members if value is not None else ():
@@ -147,7 +157,7 @@ class Storage:
             StateMismatch: a parameter's state is missing, has another shape, or a scalar that differs within a bucket;
                 nothing is stored then.
         """
-        places = list(self._state_places())
+        places = list(self._sharded_places(Role.STATE))
         updated = {name for place in places for name, _ in self._members(place)}
         for place in places if tensors else ():
             key, scalar = place.slot.key, not place.kind.shape
@@ -171,8 +181,9 @@ class Storage:
             given = {name: tensors[name][place.slot.key] for name, _ in self._members(place)}
             self._write(place, self._members(place), given)
 
-    def _state_places(self) -> Iterator[_Place]:
-        for place in self._places(Role.STATE):
+    def _sharded_places(self, role: Role) -> Iterator[_Place]:
+        """Of masters or optimizer state: sharded, if their shape says so."""
+        for place in self._places(role):
             bucket = self.buckets.get(place.slot.name)
             split = bucket is not None and place.kind.shape == (bucket.shard_numel,) != (bucket.numel,)
             yield _Place(place.slot, place.kind, bucket.axis if bucket is not None and split else "")
@@ -184,6 +195,21 @@ class Storage:
         if place.kind.shape in ((), (bucket.numel,), (bucket.shard_numel,)):
             return bucket.members
         return tuple((name, -1) for name, _ in bucket.members)  # of an optimizer that looks at whole parameters
+
+    # Loss scaling
+
+    def read_scaler(self) -> dict[str, float]:
+        """The scale and how many steps in a row were not skipped, by slot name; {} without loss scaling. Collective."""
+        places = [place for place in self._first_stage(Role.SCALER) if place.slot.name != SKIPPED.name]
+        values = {place.slot.name: self._read(place, False) for place in places}
+        return {name: value.item() for name, value in values.items() if value is not None}
+
+    def write_scaler(self, values: Mapping[str, float]) -> None:
+        """Store what :meth:`read_scaler` gives, on every stage."""
+        for place in self._places(Role.SCALER):
+            if place.slot.name in values:
+                value = torch.tensor(values[place.slot.name], dtype=place.kind.dtype)
+                self.executor.write(slot_ref(place.slot), place.stage, value)
 
     # Common
 
@@ -204,7 +230,7 @@ class Storage:
     def _cut(self, flat: Tensor, name: str, at: int) -> Tensor:
         """A copy, so that saving one parameter does not save its bucket."""
         shape = self.params[name].shape
-        return flat.clone() if at < 0 else flat[at : at + self.params[name].numel].view(shape).clone()
+        return flat.clone() if at < 0 else flat.reshape(-1)[at : at + self.params[name].numel].view(shape).clone()
 
     def _write(self, place: _Place, members: tuple[tuple[str, int], ...], tensors: Mapping[str, Tensor]) -> None:
         if not any(self.executor.mesh.coordinates(rank)["pp"] == place.stage for rank in self.executor.ranks):

@@ -115,9 +115,10 @@ def pass_lists(draw: st.DrawFn, level: Level | str = Level.SHARDED) -> str:
     """Passes, as on the command line, that bring a captured program to ``level``; "" for captured."""
     if level == Level.CAPTURED:
         return ""
+    precision = draw(st.sampled_from(["", "precision;", "precision:dtype=fp16,reduce=fp16;"]))
     if level == Level.STAGED:
-        return "normalize;pipeline-cut"
-    passes = ["normalize", "pipeline-cut", f"zero:stage={draw(st.integers(0, 3))}"]
+        return f"normalize;{precision}pipeline-cut"
+    passes = [f"normalize;{precision}pipeline-cut", f"zero:stage={draw(st.integers(0, 3))}"]
     optional: dict[str, Any] = {
         "bucket": st.just("bucket"),
         "hoist": st.sampled_from(["hoist:budget_gb=0.0000001", "hoist:budget_gb=1"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from distributed.processes import launch
 
@@ -39,6 +40,22 @@ def test_processes_give_what_one_process_gives(plan: str, world_size: int) -> No
             assert ours["output"] == close(local["output"][dp_rank * rows : (dp_rank + 1) * rows])
         else:
             assert ours["output"] is None
+
+
+@pytest.mark.parametrize(("plan", "world_size"), [("zero1+bf16:reduce=bf16", 2), ("zero3+pp2+fp16:init_scale=1024", 4)])
+def test_precision_is_the_same_on_processes(plan: str, world_size: int) -> None:
+    """Up to the order of sums, of which a rounding to the lower precision may make more."""
+    for result in launch("train_rank.py", world_size, "mixed", plan):
+        assert "error" not in result, result
+        local, ours = result["local"], result["distributed"]
+        usual = [loss for index, loss in enumerate(local["losses"]) if index != 1]  # the second may be infinite
+        assert [loss for index, loss in enumerate(ours["losses"]) if index != 1] == pytest.approx(usual, rel=1e-2)
+        assert ours["scales"] == local["scales"]
+        if "fp16" in plan:
+            assert [scaler["scale"] for scaler in ours["scales"]] == [1024.0, 512.0, 512.0, 512.0]
+        assert ours["dtypes"] == ["torch.float32"]
+        for name, values in local["state"].items():
+            assert torch.allclose(torch.tensor(ours["state"][name]), torch.tensor(values), rtol=0.0, atol=2e-3), name
 
 
 def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:

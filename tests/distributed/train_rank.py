@@ -117,6 +117,24 @@ def meta(plan: str) -> dict[str, Any]:
     }
 
 
+def mixed(plan: str) -> dict[str, Any]:
+    """Steps in less than float32, the second of which overflows in float16 on the first data-parallel rank."""
+    found: dict[str, Any] = {}
+    x, y = (t.float() for t in batch())
+    for executor in ("local", "distributed"):
+        c = compiled(plan, executor, model=model().float())
+        losses, scales = [], []
+        for index in range(4):
+            given = x.clone()
+            given[0] *= 1e6 if index == 1 else 1.0
+            losses.append(c.step(*part(c, (given, y))).item())
+            scales.append(c.optimizer.state_dict().get("scaler"))
+        state = c.state_dict()
+        dtypes = sorted({str(value.dtype) for value in state.values()})
+        found[executor] = {"losses": losses, "scales": scales, "state": listed(state), "dtypes": dtypes}
+    return found
+
+
 def mismatch(plan: str) -> dict[str, Any]:
     """The last rank was given another plan."""
     plan = "dp" if RANK == WORLD_SIZE - 1 else plan
@@ -128,7 +146,7 @@ def mismatch(plan: str) -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     scenario, plan = sys.argv[1:]
-    report({"train": train, "meta": meta, "mismatch": mismatch}[scenario], plan)
+    report({"train": train, "meta": meta, "mixed": mixed, "mismatch": mismatch}[scenario], plan)
 
 
 if __name__ == "__main__":

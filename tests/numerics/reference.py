@@ -60,8 +60,8 @@ class Eager:
         for rank, row in enumerate(parts):
             self._load_buffers(self.buffers[rank])
             for part in row:
-                loss = loss_of(self.model, self.loss_fn, *part.arguments())
-                loss.backward()
+                loss = self._loss(*part.arguments())
+                self._scaled(loss).backward()
                 total = total + loss.detach()
             self.buffers[rank] = {k: v.detach().clone() for k, v in self.model.named_buffers()}
         self._load_buffers(self.buffers[0])
@@ -69,10 +69,19 @@ class Eager:
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad /= self.ranks * self.microbatches
+        self._update()
+        return total / (self.ranks * self.microbatches)
+
+    def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return loss_of(self.model, self.loss_fn, args, kwargs)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def _update(self) -> None:
         if self.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
         self.optimizer.step()
-        return total / (self.ranks * self.microbatches)
 
     def _load_buffers(self, values: dict[str, Tensor]) -> None:
         with torch.no_grad():

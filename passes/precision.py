@@ -1,0 +1,131 @@
+"""Mixed precision: compute in bf16 or fp16, float32 where autocast keeps it, and update in float32.
+
+Micikevicius et al. 2018, "Mixed Precision Training". A float32 parameter is stored in the lower precision, which is
+what the body reads, gathers and keeps; its float32 master is state of the update, sharded as such, and the parameter
+is the master's cast, made once per step, on the shard. With Adam and gradients reduced in the lower precision that is
+the 16 bytes a parameter of Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12. A parameter that is never updated has no
+master. Float64 stays.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import fx
+
+from graphshard import fake
+from graphshard.autocast import HALVES
+from graphshard.casting import Caster
+from graphshard.loss_scaling import SCALE, TRACKER, Scaler, initial, scale_loss
+from graphshard.pipeline import Context
+from graphshard.program import Level, NodeInfo, Phase, Program, Role, Section, Slot, info, val
+from graphshard.rewrite import add_input, after, call, replace_node, set_outputs
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``dtype``: bf16 or fp16. ``reduce``: what gradients are accumulated and reduced in, fp32 or ``dtype``. The other
+    options are those of torch.amp.GradScaler, for fp16."""
+
+    dtype: str = "bf16"
+    reduce: str = "fp32"
+    init_scale: float = 65536.0
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    growth_interval: int = 2000
+    name: ClassVar[str] = "precision"
+    exact: ClassVar[bool] = False  # it rounds
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if program.level is not Level.CAPTURED:
+            return program
+        lower = HALVES[self.dtype]
+        reduced = HALVES.get(self.reduce, torch.float32)
+        names = {name for name, param in program.params.items() if param.dtype is torch.float32}
+        carries = {
+            slot
+            for slot in program.body.output_slots
+            if slot.role is Role.CARRY and slot.name.removeprefix("grad:") in names
+        }
+        if carries and self.dtype == "fp16":
+            scale_loss(program)
+            program.constants[initial(SCALE)] = torch.tensor(self.init_scale)
+            program.constants[initial(TRACKER)] = torch.tensor(0, dtype=torch.int32)
+        _lower_body(program, names, carries, lower, reduced)
+        for section in program.updates():
+            gradients = _gradients(section, carries, reduced)
+            if gradients and self.dtype == "fp16":
+                factors = (self.growth_factor, self.backoff_factor, self.growth_interval)
+                Scaler(section, gradients, *factors, first=section is program.first_epilogue).run()
+            _keep_masters(section, names, lower)
+        return program
+
+
+def _lower_body(
+    program: Program, names: set[str], carries: set[Slot], lower: torch.dtype, reduced: torch.dtype
+) -> None:
+    body, changed = program.body, set[fx.Node]()
+    for name in names:
+        program.params[name] = replace(program.params[name], dtype=lower)
+    for node, slot in body.inputs.items():
+        if (slot.role is Role.PARAM and slot.name in names) or (slot in carries and reduced is not torch.float32):
+            node.meta["val"] = _like(node, lower)
+            changed.add(node)
+    stored = {slot: val(node).dtype for slot, node in body.input_slots.items() if slot.role is Role.CARRY}
+    Caster(body, lower, changed).run({node: stored[s] for s, node in body.outputs.items() if s in stored})
+    if reduced is not torch.float32:
+        for slot, zeros in program.prologue.outputs.items():
+            if slot in carries:
+                with after(zeros):
+                    options = {**zeros.kwargs, "dtype": reduced}
+                    graph = program.prologue.graph
+                    replace_node(zeros, call(graph, aten.full.default, zeros.args, info(zeros), **options))
+
+
+def _like(node: fx.Node, dtype: torch.dtype) -> torch.Tensor:
+    value = val(node)
+    return fake.tensor(value.fake_mode, value.shape, dtype, device=value.device)
+
+
+def _gradients(section: Section, carries: set[Slot], reduced: torch.dtype) -> list[fx.Node]:
+    """The gradients of an update in float32; averaged over micro-batches, where they are."""
+    found = []
+    for slot, node in section.input_slots.items():
+        if slot not in carries:
+            continue
+        if reduced is not torch.float32:
+            node.meta["val"] = _like(node, reduced)
+            readers = list(node.users)
+            with after(node):
+                record = replace(info(node), origin="", made_by="precision")
+                wide = call(section.graph, aten._to_copy.default, (node,), record, dtype=torch.float32)
+            for reader in readers:
+                reader.replace_input_with(node, wide)
+            node = wide
+        readers = list(node.users)
+        averaged = len(readers) == 1 and readers[0].target is aten.mul.Tensor and isinstance(readers[0].args[1], float)
+        found.append(readers[0] if averaged else node)
+    return found
+
+
+def _keep_masters(section: Section, names: set[str], lower: torch.dtype) -> None:
+    """The update reads and writes masters; a parameter becomes what is left of its master in the lower precision."""
+    for node, slot in section.inputs.items():
+        if slot.role is Role.PARAM and slot.name in names:
+            section.inputs[node] = replace(slot, role=Role.MASTER)
+    results: dict[Slot, fx.Node] = {}
+    for slot, node in section.outputs.items():
+        if slot.role is not Role.PARAM or slot.name not in names:
+            results[slot] = node
+            continue
+        record = NodeInfo(Phase.UPDATE, slot.name.rpartition(".")[0], made_by="precision")
+        stored = add_input(section, slot, _like(node, lower), record, f"{slot.name}.{lower}".replace("torch.", ""))
+        with section.graph.inserting_before(section.output_node):
+            # Written over the old one: nothing else holds it, and what failed before has lost nothing.
+            rounded = call(section.graph, aten.copy.default, (stored, node), record)
+        results |= {slot: rounded, replace(slot, role=Role.MASTER): node}
+    set_outputs(section, results)

@@ -1,0 +1,63 @@
+"""Eager training under autocast, with a GradScaler for float16: what precision plans must come close to."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import graphshard
+from graphshard.plan import Plan
+from numerics.cases import adamw
+from numerics.reference import Eager, Make
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Autocast(Eager):
+    """Eager training in the precision of a plan."""
+
+    def __init__(self, plan: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        precision = Plan.parse(plan).precision
+        assert precision is not None
+        self.dtype = DTYPES[precision.dtype]
+        self.scaler = torch.amp.GradScaler(
+            "cpu",
+            init_scale=precision.init_scale,
+            growth_factor=precision.growth_factor,
+            backoff_factor=precision.backoff_factor,
+            growth_interval=precision.growth_interval,
+            enabled=precision.dtype == "fp16",
+        )
+
+    def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        with torch.autocast("cpu", self.dtype):
+            return super()._loss(args, kwargs)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaled: Tensor = self.scaler.scale(loss)
+        return scaled
+
+    def _update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        if self.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def both(
+    make: Make, plan: str, max_grad_norm: float | None = None, optimizer: Any = adamw
+) -> tuple[graphshard.Compiled, Autocast, tuple[Any, ...], dict[str, Any]]:
+    """The same model compiled by ``plan`` and eager, and a batch."""
+    model, args, kwargs, loss_fn = make()
+    ours = copy.deepcopy(model)
+    compiled = graphshard.compile(
+        ours, plan, loss_fn=loss_fn, optimizer=optimizer(ours), executor="local", max_grad_norm=max_grad_norm
+    )
+    ranks, microbatches = compiled.dp_size, compiled.microbatches
+    eager = Autocast(plan, model, loss_fn, optimizer, ranks, microbatches, max_grad_norm)
+    return compiled, eager, args, kwargs

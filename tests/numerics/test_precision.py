@@ -1,0 +1,213 @@
+"""Training in bf16 and fp16 follows eager training under torch.autocast, and skips the steps that GradScaler skips."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+import graphshard
+from numerics.cases import maker, sgd
+from numerics.mixed import both
+from numerics.reference import rolled
+from numerics.test_memory import agree
+
+PLANS = ("dp2", "zero1:size=2", "zero2:size=2", "zero3:size=2", "pp2", "zero3+pp2", "dp2+zero3:size=2", "dp2+accum2")
+# Of a loss near its start: an element of bf16 has 8 bits, of fp16 11; what is summed differs in a fraction of them.
+CLOSE = {"bf16": 4e-3, "fp16": 1e-3}
+
+
+def follow(name: str, plan: str, precision: str, steps: int = 4, **options: Any) -> graphshard.Compiled:
+    """Both trained for some steps, with losses alike and weights that have moved alike."""
+    compiled, eager, args, kwargs = both(maker(name, plan), f"{plan}+{precision}", max_grad_norm=0.5, **options)
+    kind = precision.partition(":")[0]
+    before = {n: v.detach().clone() for n, v in eager.model.named_parameters()}
+    for index in range(steps):
+        batch, named = rolled((args, kwargs), index)
+        theirs, ours = eager.step(batch, named), compiled.step(*batch, **named)
+        assert ours.dtype is torch.float32
+        assert ours.item() == pytest.approx(theirs.item(), rel=CLOSE[kind]), f"step {index}"
+    state = compiled.state_dict()
+    moved = torch.cat([(state[n].cpu() - old).flatten() for n, old in before.items()])
+    wanted = torch.cat([(v.detach() - before[n]).flatten() for n, v in eager.model.named_parameters()])
+    assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.9
+    return compiled
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_plans_follow_autocast(plan: str, precision: str) -> None:
+    follow("gpt", plan, precision, optimizer=sgd)
+
+
+@pytest.mark.parametrize("precision", ["bf16:reduce=bf16", "fp16:reduce=fp16,init_scale=128"])
+@pytest.mark.parametrize("plan", ["zero1:size=2", "zero3+pp2"])
+def test_gradients_reduced_in_the_lower_precision(plan: str, precision: str) -> None:
+    compiled = follow("gpt", plan, precision, optimizer=sgd)
+    half = compiled.report()["ranks"][0]["sent_bytes"]["dp"]
+    full = follow("gpt", plan, precision.partition(":")[0], optimizer=sgd).report()["ranks"][0]["sent_bytes"]["dp"]
+    assert half < full
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", ["convnet", "llama", "bert"])
+def test_models_follow_autocast(name: str, precision: str) -> None:
+    follow(name, "zero3+pp2:microbatches=2", precision, optimizer=sgd)
+
+
+@pytest.mark.parametrize("plan", ["dp2+bf16", "zero3+pp2+fp16"])
+def test_verify_finds_the_meaning_kept(plan: str) -> None:
+    model, args, kwargs, loss_fn = maker("gpt", plan)()
+    compiled = graphshard.compile(
+        model, plan, loss_fn=loss_fn, optimizer=sgd(model), executor="none", example_inputs=(args, kwargs)
+    )
+    assert "precision" in [item.name for item in compiled.verify()]
+
+
+@pytest.mark.parametrize("plan", ["zero2:size=2+accum3+bf16", "zero3+pp2:schedule=zb-h1+fp16"])
+def test_simulated_and_measured_peaks_agree(plan: str) -> None:
+    agree("gpt", plan)
+
+
+STEPS, ROWS, WINDOW = 200, 16, 20
+
+
+@pytest.mark.parametrize(
+    "plan",
+    ["zero3+pp2+bf16", *(pytest.param(p, marks=pytest.mark.full) for p in ("dp2+fp16", "zero3+pp2+fp16", "dp2+bf16"))],
+)
+def test_the_loss_of_200_steps_stays_in_the_band_between_two_orders_of_the_data(plan: str) -> None:
+    """Smoothed, it is nearer to eager training on the same data than that is to eager training on another order."""
+    _, *whole, _ = maker("gpt", plan, rows=4 * ROWS)()
+
+    def batches(seed: int) -> list[Any]:
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.cat([torch.randperm(4 * ROWS, generator=generator) for _ in range(STEPS // 4)])
+        return [tree_map_only(Tensor, partial(torch.index_select, dim=0, index=i), whole) for i in order.split(ROWS)]
+
+    def smoothed(step: Any, seed: int) -> Tensor:
+        losses = [step(batch, named).item() for batch, named in batches(seed)]
+        return torch.tensor(losses).unfold(0, WINDOW, WINDOW).mean(1)
+
+    make = maker("gpt", plan, rows=ROWS)
+    adam = lambda model: torch.optim.AdamW(model.parameters(), lr=3e-3)  # noqa: E731
+    compiled, eager, *_ = both(make, plan, optimizer=adam)
+    _, other, *_ = both(make, plan, optimizer=adam)
+    ours = smoothed(lambda batch, named: compiled.step(*batch, **named), seed=1)
+    same, different = smoothed(eager.step, seed=1), smoothed(other.step, seed=2)
+    assert same[-1] < 0.5 * same[0]
+    assert ((ours - same).abs() <= (same - different).abs()).all()
+
+
+# Loss scaling
+
+
+def scaling(plan: str, optimizer: Any = sgd, **options: Any) -> Any:
+    """A small model under fp16, compiled and eager."""
+    return both(maker("mlp", plan), plan, optimizer=optimizer, **options)
+
+
+def spoiled(args: tuple[Any, ...], factor: float) -> tuple[Any, ...]:
+    """A batch whose first row overflows float16 on its way, on one data-parallel rank and one micro-batch alone."""
+    x = args[0].clone()
+    x[0] *= factor
+    return (x, *args[1:])
+
+
+@pytest.mark.parametrize(
+    "plan", ["dp2", "zero1:size=2", "zero3:size=2", "pp2", "zero3+pp2:microbatches=2", "dp2+accum2"]
+)
+def test_the_steps_that_gradscaler_skips_are_skipped(plan: str) -> None:
+    """The scale begins too large, grows every third step, and a batch overflows in between."""
+    compiled, eager, args, kwargs = scaling(f"{plan}+fp16:init_scale=4194304,growth_interval=3", max_grad_norm=0.5)
+    compiled.trace(*args, **kwargs)
+    scales, skipped = [], []
+    for index in range(12):
+        batch = spoiled(args, 1e6) if index == 7 else args
+        before = compiled.state_dict()
+        eager.step(batch, kwargs)
+        compiled.step(*batch, **kwargs)
+        after = compiled.state_dict()
+        skipped.append(all(torch.equal(after[n], before[n]) for n, _ in eager.model.named_parameters()))
+        scaler = compiled.optimizer.state_dict()["scaler"]
+        assert scaler == eager.scaler.state_dict(), f"step {index}"
+        scales.append(scaler["scale"])
+    falls = [now < last for last, now in zip([4194304.0, *scales], scales, strict=False)]
+    assert skipped == falls
+    assert skipped[0] and skipped[7] and not all(skipped[:7])
+
+
+def test_a_first_step_that_is_skipped_leaves_no_optimizer_state() -> None:
+    adam = lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)  # noqa: E731
+    compiled, eager, args, kwargs = scaling("zero3:size=2+fp16", adam)
+    compiled.step(*spoiled(args, 1e6), **kwargs)
+    assert compiled.optimizer.state_dict()["state"] == {}
+    assert compiled.optimizer.state_dict()["scaler"]["scale"] == 32768.0
+    eager.step(spoiled(args, 1e6), kwargs)
+    for _ in range(3):
+        theirs, ours = eager.step(args, kwargs), compiled.step(*args, **kwargs)
+        assert ours.item() == pytest.approx(theirs.item(), rel=1e-3)
+    steps = {value["step"].item() for value in compiled.optimizer.state_dict()["state"].values()}
+    assert steps == {3.0}
+
+
+# State
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_state_goes_on_under_another_plan(precision: str) -> None:
+    compiled, _, args, kwargs = both(maker("gpt", "zero3:size=2"), f"zero3:size=2+{precision}")
+    for _ in range(3):
+        compiled.step(*args, **kwargs)
+    state, update = compiled.state_dict(), compiled.optimizer.state_dict()
+    assert {value.dtype for value in state.values()} == {torch.float32}
+    assert any(not torch.equal(v, v.bfloat16().float()) for v in state.values())  # masters, not what is computed with
+    assert not any("master" in keys for keys in update["state"].values())
+    other, *_ = both(maker("gpt", "zero3:size=2"), f"pp2:microbatches=2+{precision}")
+    other.step(*args, **kwargs)
+    other.load_state_dict(state)
+    other.optimizer.load_state_dict(update)
+    loaded = other.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+    assert other.optimizer.state_dict().get("scaler") == update.get("scaler")
+    assert other.evaluate(*args, **kwargs).item() == pytest.approx(compiled.evaluate(*args, **kwargs).item(), rel=1e-4)
+    for _ in range(2):
+        theirs, ours = compiled.step(*args, **kwargs), other.step(*args, **kwargs)
+        assert ours.item() == pytest.approx(theirs.item(), rel=2e-3)
+
+
+def test_the_scaler_state_is_gradscalers() -> None:
+    compiled, eager, args, kwargs = scaling("dp2+fp16:init_scale=512,growth_interval=2")
+    for _ in range(3):
+        compiled.step(*args, **kwargs)
+    state = compiled.optimizer.state_dict()
+    eager.scaler.load_state_dict(state["scaler"])
+    assert eager.scaler.get_scale() == 1024.0
+    given = {**state, "scaler": {**state["scaler"], "scale": 64.0, "_growth_tracker": 0}}
+    compiled.optimizer.load_state_dict(given)
+    assert compiled.optimizer.state_dict()["scaler"] == given["scaler"]
+    compiled.step(*args, **kwargs)
+    compiled.step(*args, **kwargs)
+    assert compiled.optimizer.state_dict()["scaler"]["scale"] == 128.0
+    for key, value in (("growth_factor", 3.0), ("scale", None)):
+        with pytest.raises(graphshard.errors.OptimizerStateMismatch, match=f"{key} of the scaler"):
+            compiled.optimizer.load_state_dict({**state, "scaler": {**state["scaler"], key: value}})
+
+
+def test_a_frozen_parameter_has_no_master() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    frozen = model.get_submodule("0")
+    frozen.requires_grad_(False)
+    rounded = frozen.get_parameter("weight").detach().bfloat16().float()
+    compiled = graphshard.compile(
+        model, "zero3:size=2+bf16", loss_fn=nn.functional.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1)
+    )
+    compiled.step(torch.randn(4, 8), torch.randn(4, 4))
+    assert torch.equal(compiled.state_dict()["0.weight"], rounded)
+    masters = {slot.name for slot in compiled.execution_plan.reads[0] if slot.role == "master"}
+    assert masters == {"1"}
