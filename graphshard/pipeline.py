@@ -209,4 +209,9 @@ def _options(item: Pass) -> str:
     if not dataclasses.is_dataclass(item):
         return ""
     changed = (f for f in dataclasses.fields(item) if getattr(item, f.name) != f.default)
-    return ",".join(f"{f.name}={getattr(item, f.name)}" for f in changed)
+    return ",".join(f"{f.name}={_spelled(getattr(item, f.name))}" for f in changed)
+
+
+def _spelled(value: Any) -> str:
+    """As :func:`parse_passes` reads it."""
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

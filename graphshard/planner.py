@@ -161,9 +161,9 @@ class _Search:
             changes = _recomputation(cuts, schedule.microbatches / in_flight)
             setting = Setting()
             if sharded is not None:
-                costs = hoistable_bytes(sharded, position)
-                setting = replace(setting, hoist_bytes=2 * sum(costs))
-                changes += _resharding(costs, self.program.microbatches)
+                gathers, reductions = hoistable_bytes(sharded, position)
+                setting = replace(setting, hoist_bytes=sum(gathers + reductions))
+                changes += _resharding(gathers, reductions, self.program.microbatches)
             ladder = [setting]
             for _, change in sorted(changes, key=lambda item: item[0]):
                 ladder.append(replace(ladder[-1], **change))
@@ -185,11 +185,11 @@ def _recomputation(ladder: Ladder, repeats: float) -> list[Change]:
     ]
 
 
-def _resharding(costs: list[int], microbatches: int) -> list[Change]:
+def _resharding(gathers: list[int], reductions: list[int], microbatches: int) -> list[Change]:
     """As hoist does it: gathers come first, so that reductions, which cost less, go first."""
-    held = [0, *accumulate(costs + costs)]
+    held = [0, *accumulate(gathers + reductions)]
     changes: list[Change] = []
     for count in range(len(held) - 2, -1, -1):
-        saved = (2 if count < len(costs) else 1) * microbatches - 1
+        saved = (2 if count < len(gathers) else 1) * microbatches - 1
         changes.append((saved * FLOPS_PER_SENT_BYTE, {"hoist_bytes": held[count]}))
     return changes

@@ -41,27 +41,30 @@ class Hoist:
             buckets = _sharded(program, stage)
             # A hoisted reduction saves a reduce-scatter per micro-batch, a hoisted gather two gathers: gathers first.
             for bucket in buckets:
-                cost = _cost(bucket)
+                cost = _rest(bucket) * bucket.dtype.itemsize
                 if cost <= left and _hoist_gather(program, bucket):
                     left -= cost
             for bucket in buckets:
-                cost = (bucket.numel - bucket.shard_numel) * _gradient_itemsize(program, bucket)
+                cost = _rest(bucket) * _gradient_itemsize(program, bucket)
                 if cost <= left and _hoist_reduction(program, bucket):
                     left -= cost
         return program
 
 
-def hoistable_bytes(program: Program, stage: int) -> list[int]:
-    """Of each sharded bucket of a stage, what its gather takes out of the loop, and its reduction as much again."""
-    return [_cost(bucket) for bucket in _sharded(program, stage) if bucket.store is Role.SHARD]
+def hoistable_bytes(program: Program, stage: int) -> tuple[list[int], list[int]]:
+    """What the gathers of a stage's sharded buckets take outside of the loop, each, and what the reductions do."""
+    buckets = [bucket for bucket in _sharded(program, stage) if bucket.store is Role.SHARD]
+    gathers = [_rest(bucket) * bucket.dtype.itemsize for bucket in buckets]
+    return gathers, [_rest(bucket) * _gradient_itemsize(program, bucket) for bucket in buckets]
 
 
 def _sharded(program: Program, stage: int) -> list[Bucket]:
     return [bucket for bucket in program.buckets.values() if bucket.stage == stage and bucket.parts > 1]
 
 
-def _cost(bucket: Bucket) -> int:
-    return (bucket.numel - bucket.shard_numel) * bucket.dtype.itemsize
+def _rest(bucket: Bucket) -> int:
+    """Elements of a bucket that are in the shards of others."""
+    return bucket.numel - bucket.shard_numel
 
 
 def _whole(like: fx.Node, bucket: Bucket) -> torch.Tensor:
