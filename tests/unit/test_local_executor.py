@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from graphshard.errors import NoValue, StateMismatch, StuckPlan
-from graphshard.execution import ExecutionPlan
+from graphshard.execution import ExecutionPlan, Instruction, Op, StagePlan
+from graphshard.mesh import Mesh
 from graphshard.runtime import executor as executor_module
 from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.storage import Storage
@@ -24,7 +25,9 @@ from handmade import (
     free,
     kind,
     recv,
+    refs,
     run,
+    segment,
     send,
     two_stages,
     wait,
@@ -78,6 +81,19 @@ def test_a_plan_with_fewer_micro_batches_in_flight_keeps_less_alive() -> None:
         one_step(executor, plan)
         peaks[name] = executor.measured(plan)[2].peak_bytes
     assert peaks["1f1b"] < peaks["gpipe"]
+
+
+def test_a_value_that_got_a_second_name_does_not_stay_under_the_first() -> None:
+    body: list[Instruction] = []
+    for microbatch in range(4):
+        new, kept = refs(f"new.{microbatch}"), refs("kept")
+        body += [run("make", "", f"new.{microbatch}", "F0"), Instruction(Op.BIND, "", new, kept, frozenset(new))]
+    made = segment("make", "", "new", "new = torch.ones(256)")
+    stage = StagePlan((), (*body, free("kept", "F0")), (), None, {"make": made})
+    plan = ExecutionPlan(Mesh(()), (stage,), 4, "", ({},), ({},), {}, {}, {})
+    executor = LocalExecutor(plan.mesh, measure_memory=True)
+    executor.step(plan, {0: [[]] * 4})
+    assert executor.measured(plan)[0].peak_bytes == 2 * 1024, "the one before, and the new one"
 
 
 def test_bytes_sent_are_the_least_there_can_be() -> None:
