@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphshard.homes import replaced_slots, stored_slot
 from graphshard.program import Role, Section, val
 
 aten = torch.ops.aten
@@ -41,7 +42,7 @@ class FusedAdam:
 def find_adam(nodes: Sequence[fx.Node], section: Section) -> FusedAdam | None:
     """The Adam update among pointwise ``nodes`` whose parameter and state are the section's own and replaced by it."""
     inside = set(nodes)
-    slots = {node: slot for slot, node in section.outputs.items()}
+    slots = replaced_slots(section)
     for node in nodes:
         slot = slots.get(node)
         if slot is None or slot.role not in _STORES or val(node).dtype is not torch.float32:
@@ -54,7 +55,7 @@ def find_adam(nodes: Sequence[fx.Node], section: Section) -> FusedAdam | None:
             (found.exp_avg, found.new_exp_avg),
             (found.exp_avg_sq, found.new_exp_avg_sq),
         )
-        replaced = all(old in section.inputs and section.inputs[old] == slots.get(new) for old, new in pairs)
+        replaced = all(slots.get(new) == stored_slot(section, old) is not None for old, new in pairs)
         results = (found.new_param, found.new_exp_avg, found.new_exp_avg_sq)
         private = all(set(n.users) <= found.nodes or n in results for n in found.nodes)
         dead = all(set(old.users) <= found.nodes for old, _ in pairs)

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphshard.dataflow import is_pointwise
+from graphshard.homes import replaced_slots, stored_slot
 from graphshard.program import Role, Section, Slot, val
 
 BLOCK = 65536
@@ -104,8 +105,8 @@ def overwritten(loop: Loop, section: Section, returned: set[fx.Node]) -> dict[fx
         for n in loop.inputs()
         if all(user in inside for user in n.users) and n not in returned and _owns_storage(n, section)
     ]
-    slots: dict[Slot, fx.Node] = {section.inputs[n]: n for n in dying if n in section.inputs}
-    written = {node: slot for slot, node in section.outputs.items()}
+    slots: dict[Slot, fx.Node] = {slot: n for n in dying if (slot := stored_slot(section, n)) is not None}
+    written = replaced_slots(section)
     outputs = loop.outputs(returned)
     result = {n: slots[written[n]] for n in outputs if n in written and written[n] in slots}
     free = [n for n in dying if n not in result.values() and section.inputs.get(n, _CARRY).role is Role.CARRY]
@@ -121,7 +122,7 @@ _CARRY = Slot(Role.CARRY, "")
 
 
 def _owns_storage(node: fx.Node, section: Section) -> bool:
-    """A slot's value, or what a collective left: not a view of something else."""
+    """A slot's value, or what a collective or a reload left: not a view of something else."""
     if node in section.inputs:
         return section.inputs[node].role in (Role.FLAT, Role.SHARD, Role.MASTER, Role.STATE, Role.CARRY)
     return node.target is torch.ops._c10d_functional.wait_tensor.default

@@ -21,8 +21,10 @@ from graphshard.codegen.segments import emit
 from graphshard.codegen.storages import category, saved_roots, storage_root
 from graphshard.codegen.watched import watched
 from graphshard.codegen.workspace import storage_bytes
+from graphshard.communication import MOVES
 from graphshard.dataflow import is_getitem, resolve, upstream
 from graphshard.execution import (
+    OFFLOADED,
     ExecutionPlan,
     Instruction,
     Op,
@@ -36,6 +38,7 @@ from graphshard.execution import (
     type_of,
     variants,
 )
+from graphshard.homes import homes
 from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
 from graphshard.simulate import simulate_memory
 
@@ -92,6 +95,7 @@ class _StageLowering:
         self.reused: dict[fx.Node, fx.Node] = {}  # results to the value whose storage they take
         self.reads: dict[Slot, TensorType] = {}
         self.results: dict[Slot, TensorType] = {}
+        self.homes = homes(program)
         self.initialised: set[Slot] = set()  # carries the first micro-batch overwrites: the prologue need not
 
     def run(self) -> StagePlan:
@@ -109,6 +113,7 @@ class _StageLowering:
             first_epilogue=None if first is None else tuple(first),
             segments=self.segments,
             storages=self.storages,
+            homes={slot_ref(s): home for s, home in self.homes.items() if s in {*self.reads, *self.results}},
             watched=watched(self.program, self.stage, self._mine(self.program.body)) if self.watch else {},
         )
 
@@ -149,7 +154,7 @@ class _StageLowering:
 
         for node in nodes:
             wait([source for source in node.all_input_nodes if source in issued])
-            if node.target in _COLLECTIVES or node.target in _STAGE_COLLECTIVES:
+            if node.target in _COLLECTIVES or node.target in _STAGE_COLLECTIVES or node.target in MOVES:
                 flush()
                 pieces.append(_Piece("issue", node))
                 if node.target in _STAGE_COLLECTIVES:
@@ -283,9 +288,22 @@ class _StageLowering:
                 source = name(node.args[0])  # type: ignore[arg-type]
                 peer = node.args[2]  # type: ignore[assignment]
                 result.append(Instruction(Op.SEND, node.name, (source,), peer=peer, type=type_of(val(node)), **common))  # type: ignore[arg-type]
+            elif node.target in MOVES:
+                result.append(self._move(node, name, common))
             else:
                 result += self._collective(node, name, common)
         return result
+
+    def _move(self, node: fx.Node, name: Callable[[fx.Node], Ref], common: dict[str, str]) -> Instruction:
+        return Instruction(
+            Op.OFFLOAD if node.target is gs.offload.default else Op.RELOAD,
+            str(node.args[1]),
+            (name(node.all_input_nodes[0]),),
+            (name(node),),
+            type=type_of(val(node)),
+            bucket=info(node).module,
+            **common,  # type: ignore[arg-type]
+        )
 
     def _collective(self, node: fx.Node, name: Callable[[fx.Node], Ref], common: dict[str, str]) -> list[Instruction]:
         target: Any = node.target
@@ -323,13 +341,17 @@ class _StageLowering:
         return [*before, issue]
 
     def _namer(self, section: Section, microbatch: int | None, prefix: str = "") -> Callable[[fx.Node], Ref]:
-        """Where each node's value lives. A carry that nobody else reads is written straight to its slot."""
+        """Where each node's value lives. A carry that nobody else reads is written straight to its slot, and so is what
+        is offloaded: it replaces the old value where that is kept."""
         outputs = section.outputs
         returned = Counter(outputs.values())
         direct = {
             node: slot
             for slot, node in outputs.items()
-            if slot.role is Role.CARRY and len(node.users) == 1 and node.op != "placeholder" and returned[node] == 1
+            if (slot.role is Role.CARRY or node.target is gs.offload.default)
+            and len(node.users) == 1
+            and node.op != "placeholder"
+            and returned[node] == 1
         }
 
         def name(node: fx.Node) -> Ref:
@@ -420,7 +442,10 @@ class _StageLowering:
             if isinstance(val(node), torch.Tensor):
                 root = storage_root(node, self.reused)
                 nbytes = storage_bytes(val(root))
-                self.storages[name(node).name] = Storage(name(root), nbytes, category(root, section, saved))
+                slot = section.inputs.get(node)
+                away = slot is not None and self.homes.get(slot)  # also where this section only hands it on
+                kind = OFFLOADED + away if away else category(root, section, saved)
+                self.storages[name(node).name] = Storage(name(root), nbytes, kind)
         for node, slot in section.inputs.items():
             local = info(node).stage in (self.stage, None)
             used = any(user in mine for user in node.users) or (node in section.outputs.values() and local)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 
-from graphshard.execution import Instruction, Op, Ref, match_waits
+from graphshard.execution import MOVES, Instruction, Op, Ref, match_waits
 from graphshard.program import Role
 
 _PERSISTENT = tuple(f"{role}:" for role in Role if role not in (Role.CARRY, Role.BATCH, Role.RNG))
@@ -25,11 +25,13 @@ def order(
     body, epilogue, first_epilogue = _reduce_early(body, epilogue, first_epilogue)
     actions = _by_action(body)
     _gather_ahead(actions)
+    _reload_ahead(actions)
     _accumulate_late(actions)
     _post_receives_early(actions)
-    body = _wait_for_sends([ins for action in actions for ins in action])
-    epilogue = _wait_for_sends(epilogue)
-    first_epilogue = None if first_epilogue is None else _wait_for_sends(first_epilogue)
+    prologue = _wait_for_offloads(prologue)
+    body = _wait_for_offloads(_wait_for_sends([ins for action in actions for ins in action]))
+    epilogue = _wait_for_offloads(_wait_for_sends(epilogue))
+    first_epilogue = None if first_epilogue is None else _wait_for_offloads(_wait_for_sends(first_epilogue))
     # Both epilogues read what the body leaves: a carry lives until the last read in either.
     carried = {ref for part in (epilogue, first_epilogue or []) for ins in part for ref in ins.inputs}
     prologue_and_body = _with_last_uses(prologue + body, carried)
@@ -98,8 +100,31 @@ def _gather_ahead(actions: list[list[Instruction]]) -> None:
             continue
         gathered = {ins.outputs[0] for ins in current if ins.op is Op.GATHER}
         waits = [i for i, ins in enumerate(current) if ins.op is Op.WAIT and ins.inputs[0] in gathered]
+        moved = [first]
         following.remove(first)
-        current.insert(waits[-1] + 1 if waits else 0, first)
+        reload = next((ins for ins in following if ins.op is Op.RELOAD and ins.outputs == first.inputs), None)
+        if reload is not None:  # it starts one bucket earlier still
+            arrived = next(ins for ins in following if ins.op is Op.WAIT and ins.inputs == first.inputs)
+            moved = [arrived, first]
+            following.remove(reload)
+            following.remove(arrived)
+        at = waits[-1] + 1 if waits else 0
+        current[at:at] = moved
+        if reload is not None:
+            current.insert(waits[-2] + 1 if len(waits) > 1 else 0, reload)
+
+
+def _reload_ahead(actions: list[list[Instruction]]) -> None:
+    """Start what an action reloads first before the last segment of the action before it."""
+    for current, following in pairwise(actions):
+        until = next((i for i, ins in enumerate(following) if ins.op is Op.WAIT), len(following))
+        early = [ins for ins in following[:until] if ins.op is Op.RELOAD]
+        runs = [i for i, ins in enumerate(current) if ins.op is Op.RUN]
+        handles = {ref for ins in early for ref in ins.inputs}
+        offloads = [i + 1 for i, ins in enumerate(current) if handles.intersection(ins.outputs)]
+        at = max([*offloads, *runs[-1:]], default=0)
+        current[at:at] = early
+        following[:] = [ins for ins in following if ins not in early]
 
 
 def _accumulate_late(actions: list[list[Instruction]]) -> None:
@@ -146,6 +171,36 @@ def _wait_for(send: Instruction, action: str) -> Instruction:
     return Instruction(Op.WAIT, inputs=send.inputs, peer=send.peer, action=action, made_by=send.made_by)
 
 
+def _wait_for_offloads(instructions: list[Instruction]) -> list[Instruction]:
+    """Of two buckets, or two activations, values are on their way out at a time: what they took is free after that.
+
+    What is reloaded must have left before.
+    """
+    outstanding: list[Instruction] = []
+    result: list[Instruction] = []
+    for ins in instructions:
+        own = _owner(ins) if ins.op in MOVES else ""
+        late = dict.fromkeys(_owner(other) for other in outstanding)
+        excess = [owner for owner in late if owner != own][:-1] if own else []
+        done = [o for o in outstanding if _owner(o) in excess or (ins.op is not Op.WAIT and o.outputs[0] in ins.inputs)]
+        for other in done:
+            result.append(Instruction(Op.WAIT, inputs=other.outputs, action=ins.action, made_by=other.made_by))
+            outstanding.remove(other)
+        if ins.op is Op.OFFLOAD:
+            outstanding.append(ins)
+        result.append(ins)
+    return result + [
+        Instruction(Op.WAIT, inputs=other.outputs, action=result[-1].action, made_by=other.made_by)
+        for other in outstanding
+    ]
+
+
+def _owner(move: Instruction) -> str:
+    """The bucket that is moved, or the activation."""
+    kept = (move.outputs if move.op is Op.OFFLOAD else move.inputs)[0]
+    return kept.name.split(":")[1] if ":" in kept.name else str(kept)
+
+
 def _with_last_uses(instructions: list[Instruction], carried: set[Ref]) -> list[Instruction]:
     """Hand over every value at its last use, and free those that nothing reads."""
     last: dict[Ref, int] = {}
@@ -154,7 +209,8 @@ def _with_last_uses(instructions: list[Instruction], carried: set[Ref]) -> list[
             last |= dict.fromkeys((*ins.inputs, *ins.outputs), index)
     for wait, start in match_waits(instructions).items():
         for ref in instructions[start].inputs:
-            if start < last[ref] < wait:  # somebody else reads it while it is on its way
+            # Somebody else reads it while it is on its way; and what is offloaded is read until then.
+            if start < last[ref] < wait or (instructions[start].op is Op.OFFLOAD and last[ref] < wait):
                 last[ref] = wait
     dying: dict[int, list[Ref]] = {}
     for ref, index in last.items():

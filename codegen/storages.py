@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from graphshard.dataflow import storage_source
+from graphshard.execution import OFFLOADED
+from graphshard.homes import before_moves, home_of
 from graphshard.program import Phase, Role, Section, info
 
 c10d = torch.ops._c10d_functional
@@ -52,7 +54,11 @@ def saved_roots(nodes: Collection[fx.Node], reused: Mapping[fx.Node, fx.Node]) -
 
 
 def category(root: fx.Node, section: Section, saved: Collection[fx.Node]) -> str:
-    """What the storage that ``root`` makes is for: one of execution.CATEGORIES."""
+    """What the storage that ``root`` makes is for: one of execution.CATEGORIES, or where it is kept instead of the
+    device."""
+    if home := home_of(root):
+        return OFFLOADED + home
+    root = before_moves(root)
     slot = section.inputs.get(root)
     if slot is None and root in section.outputs.values():
         slot = next(s for s, n in section.outputs.items() if n is root)

@@ -13,6 +13,7 @@ from graphshard import text
 from graphshard.communication import communicates
 from graphshard.dataflow import has_floats, is_getitem, resolve
 from graphshard.execution import SUM, Watched
+from graphshard.homes import before_moves
 from graphshard.program import Program, Role, Slot, info, source_line
 from graphshard.rewrite import list_arg
 
@@ -51,14 +52,15 @@ def _input(program: Program, node: fx.Node, slot: Slot) -> Watched:
 
 
 def _operation(program: Program, stage: int, node: fx.Node, result: str) -> Watched:
-    if node.target is c10d.all_gather_into_tensor.default:
-        slot = program.body.inputs.get(node.all_input_nodes[0])
-        return _of(program, node, given=_members(program, slot.name if slot is not None else ""))
+    if node.target in (c10d.all_gather_into_tensor.default, gs.reload.default):
+        slot = program.body.inputs.get(before_moves(node.all_input_nodes[0]))
+        if slot is not None:
+            return _of(program, node, given=_members(program, slot.name))
     if given := _parameter(program, node):
         return _of(program, node, given=given)
     # One result of an operator with several stands for the operator: the others may be infinite with good reason.
     operator: fx.Node = node.args[0] if is_getitem(node) else node  # type: ignore[assignment]
-    reads = [resolve(source) for source in operator.all_input_nodes]
+    reads = [resolve(before_moves(source)) for source in operator.all_input_nodes]
     stages = [info(source).stage for source in reads]
     if operator.target is gs.transfer.default:
         stages = [operator.args[1]]  # type: ignore[list-item]
@@ -86,10 +88,10 @@ def _parameter(program: Program, node: fx.Node) -> str:
     """What a view of a gathered bucket shows; "" for another node."""
     if node.target is not torch.ops.aten.as_strided.default:
         return ""
-    flat = resolve(node.all_input_nodes[0])
+    flat = before_moves(resolve(node.all_input_nodes[0]))
     slot = program.body.inputs.get(flat)
     if slot is None and flat.target is c10d.all_gather_into_tensor.default:
-        slot = program.body.inputs.get(flat.all_input_nodes[0])
+        slot = program.body.inputs.get(before_moves(flat.all_input_nodes[0]))
     bucket = None if slot is None else program.buckets.get(slot.name.removeprefix("whole:"))
     if bucket is None:
         return ""

@@ -14,6 +14,10 @@ gs = torch.ops.graphshard
 MEETINGS = (gs.stage_sum.default, gs.stage_broadcast.default)
 """Operators that every stage takes part in."""
 
+MOVES = (gs.offload.default, gs.reload.default)
+"""Operators that move a value of one rank between its device and where it is kept meanwhile. They are started and
+waited for like communication, but nothing is sent."""
+
 _COLLECTIVES = (
     c10d.all_gather_into_tensor.default,
     c10d.reduce_scatter_tensor.default,
@@ -22,13 +26,13 @@ _COLLECTIVES = (
 
 
 def communicates(node: fx.Node) -> bool:
-    """Whether the node sends something, or waits for what is sent."""
-    return bool(communication_axis(node)) or node.target is c10d.wait_tensor.default
+    """Whether the node sends or moves something, or waits for what is sent."""
+    return bool(communication_axis(node)) or node.target in MOVES or node.target is c10d.wait_tensor.default
 
 
 def arrives(node: fx.Node) -> bool:
     """Whether no segment computes the node: an input of the graph, or what communication brings."""
-    return node.op == "placeholder" or bool(communication_axis(node))
+    return node.op == "placeholder" or bool(communication_axis(node)) or node.target in MOVES
 
 
 def communication_axis(node: fx.Node) -> str:

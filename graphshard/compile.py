@@ -43,6 +43,7 @@ from graphshard.prove import prove
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
+from graphshard.runtime.nvme import check_folder
 from graphshard.runtime.storage import Storage
 from graphshard.shrink import shrunk
 from graphshard.simulate import MemoryUse, simulate_memory
@@ -108,6 +109,8 @@ def compile(
     """
     parsed = plan if isinstance(plan, Plan) else Plan.parse(plan)
     kind = _executor_kind(executor)
+    if kind != "none" and (folder := _offload_folder(parsed)) is not None:
+        check_folder(folder)
     if world_size is None and kind == "distributed":
         world_size = _distributed_world_size()
     compiled = Compiled(
@@ -131,6 +134,11 @@ def compile(
         args, kwargs = example_arguments(example_inputs)
         compiled.trace(*args, **kwargs)
     return compiled
+
+
+def _offload_folder(plan: Plan) -> str | None:
+    """Where the plan lets ranks keep files."""
+    return next((given.path for given in (plan.offload, plan.memory) if given is not None), None)
 
 
 def _executor_kind(executor: str) -> str:
@@ -414,16 +422,21 @@ class Compiled:
 
     def _make_executor(self) -> Executor:
         device = torch.device(self.device) if self.device is not None else _device_of(self.model)
+        path = _offload_folder(self.plan)
         if self.executor == "distributed":
             from graphshard.runtime.distributed import DistributedExecutor
 
             default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             return DistributedExecutor(
-                self.mesh, device or default, timeout_s=self.timeout_s, measure_memory=self.measure_memory
+                self.mesh,
+                device or default,
+                timeout_s=self.timeout_s,
+                measure_memory=self.measure_memory,
+                path=path,
             )
         from graphshard.runtime.local import LocalExecutor
 
-        return LocalExecutor(self.mesh, device or "cpu", measure_memory=self.measure_memory)
+        return LocalExecutor(self.mesh, device or "cpu", measure_memory=self.measure_memory, path=path)
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from graphshard import analysis
-from graphshard.communication import communication_axis, sender, sent_bytes
+from graphshard.communication import communicates, communication_axis, sender, sent_bytes
 from graphshard.footprint import footprints
 from graphshard.mesh import AXES
 from graphshard.places import stage_places
@@ -69,7 +69,7 @@ def costs(program: Program) -> Costs:
             if axis:
                 for stage in (sender(node),) if node.target is gs.transfer.default else places.of[node]:
                     sent[stage][axis] += times * sent_bytes(node, program.mesh.size(axis))
-            elif node.target is not c10d.wait_tensor.default:
+            elif not communicates(node):
                 for stage in places.of[node]:
                     flops[stage][str(info(node).phase)] += times * analysis.flops(node)
     held = footprints(program, places)

@@ -317,6 +317,30 @@ class NoValue(GraphshardError):
         super().__init__(f"{what} has no value yet; call load_state_dict, or give compile an init function")
 
 
+class OffloadPath(GraphshardError):
+    """The folder that offloaded values are to be kept in cannot be used."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"the folder for offloaded values{f' {path!r}' if path else ''} {problem}")
+
+
+class OffloadSpace(GraphshardError):
+    """The disk has no room for what is to be offloaded."""
+
+    def __init__(self, path: str, needed: int, free: int, cause: str) -> None:
+        super().__init__(
+            f"offloading needs {needed:,} bytes more in {path!r}, where {free:,} are free ({cause}); offload less, or "
+            "give another path"
+        )
+
+
+class OffloadFailed(GraphshardError):
+    """An offloaded value could not be written or read; the step has no result."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(f"the file for offloaded values in {path!r} failed: {what}")
+
+
 class StateMismatch(GraphshardError):
     """A tensor handed in for a parameter, buffer or optimizer state is missing, left over, or of the wrong shape."""
 

@@ -24,8 +24,13 @@ class Op(StrEnum):
     SEND = "SEND"  # start sending to another stage
     RECV = "RECV"  # start receiving from another stage
     WAIT = "WAIT"  # block until the communication that makes this value (for a send: that reads it) is complete
+    OFFLOAD = "OFFLOAD"  # start moving a value from the device to where it is kept meanwhile
+    RELOAD = "RELOAD"  # start bringing it back
     FREE = "FREE"  # forget values
     BIND = "BIND"  # give a value a second name: what a carry or a slot becomes; costs nothing
+
+
+MOVES = (Op.OFFLOAD, Op.RELOAD)
 
 
 class Ref(tuple[str, int | None]):
@@ -85,8 +90,10 @@ class Instruction:
     "all_reduce", "broadcast"), over ``axis``; one input, one output; ``peer`` is a broadcast's source coordinate. SEND
     has one input and RECV one output; ``peer`` is the other stage. WAIT: ``inputs`` holds the one value waited for (of
     a SEND, what is sent). A collective's or RECV's output may be read only after its WAIT; a SEND's input may be freed
-    only after its WAIT. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that of
-    ``outputs[i]``, all at once.
+    only after its WAIT. OFFLOAD and RELOAD: ``name`` is where to, or where from ("cpu", "nvme"); one input, one output,
+    under the same rules; of an OFFLOAD's output nothing but RELOAD reads, and if it names an offloaded value that is
+    there, it replaces that in its place. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that
+    of ``outputs[i]``, all at once.
     """
 
     op: Op
@@ -156,13 +163,17 @@ CATEGORIES = (
 other names, such as what a segment makes for itself, and its results until it ends."""
 
 
+OFFLOADED = "offloaded to "
+"""How the category of what is kept off the device begins; its home follows."""
+
+
 @dataclass(frozen=True)
 class Storage:
     """The memory a value lives in: values of one ``root`` share it."""
 
     root: Ref  # with micro-batch 0 where there is one per micro-batch
     nbytes: int
-    category: str  # one of CATEGORIES
+    category: str  # one of CATEGORIES; of what is not on the device, OFFLOADED and its home
 
     def of(self, microbatch: int | None) -> Ref:
         """The root for one micro-batch."""
@@ -206,6 +217,7 @@ class StagePlan:
     first_epilogue: tuple[Instruction, ...] | None = None
     segments: dict[str, Segment] = field(default_factory=dict)
     storages: dict[str, Storage] = field(default_factory=dict)  # by the name of a value's Ref
+    homes: dict[Ref, str] = field(default_factory=dict)  # slots that are kept off the device: where, see homes.py
     watched: dict[str, Watched] = field(default_factory=dict)  # what segments show to ``watch``, by name
 
     def step(self, first: bool = False) -> tuple[Instruction, ...]:
@@ -282,7 +294,7 @@ def match_waits(instructions: Sequence[Instruction]) -> dict[int, int]:
     outstanding: dict[Ref, list[int]] = {}
     result: dict[int, int] = {}
     for position, ins in enumerate(instructions):
-        if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV):
+        if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV, *MOVES):
             outstanding.setdefault(ins.outputs[0], []).append(position)
         elif ins.op is Op.SEND:
             outstanding.setdefault(ins.inputs[0], []).append(position)

@@ -27,6 +27,7 @@ from torch import fx
 
 from graphshard.analysis import nbytes
 from graphshard.dataflow import is_getitem, storage_source
+from graphshard.homes import home_of, homes
 from graphshard.places import Places
 from graphshard.program import Phase, Program, Role, Slot, info, val
 
@@ -62,15 +63,17 @@ def footprints(program: Program, places: Places) -> list[Footprint]:
 
 
 def _stored(program: Program, places: Places) -> list[int]:
-    """Bytes between steps, by stage; a slot that only an epilogue writes is optimizer state that it creates."""
+    """Bytes between steps, by stage; a slot that only an epilogue writes is optimizer state that it creates. What is
+    offloaded is not on the device."""
+    away = homes(program)
     sizes: dict[tuple[Slot, int], int] = {}
     for section in program.sections().values():
         for node, slot in section.inputs.items():
-            if slot.role in _STORED:
+            if slot.role in _STORED and slot not in away:
                 for stage in places.of[node] or (slot.stage,):
                     sizes[slot, stage] = nbytes(val(node))
         for slot, node in section.outputs.items():
-            if slot.role in _STORED:
+            if slot.role in _STORED and slot not in away:
                 sizes.setdefault((slot, slot.stage), nbytes(val(node)))
     result = [0] * places.stages
     for (_, stage), size in sizes.items():
@@ -132,6 +135,8 @@ def _roots(program: Program) -> dict[fx.Node, fx.Node]:
 
 def _size(root: fx.Node, program: Program) -> int:
     """Bytes of the storage that ``root`` makes; 0 for what is counted elsewhere or does not exist."""
+    if home_of(root):
+        return 0
     slot = program.body.inputs.get(root)
     if slot is not None:
         return nbytes(val(root)) if slot.role is Role.CARRY and not _first_time(slot, program) else 0

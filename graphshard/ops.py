@@ -22,6 +22,8 @@ def _define(schema: str) -> None:
 
 
 _define("transfer(Tensor x, int src, int dst) -> Tensor")
+_define("offload(Tensor x, str to) -> Tensor")
+_define("reload(Tensor x, str from) -> Tensor")
 _define("pack(Tensor[] parts, int[] offsets, int numel) -> Tensor")
 _define("local_shard(Tensor flat, int parts, str axis) -> Tensor")
 _define("sq_norm(Tensor[] parts) -> Tensor")
@@ -68,6 +70,9 @@ def _nonfinite(parts: Sequence[Tensor]) -> Tensor:
 
 
 _lib.impl("transfer", lambda x, src, dst: _like(x), "Meta")
+for _move in ("offload", "reload"):
+    _lib.impl(_move, lambda x, home: _like(x), "Meta")
+    _lib.impl(_move, lambda x, home: x.clone(), "CompositeExplicitAutograd")
 _lib.impl("pack", _pack_meta, "Meta")
 _lib.impl("pack", _pack, "CompositeExplicitAutograd")
 _lib.impl("local_shard", lambda flat, parts, axis: flat.new_empty([flat.numel() // parts]), "Meta")

@@ -31,6 +31,7 @@ PASSES: Mapping[str, str] = {
     "bucket": "graphshard.passes.bucket:BucketCollectives",
     "hoist": "graphshard.passes.hoist:Hoist",
     "overlap": "graphshard.passes.overlap:Overlap",
+    "offload": "graphshard.passes.offload:Offload",
 }
 """The table of passes, name to import path; default_passes gives their order."""
 

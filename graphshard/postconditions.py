@@ -21,6 +21,7 @@ from graphshard.errors import IllegalProgram
 from graphshard.program import Level, MemoryTag, Phase, Program, Role, Section, Slot, info, val
 
 c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
 
 Violation = tuple[str, str]
 """What is wrong, and where."""
@@ -195,6 +196,17 @@ def _nothing_is_communicated_again(program: Program) -> Iterator[Violation]:
             yield "a communication is part of what is recomputed", f"%{node.name} = {node.target}, graph body"
 
 
+def _tagged_is_offloaded(program: Program) -> Iterator[Violation]:
+    """Of a storage that is tagged ``offload``, no value or view is read by the backward."""
+    for node in program.body.nodes():
+        if info(node).tag is not MemoryTag.OFFLOAD or info(node).phase is not Phase.FORWARD:
+            continue
+        for reader in _readers(node):
+            if info(reader).phase is not Phase.FORWARD and reader.target is not gs.transfer.default:
+                wrong = f"%{node.name} is to be offloaded, and kept on the device for %{reader.name}, which reads it"
+                yield wrong, f"%{node.name} = {node.target}, graph body"
+
+
 AT: Mapping[Level, tuple[Postcondition, ...]] = {
     Level.STAGED: (Postcondition("no communication is part of what is recomputed", _nothing_is_communicated_again),),
     Level.SHARDED: (
@@ -207,5 +219,6 @@ AT: Mapping[Level, tuple[Postcondition, ...]] = {
 
 AFTER: Mapping[str, tuple[Postcondition, ...]] = {
     "normalize": (Postcondition("no view of a parameter crosses from forward to backward", _no_weight_view_crosses),),
+    "offload": (Postcondition("what is to be offloaded is not kept for the backward", _tagged_is_offloaded),),
 }
 """Once a pass has run."""

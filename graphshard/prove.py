@@ -26,6 +26,7 @@ from graphshard.channels import (
     reject,
 )
 from graphshard.execution import (
+    MOVES,
     ExecutionPlan,
     Instruction,
     Op,
@@ -40,10 +41,11 @@ from graphshard.execution import (
     variants,
 )
 from graphshard.mesh import AXES
+from graphshard.plan_options import PLACES
 from graphshard.program import Role
 from graphshard.prove_memory import check_memory
 
-_COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV)
+_COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV, *MOVES)
 
 
 def prove(plan: ExecutionPlan) -> None:
@@ -100,6 +102,7 @@ class _Values:
     gone: dict[Ref, str] = field(default_factory=dict)
     arriving: set[Ref] = field(default_factory=set)  # made by a communication that is not complete
     busy: dict[Ref, int] = field(default_factory=dict)  # read by how many communications that are not complete
+    away: dict[Ref, str] = field(default_factory=dict)  # what is not on the device, and where it is
 
     @property
     def _segments(self) -> Mapping[str, Segment]:
@@ -108,6 +111,7 @@ class _Values:
     def check(self) -> None:
         reads = read_refs(self.plan, self.stage, self.first)
         self.types = {ref: kind for ref, (_, kind) in reads.items()}
+        self.away = {ref: home for ref, home in self.plan.stages[self.stage].homes.items() if ref in reads}
         for position, ins in enumerate(self.instructions):
             self._instruction(position, ins)
         self._end(set(reads))
@@ -127,25 +131,27 @@ class _Values:
             return
         for ref in ins.inputs:
             self._read(position, ref)
+            self._at_home(position, ins, ref)
         if ins.op is Op.RUN:
             self._runs(position, ins)
-        if ins.op in (Op.GATHER, Op.REDUCE, Op.SEND):
+        if ins.op in (Op.GATHER, Op.REDUCE, Op.SEND, *MOVES):
             for ref in ins.inputs:
                 self._same_type(position, ref, ins.type)
-        sources = [self.types[ref] for ref in ins.inputs]
+        sources = [(self.types[ref], self.away.get(ref, "")) for ref in ins.inputs]
         for ref in ins.last:
             if ref not in ins.inputs:
                 self._fail(f"{ref} is handed over by an instruction that does not read it", position)
             self._release(position, ref, f"handed over at {position}")
-        if ins.op in (Op.GATHER, Op.REDUCE, Op.SEND):
+        if ins.op in (Op.GATHER, Op.REDUCE, Op.SEND, *MOVES):
             for ref in ins.inputs:
                 if ref not in ins.last:
                     self.busy[ref] = self.busy.get(ref, 0) + 1
         if ins.op is Op.BIND and len(ins.inputs) != len(ins.outputs):
             self._fail(f"BIND gives {len(ins.inputs)} values {len(ins.outputs)} names", position)
         for index, ref in enumerate(ins.outputs):
-            self._define(position, ins, ref, sources[index] if ins.op is Op.BIND else self._made(ins, index))
-        if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV):
+            kind, home = sources[index] if ins.op is Op.BIND else (self._made(ins, index), "")
+            self._define(position, ins, ref, kind, ins.name if ins.op is Op.OFFLOAD else home)
+        if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV, *MOVES):
             self.arriving.update(ins.outputs)
 
     def _well_formed(self, position: int, ins: Instruction) -> None:
@@ -160,6 +166,10 @@ class _Values:
                 self._fail(f"{ins.op} names stage {ins.peer}, which is not another stage of the plan", position)
             if not dense(ins.type):
                 self._fail(f"{ins.op} transfers strides {ins.type.stride}, which leave holes in memory", position)
+            return
+        if ins.op in MOVES:
+            if ins.name not in PLACES:
+                self._fail(f"{ins.op} names {ins.name!r}, which is no place; it can be {', '.join(PLACES)}", position)
             return
         if ins.axis not in AXES:
             self._fail(f"{ins.op} is over axis {ins.axis!r}; axes are {', '.join(AXES)}", position)
@@ -208,12 +218,23 @@ class _Values:
         if ref in self.arriving:
             self._fail(f"{ref} is read before the WAIT for it", position)
 
+    def _at_home(self, position: int, ins: Instruction, ref: Ref) -> None:
+        """What is offloaded can be reloaded from where it is, and given another name; nothing else reads it."""
+        home = self.away.get(ref, "")
+        if home and ins.op not in (Op.RELOAD, Op.BIND):
+            self._fail(f"{ref} is read while it is offloaded to {home}", position)
+        if ins.op is Op.RELOAD and home != ins.name:
+            self._fail(
+                f"{ref} is reloaded from {ins.name}, but it is {f'in {home}' if home else 'not offloaded'}", position
+            )
+
     def _release(self, position: int, ref: Ref, how: str) -> None:
         if ref not in self.types:
             gone = self.gone.get(ref)
             self._fail(f"{ref} is freed " + (f"although it was {gone}" if gone else "but not defined"), position)
         self._not_in_flight(position, ref, "freed")
         del self.types[ref]
+        self.away.pop(ref, None)
         self.gone[ref] = how
 
     def _not_in_flight(self, position: int, ref: Ref, what: str) -> None:
@@ -222,15 +243,20 @@ class _Values:
         if self.busy.get(ref):
             self._fail(f"{ref} is {what} before the WAIT for the communication that reads it", position)
 
-    def _define(self, position: int, ins: Instruction, ref: Ref, kind: TensorType | None) -> None:
+    def _define(self, position: int, ins: Instruction, ref: Ref, kind: TensorType | None, home: str) -> None:
         if ins.outputs.count(ref) > 1:
             self._fail(f"{ref} is defined twice by one instruction", position)
         if ref in self.types:
-            # An accumulator is updated by the segment that reads it, and BIND moves a name; else a value would be lost.
-            if ins.op is not Op.BIND and ref not in ins.inputs:
+            # An accumulator is updated by the segment that reads it, BIND moves a name, and an OFFLOAD replaces what is
+            # stored where it is kept; else a value would be lost.
+            replaces = ins.op is Op.OFFLOAD and self.away.get(ref) == home
+            if ins.op is not Op.BIND and ref not in ins.inputs and not replaces:
                 self._fail(f"{ref} is defined again while it is still there", position)
             self._not_in_flight(position, ref, "overwritten")
         self.types[ref] = kind
+        self.away.pop(ref, None)
+        if home:
+            self.away[ref] = home
 
     def _wait(self, position: int, ins: Instruction) -> None:
         if len(ins.inputs) != 1:
@@ -254,6 +280,10 @@ class _Values:
         for ref, slot in results.items():
             if ref not in self.types:
                 self._fail(f"result {slot} is not defined at the end, as {ref}", end)
+            stored, found = self.plan.stages[self.stage].homes.get(ref, ""), self.away.get(ref, "")
+            if found != stored:
+                there, here = (f"in {home}" if home else "on the device" for home in (stored, found))
+                self._fail(f"result {slot} is kept {there}, and left {here}", end)
             kind = self.types[ref]
             expected = self.plan.results[self.stage][slot]
             if kind is not None and (kind.shape, kind.dtype) != (expected.shape, expected.dtype):

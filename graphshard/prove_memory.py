@@ -12,10 +12,20 @@ from collections.abc import Mapping
 from itertools import accumulate
 
 from graphshard.channels import Parties, reject
-from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, StagePlan, Storage, Workspace, made_type
+from graphshard.execution import (
+    ExecutionPlan,
+    Instruction,
+    Op,
+    Ref,
+    StagePlan,
+    Storage,
+    Workspace,
+    made_type,
+    match_waits,
+)
 from graphshard.simulate import simulate_memory
 
-_WORK = (Op.RUN, Op.GATHER, Op.RECV)  # what takes memory of its own
+_WORK = (Op.RUN, Op.GATHER, Op.RECV, Op.RELOAD)  # what takes memory of its own
 
 
 def check_memory(plan: ExecutionPlan, stage: int, first: bool, name: str) -> None:
@@ -93,8 +103,13 @@ def _check_releases(storages: Mapping[str, Storage], parties: Parties) -> None:
         if not names[root] and read is not None and work[position] > work[read + 1]:
             reject(f"{ref} is released later than where it is read last", parties, [(0, read), (0, position)])
 
+    waits = match_waits(instructions)
     gathered: set[Ref] = set()
     for position, ins in enumerate(instructions):
+        if position in waits and instructions[waits[position]].op is Op.OFFLOAD:
+            for ref in instructions[waits[position]].inputs:
+                if ref in root_of:  # until then it is read
+                    last_read[root_of[ref]] = position
         if ins.op not in (Op.FREE, Op.WAIT):
             for ref in ins.inputs:
                 if ref in root_of:

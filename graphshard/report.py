@@ -9,11 +9,12 @@ from graphshard import analysis
 from graphshard.codegen.schedule import Schedule, simulate
 from graphshard.execution import CATEGORIES, ExecutionPlan, Op
 from graphshard.model_states import bytes_per_parameter, explain_bytes, model_states
+from graphshard.offloaded import offloaded_bytes
 from graphshard.plan import Plan
 from graphshard.program import Phase, Program, Role, info
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.meter import Measured
-from graphshard.runtime.traffic import sent_bytes
+from graphshard.runtime.traffic import moved_bytes, sent_bytes
 from graphshard.simulate import simulate_memory
 from graphshard.timeline import simulated_timeline, timeline
 from graphshard.units import human
@@ -32,6 +33,8 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
                 "peak_bytes": memory.peak_bytes,
                 "memory": memory.at_peak,
                 "sent_bytes": sent_bytes(plan, rank, first=False),
+                "offloaded_bytes": offloaded_bytes(plan, stage),
+                "moved_bytes": moved_bytes(plan, stage),
                 "flops": sum(flops[stage].values()) * plan.microbatches,
                 "collectives": _communications(plan, stage),
                 "gathers_per_microbatch": _gathers(plan, stage),
@@ -190,6 +193,9 @@ def explain(data: dict[str, Any]) -> str:
         sent = ", ".join(f"{axis} {human(n)}" for axis, n in rank["sent_bytes"].items()) or "nothing"
         lines.append(f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}")
         lines += _memory(rank, [r for r in data["ranks"] if r["stage"] == rank["stage"] and "measured_memory" in r])
+        away = [f"{human(n)} in {home}" for home, n in rank["offloaded_bytes"].items()]
+        away += [f"{human(n)} {way} a step" for way, n in rank["moved_bytes"].items()]
+        lines += _listed("           off the device: ", away) if away else []
         started = [f"{count} {name.replace('_', '-')}" for name, count in rank["collectives"].items()]
         lines += _listed("           starts per step: ", started or ["no communication"])
         states = ", ".join(f"{what} {human(n)}" for what, n in rank["model_states"].items())

@@ -2,7 +2,7 @@
 
 Counted by storage: what values of a rank live in, what a segment makes while it runs (:class:`Workspace`), and the
 buffers of a communication from its start to its WAIT. Left out is what an operator or a communication library takes
-for itself.
+for itself, and what is not on the device: see offloaded.py.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from graphshard.execution import (
+    OFFLOADED,
     ExecutionPlan,
     Instruction,
     Op,
@@ -28,7 +29,8 @@ _IN_PLACE = ("all_reduce", "broadcast")  # a source that is handed over becomes 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Live bytes of one rank's values; storages that several values share count once."""
+    """Live bytes of one rank's values; storages that several values share count once. What is offloaded has categories
+    of its own, which the peak leaves out."""
 
     peak_bytes: int
     at_peak: dict[str, int]  # bytes by category at the peak
@@ -159,7 +161,8 @@ class _Memory:
     def _define(self, ref: Ref, root: Ref | None = None) -> None:
         """``ref`` is made: in storage of its own, or in that of ``root``."""
         storage = self._storages.get(ref.name)
-        own = None if storage is None else storage.of(ref.microbatch)
+        away = storage is not None and storage.category.startswith(OFFLOADED)
+        own = None if storage is None or away else storage.of(ref.microbatch)
         root = root or own
         if root is None:
             self.forget((ref,))

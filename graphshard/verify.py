@@ -8,7 +8,10 @@ from collections import Counter
 import torch
 from torch import fx
 
+from graphshard.communication import MOVES
 from graphshard.errors import IllegalProgram
+from graphshard.homes import home_of, homes
+from graphshard.plan_options import PLACES
 from graphshard.postconditions import require
 from graphshard.program import Level, Phase, Program, Role, Section, Slot, info
 from graphshard.text_spelling import TypeText
@@ -19,8 +22,9 @@ _NAMESPACES = {
     Level.SHARDED: {"aten", "prims", "graphshard", "_c10d_functional"},
 }
 _CROSS_STAGE = {"graphshard::transfer", "graphshard::stage_sum", "graphshard::stage_broadcast"}
-_SHARDED_ONLY = {"graphshard::local_shard"}
+_SHARDED_ONLY = {"graphshard::local_shard", "graphshard::offload", "graphshard::reload"}
 _WAIT = torch.ops._c10d_functional.wait_tensor.default
+_RELOAD = torch.ops.graphshard.reload.default
 _BODY_ORDER = {Phase.FORWARD: 0, Phase.BACKWARD: 1, Phase.WEIGHT: 1}
 
 
@@ -52,6 +56,8 @@ def check_rules(program: Program, suffix: str = "") -> None:
     if program.level is Level.SHARDED:
         for name, section in program.sections().items():
             _check_waits(section, f"graph {name}{suffix}")
+            _check_moves(section, f"graph {name}{suffix}")
+        _check_homes(program, suffix)
 
 
 def _fail(rule: str, node: fx.Node | str, where: str) -> None:
@@ -142,12 +148,43 @@ def _check_types(program: Program, suffix: str) -> None:
 
 
 def _check_waits(section: Section, where: str) -> None:
-    """A collective's value is there when it has been waited for, and not before."""
+    """What a collective or a reload brings is there when it has been waited for, and not before."""
     for node in section.nodes():
-        if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "_c10d_functional":
-            for user in node.users if node.target is not _WAIT else ():
-                if user.target is not _WAIT:
-                    _fail(f"%{user.name} reads the collective %{node.name} without waiting for it", node, where)
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target is _WAIT:
+            continue
+        kind = {"_c10d_functional": "collective", "graphshard": "reload"}.get(node.target.namespace)
+        if kind is None or (kind == "reload" and node.target is not _RELOAD):
+            continue
+        for user in node.users:
+            if user.target is not _WAIT:
+                _fail(f"%{user.name} reads the {kind} %{node.name} without waiting for it", node, where)
+
+
+def _check_moves(section: Section, where: str) -> None:
+    """What is offloaded is reloaded from where it is, and nothing else reads it."""
+    for node in section.nodes():
+        if node.target in MOVES and node.args[1] not in PLACES:
+            _fail(f"{node.args[1]!r} is no place to keep a value; there are {', '.join(PLACES)}", node, where)
+    for node in section.graph.nodes:
+        home = home_of(node) if node.op != "output" else ""
+        for user in node.users:
+            if home and user.op != "output" and user.target is not _RELOAD:
+                _fail(f"%{user.name} reads %{node.name}, which is offloaded to {home}", node, where)
+            if user.target is _RELOAD and home != user.args[1]:
+                there = f"is in {home}" if home else "is not offloaded"
+                _fail(f"%{user.name} reloads %{node.name} from {user.args[1]}, but it {there}", node, where)
+
+
+def _check_homes(program: Program, suffix: str) -> None:
+    """All graphs find a slot where the others leave it."""
+    known = homes(program)
+    for name, section in program.sections().items():
+        for slot, node in (*section.input_slots.items(), *section.outputs.items()):
+            read = any(user.op != "output" for user in node.users) or node.op != "placeholder"
+            if slot in known and read and home_of(node) != known[slot]:
+                there = home_of(node) or "the device"
+                rule = f"{slot} is kept in {known[slot]} by another graph, and here on {there}"
+                _fail(rule, node, f"graph {name}{suffix}")
 
 
 def _check_carries(program: Program, suffix: str) -> None:

@@ -10,6 +10,7 @@ from graphshard.passes.bucket import BucketCollectives
 from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.normalize import Normalize
+from graphshard.passes.offload import Offload
 from graphshard.passes.overlap import Overlap
 from graphshard.passes.pipeline_cut import PipelineCut
 from graphshard.passes.precision import Precision
@@ -21,7 +22,8 @@ from graphshard.plan import Plan
 
 def default_passes(plan: Plan) -> list[Pass]:
     """The passes of a plan, in order."""
-    offloads = plan.offload is not None and plan.offload.activations is not None
+    offload = plan.offload
+    offloads = offload is not None and offload.activations is not None
     chosen: list[Pass | None] = [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
         _precision(plan)
@@ -34,7 +36,9 @@ def default_passes(plan: Plan) -> list[Pass]:
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right
         BucketCollectives(),  # merges what zero made
         Hoist(budget_gb=() if plan.budget_gb is None else (plan.budget_gb,)),  # by the sizes of merged buckets
-        Overlap(),  # last: order depends on which collectives are left
+        Overlap(),  # order depends on which collectives are left
+        # Last: the update in one piece is cut again where state comes and goes.
+        Offload(offload.optimizer, offload.params, offload.activations) if offload is not None else None,
     ]
     return [item for item in chosen if item is not None]
 

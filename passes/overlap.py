@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from graphshard.communication import communicates
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Section, info
 from graphshard.rewrite import first_operation
@@ -85,7 +86,7 @@ def _start_first_then_sink(section: Section) -> None:
     # What needs no wait goes behind the waits of its reader, so that an update stays in one piece.
     stored = set(section.inputs)
     for node in section.nodes():
-        if node not in started and node.all_input_nodes and stored.issuperset(node.all_input_nodes):
+        if not communicates(node) and node.all_input_nodes and stored.issuperset(node.all_input_nodes):
             stored.add(node)
     _sink([node for node in section.nodes() if node in stored])
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from graphshard.execution import Instruction, Op, Ref, TensorType, match_waits
+from graphshard.execution import MOVES, Instruction, Op, Ref, TensorType, match_waits
 
 Body = list[Instruction]
 Corruption = Callable[[Body, random.Random], bool]
@@ -126,6 +126,19 @@ def _other_microbatch(ins: Instruction) -> Instruction:
     )
 
 
+def _other_place(ins: Instruction) -> Instruction:
+    return replace(ins, name="cpu" if ins.name == "nvme" else "nvme")
+
+
+def _drop_wait_of_move(body: Body, choose: random.Random) -> bool:
+    at = _some(body, choose, lambda ins: ins.op in MOVES)
+    wait = None if at is None else _wait_of(body, at)
+    if wait is None:
+        return False
+    del body[wait]
+    return True
+
+
 def _free_early(body: Body, choose: random.Random) -> bool:
     """A value is forgotten right before its last use."""
     at = _some(body, choose, lambda ins: ins.op is Op.RUN and bool(ins.last))
@@ -224,6 +237,10 @@ def kinds(stages: int) -> dict[str, Corruption]:
         "a receive is dropped": _drop(Op.RECV),
         "a send is doubled": _double(Op.SEND),
         "a receive is doubled": _double(Op.RECV),
+        "a reload is dropped": _drop(Op.RELOAD),
+        "a move has another place": _change(lambda ins: ins.op in MOVES, _other_place),
+        "a move has another dtype": _change(lambda ins: ins.op in MOVES, _retyped),
+        "a move is not waited for": _drop_wait_of_move,
         "two sends are swapped": _swap(lambda ins: ("to", ins.peer) if ins.op is Op.SEND else None),
         "two receives are swapped": _swap(lambda ins: ("from", ins.peer) if ins.op is Op.RECV else None),
         "two collectives are swapped": _swap(lambda ins: ins.axis if ins.op in COLLECTIVE else None),

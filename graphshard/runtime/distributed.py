@@ -21,7 +21,7 @@ from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.groups import join_world, make_groups
-from graphshard.runtime.machine import Communicator, Handle, Machine
+from graphshard.runtime.machine import Communicator, Handle, Machine, Value
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
@@ -37,6 +37,7 @@ class DistributedExecutor(Executor):
     Args:
         device: "cpu": ranks of one machine exchange through shared memory, unless GRAPHSHARD_SHARED_MEMORY=0 is in the
             environment of one of them, and others over gloo. "cuda": NCCL, on the GPU that LOCAL_RANK names.
+        path: a folder for what is offloaded to files.
         timeout_s: a rank that waits longer in one instruction raises WaitTimeout. On GPUs the host learns of it at the
             beginning of the next step but one.
 
@@ -53,6 +54,7 @@ class DistributedExecutor(Executor):
         *,
         timeout_s: float = 600.0,
         measure_memory: bool = False,
+        path: str | None = None,
     ) -> None:
         device = torch.device(device)
         if device.type == "cuda":
@@ -64,7 +66,7 @@ class DistributedExecutor(Executor):
         self.timeout_s = timeout_s
         self._groups = make_groups(mesh, device, timeout_s)
         self.rank = dist.get_rank()
-        super().__init__(mesh, (self.rank,), device, measure_memory)
+        super().__init__(mesh, (self.rank,), device, measure_memory, path)
         self._link: Communicator = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
         self._neighbours: Neighbours | None = None
         if device.type == "cpu":
@@ -76,6 +78,7 @@ class DistributedExecutor(Executor):
 
     def close(self) -> None:
         """Leave the process group."""
+        super().close()
         if self._neighbours is not None:
             self._neighbours.close()
             self._neighbours = None
@@ -104,7 +107,7 @@ class DistributedExecutor(Executor):
         if self.mesh.coordinates(self.rank)["pp"] == stage:
             if ref not in self.stores[self.rank]:
                 raise NoValue(ref.name)
-            mine = self.stores[self.rank][ref].contiguous()
+            mine = self.stored(self.rank, ref).contiguous()
             if size > 1:
                 self._complete(self._link.all_gather(axis, full, mine), f"gather of {ref}")
             else:
@@ -120,9 +123,9 @@ class DistributedExecutor(Executor):
     def _machine(
         self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
     ) -> Machine:
-        return Machine(plan, rank, self._link, functions, self.device, self.meters.get(rank), watch)
+        return Machine(plan, rank, self._link, functions, self.device, self.homes, self.meters.get(rank), watch)
 
-    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
+    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         agreement = _Agreement(self, loaded, first)
         if not loaded.steps:
             self._complete(agreement, "comparing plans")  # before anything that could hang if they differ

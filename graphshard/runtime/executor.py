@@ -7,6 +7,7 @@ they put parameters, buffers and optimizer state into the same slots.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,11 +18,13 @@ from graphshard.errors import NoValue
 from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref
 from graphshard.loss_scaling import SKIPPED
 from graphshard.mesh import Mesh
+from graphshard.offloaded import offloaded
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
-from graphshard.runtime.machine import Machine
+from graphshard.runtime.machine import Machine, Value
 from graphshard.runtime.memory import keep_freed_memory
 from graphshard.runtime.meter import Measured, make_meter
+from graphshard.runtime.offload import Homes, Offloaded
 from graphshard.runtime.products import onednn_is_faster
 from graphshard.runtime.segments import SegmentFunction, compile_segments
 from graphshard.runtime.traffic import sent_bytes
@@ -44,15 +47,24 @@ class StepResult:
 
 
 class Executor(ABC):
-    """Runs plans over one mesh. ``ranks`` are those that live in this process."""
+    """Runs plans over one mesh. ``ranks`` are those that live in this process; ``path`` is a folder for what they
+    offload to files."""
 
-    def __init__(self, mesh: Mesh, ranks: Sequence[int], device: torch.device, measure_memory: bool = False) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        ranks: Sequence[int],
+        device: torch.device,
+        measure_memory: bool = False,
+        path: str | None = None,
+    ) -> None:
         if device.type == "cpu":
             keep_freed_memory()
         self.mesh = mesh
         self.ranks = tuple(ranks)
         self.device = device
-        self.stores: dict[int, dict[Ref, Tensor]] = {rank: {} for rank in self.ranks}
+        self.homes = Homes(device, path)
+        self.stores: dict[int, dict[Ref, Value]] = {rank: {} for rank in self.ranks}
         self.sent_bytes: dict[int, dict[str, int]] = {rank: {} for rank in self.ranks}  # by axis, all steps so far
         self.state_keys: frozenset[str] = frozenset()  # the optimizer state that exists, the same on every rank
         self.meters = {rank: make_meter(device, len(self.ranks)) for rank in self.ranks} if measure_memory else {}
@@ -61,8 +73,8 @@ class Executor(ABC):
     def choices(self) -> dict[str, str]:
         """What was chosen on this machine, for ``explain``."""
         if self.device.type != "cpu":
-            return {}
-        return {"large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS"}
+            return self.homes.choices()
+        return self.homes.choices() | {"large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS"}
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:
         """By rank, the memory that the last step of ``plan`` took; empty unless it was measured."""
@@ -75,11 +87,13 @@ class Executor(ABC):
 
         Raises:
             PlanError: the plan cannot run.
+            OffloadSpace, OffloadPath: there is no room for what it offloads to files.
         """
         loaded = self._loaded.get(id(plan))
         if loaded is None:
             assert plan.mesh == self.mesh, f"the plan is for mesh {plan.mesh}, the executor for {self.mesh}"
             prove(plan)
+            self._reserve(plan)
             functions: dict[int, dict[str, SegmentFunction]] = {}
             machines = {}
             for rank in self.ranks:
@@ -91,6 +105,11 @@ class Executor(ABC):
             constants = {name: value.to(self.device) for name, value in plan.constants.items()}
             loaded = self._loaded[id(plan)] = Loaded(plan, machines, constants, plan.state_keys)
         return loaded
+
+    def _reserve(self, plan: ExecutionPlan) -> None:
+        """Room in the file for all that the ranks here ever keep there at once, before the first step needs it."""
+        of_stage = [offloaded(plan, stage, "nvme") for stage in range(len(plan.stages))]
+        self.homes.reserve(sum((of_stage[self.mesh.coordinates(rank)["pp"]] for rank in self.ranks), Counter[int]()))
 
     def step(
         self, plan: ExecutionPlan, batches: Batches, *, seed: int = 0, step: int = 0, lrs: Sequence[float] = ()
@@ -113,7 +132,7 @@ class Executor(ABC):
         fed = {
             rank: self._values(loaded, rank, first, batches, (seed, step), lrs) for rank in self.ranks
         }  # before anything is taken from a store, so that a missing value leaves all as it was
-        values = {rank: fed[rank] | self._take(loaded.machines[rank], first) for rank in self.ranks}
+        values = {rank: {**fed[rank], **self._take(loaded.machines[rank], first)} for rank in self.ranks}
         del fed
         try:
             with torch.no_grad():
@@ -140,17 +159,29 @@ class Executor(ABC):
             everywhere: False: only rank 0 needs it, the others get None.
         """
 
-    def write(self, ref: Ref, stage: int, value: Tensor, axis: str = "") -> None:
-        """Store a full value on the ranks of ``stage``: all of it, or over ``axis`` each its part of dim 0."""
+    def stored(self, rank: int, ref: Ref) -> Tensor:
+        """What a rank of this process stores under ``ref``, brought back if it is offloaded."""
+        value = self.stores[rank][ref]
+        return self.homes.fetch(value) if isinstance(value, Offloaded) else value
+
+    def write(self, ref: Ref, stage: int, value: Tensor, axis: str = "", home: str = "") -> None:
+        """Store a full value on the ranks of ``stage``: all of it, or over ``axis`` each its part of dim 0. ``home``:
+        where it is kept; "": on the device."""
         for rank in self.ranks:
             at = self.mesh.coordinates(rank)
             if at["pp"] != stage:
                 continue
             part = value.chunk(self.mesh.size(axis))[at[axis]] if axis else value
-            self.stores[rank][ref] = part.detach().to(self.device, copy=True)
+            if home:
+                old = self.stores[rank].get(ref)
+                kept = old if isinstance(old, Offloaded) else None
+                self.stores[rank][ref] = self.homes.keep(part.detach().to(self.device), home, kept)
+            else:
+                self.stores[rank][ref] = part.detach().to(self.device, copy=True)
 
-    def close(self) -> None:  # noqa: B027  (nothing to do is the usual case)
+    def close(self) -> None:
         """Give back what the executor holds outside of memory."""
+        self.homes.close()
 
     @abstractmethod
     def _machine(
@@ -158,7 +189,7 @@ class Executor(ABC):
     ) -> Machine: ...
 
     @abstractmethod
-    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
+    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         """Run all ranks here to the end; ``values`` are emptied. ``first``: there is no optimizer state yet."""
 
     def _values(
@@ -197,13 +228,17 @@ class Executor(ABC):
             value = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self.device).copy_(value)
         return value
 
-    def _take(self, machine: Machine, first: bool) -> dict[Ref, Tensor]:
+    def _take(self, machine: Machine, first: bool) -> dict[Ref, Value]:
         """What the store holds. A value that the step replaces leaves the store, so that its last use frees it."""
         store = self.stores[machine.rank]
+        for ref, home in machine.homes.items():  # it may have been stored before any plan said where
+            value = store.get(ref)
+            if isinstance(value, Tensor):
+                store[ref] = self.homes.keep(value, home)
         stored = [ref for ref, (slot, _) in machine.reads[first].items() if slot.role in _STORED]
         return {ref: store.pop(ref) if ref in machine.results else store[ref] for ref in stored}
 
-    def _keep(self, loaded: Loaded, results: Mapping[int, Mapping[Ref, Tensor]], first: bool) -> StepResult:
+    def _keep(self, loaded: Loaded, results: Mapping[int, Mapping[Ref, Value]], first: bool) -> StepResult:
         loss: Tensor | None = None
         outputs: dict[int, dict[str, list[Tensor]]] = {}
         # A first step that loss scaling skips was none for the optimizer: the next one begins its state.
@@ -211,12 +246,13 @@ class Executor(ABC):
         for rank in self.ranks:
             mine: dict[str, list[Tensor]] = {}
             for ref, slot in loaded.machines[rank].results.items():
-                if slot.role is Role.LOSS:
-                    loss = results[rank][ref] if loss is None else loss
-                elif slot.role is Role.OUTPUT:
-                    mine.setdefault(slot.name, []).append(results[rank][ref])  # micro-batches are listed in order
+                value = results[rank][ref]
+                if slot.role is Role.LOSS and isinstance(value, Tensor):
+                    loss = value if loss is None else loss
+                elif slot.role is Role.OUTPUT and isinstance(value, Tensor):
+                    mine.setdefault(slot.name, []).append(value)  # micro-batches are listed in order
                 elif made or not first or slot.role is not Role.STATE:
-                    self.stores[rank][ref] = results[rank][ref]
+                    self.stores[rank][ref] = value
             at = outputs.setdefault(self.mesh.dp_rank(rank), {})
             outputs[self.mesh.dp_rank(rank)] = mine | at  # several stages may have it: the first one's counts
         loaded.steps += 1

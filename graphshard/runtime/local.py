@@ -18,7 +18,7 @@ from graphshard.execution import ExecutionPlan, Ref, TensorType
 from graphshard.mesh import Mesh
 from graphshard.runtime.council import LocalCouncil
 from graphshard.runtime.executor import Executor, Loaded
-from graphshard.runtime.machine import Handle, Machine
+from graphshard.runtime.machine import Handle, Machine, Value
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.watch import Watch
 
@@ -30,6 +30,7 @@ class LocalExecutor(Executor):
         interleaving: None: ranks run round-robin, each until it must wait. A seed: after every instruction a random
             rank goes on, and a communication whose ends are all there completes at a random later moment.
         measure_memory: measure what every rank holds, in ``meters``.
+        path: a folder for what is offloaded to files.
     """
 
     def __init__(
@@ -39,24 +40,25 @@ class LocalExecutor(Executor):
         *,
         interleaving: int | None = None,
         measure_memory: bool = False,
+        path: str | None = None,
     ) -> None:
-        super().__init__(mesh, range(mesh.world_size), torch.device(device), measure_memory)
+        super().__init__(mesh, range(mesh.world_size), torch.device(device), measure_memory, path)
         self._random = None if interleaving is None else random.Random(interleaving)
         self._network = _Network(delayed=interleaving is not None)
 
     def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
         rank = self.mesh.rank({"pp": stage})
         if not axis:
-            return self.stores[rank][ref].clone()
-        return torch.cat([self.stores[peer][ref] for peer in self.mesh.group(rank, axis)])
+            return self.stored(rank, ref).clone()
+        return torch.cat([self.stored(peer, ref) for peer in self.mesh.group(rank, axis)])
 
     def _machine(
         self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
     ) -> Machine:
         link = _Link(self._network, plan.mesh, rank)
-        return Machine(plan, rank, link, functions, self.device, self.meters.get(rank), watch)
+        return Machine(plan, rank, link, functions, self.device, self.homes, self.meters.get(rank), watch)
 
-    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Tensor]], first: bool) -> dict[int, dict[Ref, Tensor]]:
+    def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         self._network.reset()
         council = LocalCouncil(self.mesh.world_size) if loaded.plan.watched else None
         ranks = {
@@ -64,7 +66,7 @@ class LocalExecutor(Executor):
             for rank, machine in loaded.machines.items()
         }
         turns = deque(ranks)
-        results: dict[int, dict[Ref, Tensor]] = {}
+        results: dict[int, dict[Ref, Value]] = {}
         while turns:
             rank = self._next(loaded, ranks, turns)
             if rank is None:
@@ -122,7 +124,7 @@ class LocalExecutor(Executor):
 class _Running:
     """A rank within a step."""
 
-    steps: Generator[Handle | None, None, dict[Ref, Tensor]]
+    steps: Generator[Handle | None, None, dict[Ref, Value]]
     blocked: Handle | None = None
 
     def ready(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphshard.execution import (
+    MOVES,
     ExecutionPlan,
     Instruction,
     Op,
@@ -22,6 +23,7 @@ from graphshard.program import Slot
 from graphshard.runtime.council import Council
 from graphshard.runtime.meter import Measured, Meter
 from graphshard.runtime.nonfinite import judge
+from graphshard.runtime.offload import Homes, Offloaded
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.watch import Watch
 
@@ -66,7 +68,8 @@ class Communicator(Protocol):
         ...
 
 
-Environment = list[Tensor | None]
+Value = Tensor | Offloaded
+Environment = list[Value | None]
 Handles = list[Handle | None]
 Action = Callable[[Environment, Handles], Handle | None]
 """An instruction with everything looked up; returns what to wait for, if it cannot go on."""
@@ -85,6 +88,7 @@ class Machine:
         communicator: Communicator,
         functions: Mapping[str, SegmentFunction],
         device: torch.device,
+        homes: Homes,
         meter: Meter | None = None,
         watch: Watch | None = None,
     ) -> None:
@@ -104,7 +108,7 @@ class Machine:
         self._waits = {False: waits, True: waits if same else match_waits(self._instructions[True])}
         self._environment: Environment = []
         self._first = False
-        resolver = _Resolver(plan, rank, communicator, functions, device)
+        resolver = _Resolver(plan, rank, communicator, functions, device, homes)
         steady = resolver.resolve(self._instructions[False], waits)
         self._code = {
             False: steady,
@@ -112,6 +116,7 @@ class Machine:
         }
         reads = {first: read_refs(plan, self.stage, first) for first in (False, True)}
         self.reads: dict[bool, dict[Ref, tuple[Slot, TensorType]]] = reads
+        self.homes = stage_plan.homes
         self.results: dict[Ref, Slot] = result_refs(plan, self.stage)
         self._places_in = {first: {ref: resolver.place(ref) for ref in refs} for first, refs in reads.items()}
         self._places_out = {ref: resolver.place(ref) for ref in self.results}
@@ -131,7 +136,9 @@ class Machine:
             source = self._instructions[self._first][self._waits[self._first][self.position]]
             way = "to" if source.op is Op.SEND else "from"
             told += (
-                f" for {source.name} over {source.axis}"
+                f" for {source.op} {'to' if source.op is Op.OFFLOAD else 'from'} {source.name}"
+                if source.op in MOVES
+                else f" for {source.name} over {source.axis}"
                 if source.axis
                 else f" for {source.op} {way} stage {source.peer}"
             )
@@ -141,8 +148,8 @@ class Machine:
         return told + (f" ({', '.join(origin)})" if origin else "")
 
     def step(
-        self, values: dict[Ref, Tensor], first: bool = False, preempt: bool = False, council: Council | None = None
-    ) -> Generator[Handle | None, None, dict[Ref, Tensor]]:
+        self, values: dict[Ref, Value], first: bool = False, preempt: bool = False, council: Council | None = None
+    ) -> Generator[Handle | None, None, dict[Ref, Value]]:
         """Run one step; ``values`` is what the plan reads, and is emptied. Returns the results.
 
         Yields a handle when it must be complete before the rank can go on, and with ``preempt`` None after every
@@ -173,7 +180,7 @@ class Machine:
                 blocked = None  # what it kept may go
             elif preempt:
                 yield None
-        results: dict[Ref, Tensor] = {}
+        results: dict[Ref, Value] = {}
         for ref, place in self._places_out.items():
             result = environment[place]
             assert result is not None, f"{ref} is not defined at the end of the step"
@@ -198,7 +205,7 @@ class Machine:
         """The values at ``places``, each with the category of its storage."""
         for ref, place in places.items():
             value, storage = environment[place], self._storages.get(ref.name)
-            if value is not None:
+            if isinstance(value, Tensor):
                 yield value, "workspace" if storage is None else storage.category
 
     def _agree(self, council: Council) -> Generator[Handle, None, None]:
@@ -209,7 +216,7 @@ class Machine:
         if error is not None:
             raise error
 
-    def abandon(self) -> dict[Ref, Tensor]:
+    def abandon(self) -> dict[Ref, Value]:
         """After a failed step: what it had been given and the update had not begun to replace."""
         kept = {}
         if self._environment and self.position < self.update_begins:
@@ -236,7 +243,9 @@ class _Resolver:
         communicator: Communicator,
         functions: Mapping[str, SegmentFunction],
         device: torch.device,
+        homes: Homes,
     ) -> None:
+        self.homes = homes
         self.mesh = plan.mesh
         self.coordinates = plan.mesh.coordinates(rank)
         self.communicator = communicator
@@ -252,7 +261,11 @@ class _Resolver:
         return self._places.setdefault(ref, len(self._places))
 
     def resolve(self, instructions: tuple[Instruction, ...], waits: Mapping[int, int]) -> list[Action]:
-        return [self._action(position, ins, waits) for position, ins in enumerate(instructions)]
+        moves = {wait for wait, started in waits.items() if instructions[started].op in MOVES}
+        return [
+            _settle(waits[position]) if position in moves else self._action(position, ins, waits)
+            for position, ins in enumerate(instructions)
+        ]
 
     def _action(self, position: int, ins: Instruction, waits: Mapping[int, int]) -> Action:
         match ins.op:
@@ -271,6 +284,10 @@ class _Resolver:
                 return self._recv(position, ins)
             case Op.GATHER | Op.REDUCE:
                 return self._collective(position, ins)
+            case Op.OFFLOAD:
+                return self._offload(position, ins)
+            case Op.RELOAD:
+                return self._reload(position, ins)
 
     def _run(self, ins: Instruction) -> Action:
         function, coordinates, device = self.functions[ins.name], self.coordinates, self.device
@@ -296,7 +313,7 @@ class _Resolver:
 
         def run(environment: Environment, handles: Handles) -> None:
             value = environment[source]
-            assert value is not None
+            assert isinstance(value, Tensor)
             handles[position] = send(peer, outgoing(value, kind))
             if not keep:
                 environment[source] = None
@@ -315,6 +332,32 @@ class _Resolver:
 
         return run
 
+    def _offload(self, position: int, ins: Instruction) -> Action:
+        source, target, keep = self.place(ins.inputs[0]), self.place(ins.outputs[0]), not ins.last
+        offload, home = self.homes.offload, ins.name
+
+        def run(environment: Environment, handles: Handles) -> None:
+            value, old = environment[source], environment[target]
+            assert isinstance(value, Tensor) and not isinstance(old, Tensor)
+            environment[target], handles[position] = offload(value, home, old)
+            if not keep:
+                environment[source] = None
+
+        return run
+
+    def _reload(self, position: int, ins: Instruction) -> Action:
+        source, target, keep = self.place(ins.inputs[0]), self.place(ins.outputs[0]), not ins.last
+        reload = self.homes.reload
+
+        def run(environment: Environment, handles: Handles) -> None:
+            kept = environment[source]
+            assert isinstance(kept, Offloaded)
+            environment[target], handles[position] = reload(kept)
+            if not keep:
+                environment[source] = None
+
+        return run
+
     def _collective(self, position: int, ins: Instruction) -> Action:
         assert ins.type is not None
         target, start = self.place(ins.outputs[0]), self._starter(ins)
@@ -323,6 +366,7 @@ class _Resolver:
 
         def run(environment: Environment, handles: Handles) -> None:
             value = None if source is None else environment[source]
+            assert not isinstance(value, Offloaded)
             if source is not None and not keep:
                 environment[source] = None
             environment[target], handles[position] = start(value)
@@ -378,6 +422,18 @@ def _wait(started: int) -> Action:
         handle = handles[started]
         handles[started] = None
         return None if handle is None or handle.done() else handle
+
+    return run
+
+
+def _settle(started: int) -> Action:
+    """A move ends by itself, whatever other ranks do: nobody else need go on meanwhile."""
+
+    def run(environment: Environment, handles: Handles) -> None:
+        handle = handles[started]
+        handles[started] = None
+        if handle is not None:
+            handle.wait()
 
     return run
 

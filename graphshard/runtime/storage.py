@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -23,6 +23,7 @@ class _Place:
     slot: Slot
     kind: TensorType  # of one rank's part
     axis: str = ""  # "" : every rank has all of it
+    home: str = ""  # where it is kept; "": on the device
 
     @property
     def stage(self) -> int:
@@ -41,6 +42,7 @@ class Storage:
         self.params: dict[str, Param] = {}
         self.buckets: dict[str, Bucket] = {}
         self._slots: dict[Slot, TensorType] = {}
+        self._homes: dict[Slot, str] = {}
         self._unplaced: dict[str, Tensor] = {}  # buffers that no plan so far reads
         self._idle: dict[str, dict[str, Tensor]] = {}  # optimizer state of parameters that no step updates
         for plan in plans:
@@ -56,6 +58,8 @@ class Storage:
                 if slot.role is Role.SCALER and here not in self._slots and slot in reads:
                     self.executor.write(slot_ref(slot), stage, plan.constants[initial(slot)])
                 self._slots[here] = kind
+                if (home := plan.stages[stage].homes.get(slot_ref(slot))) is not None:
+                    self._homes[here] = home
         late = [place for place in self._places(Role.BUFFER) if place.slot.name in self._unplaced]
         for place in late:
             self._write(place, ((place.slot.name, -1),), self._unplaced)
@@ -101,7 +105,7 @@ class Storage:
             sharded = bucket.store is Role.SHARD
             kind = TensorType((bucket.shard_numel if sharded else bucket.numel,), bucket.dtype, (1,))
             slot = Slot(bucket.store, bucket.name, stage=bucket.stage)
-            yield _Place(slot, kind, bucket.axis if sharded else ""), bucket.members
+            yield _Place(slot, kind, bucket.axis if sharded else "", self._homes.get(slot, "")), bucket.members
             seen |= {(name, bucket.stage) for name, _ in bucket.members}
         for param in self.params.values():
             for stage in param.stages:
@@ -186,7 +190,7 @@ class Storage:
         for place in self._places(role):
             bucket = self.buckets.get(place.slot.name)
             split = bucket is not None and place.kind.shape == (bucket.shard_numel,) != (bucket.numel,)
-            yield _Place(place.slot, place.kind, bucket.axis if bucket is not None and split else "")
+            yield replace(place, axis=bucket.axis if bucket is not None and split else "")
 
     def _members(self, place: _Place) -> tuple[tuple[str, int], ...]:
         bucket = self.buckets.get(place.slot.name)
@@ -215,7 +219,7 @@ class Storage:
 
     def _places(self, role: Role) -> Iterator[_Place]:
         for slot in sorted(slot for slot in self._slots if slot.role is role):
-            yield _Place(slot, self._slots[slot])
+            yield _Place(slot, self._slots[slot], home=self._homes.get(slot, ""))
 
     def _first_stage(self, role: Role) -> Iterator[_Place]:
         seen: set[str] = set()
@@ -244,7 +248,7 @@ class Storage:
             value = torch.zeros(place.kind.numel * parts, dtype=place.kind.dtype)
             for name, at in members:
                 value[at : at + self.params[name].numel].copy_(tensors[name].reshape(-1))
-        self.executor.write(slot_ref(place.slot), place.stage, value, place.axis)
+        self.executor.write(slot_ref(place.slot), place.stage, value, place.axis, place.home)
 
 
 def _layout(kind: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:

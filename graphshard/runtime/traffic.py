@@ -6,13 +6,13 @@ Executors carry collectives out with the least traffic there is: in an all-gathe
 
 from __future__ import annotations
 
-from graphshard.execution import ExecutionPlan, Instruction, Op
+from graphshard.execution import MOVES, ExecutionPlan, Instruction, Op
 from graphshard.mesh import Mesh
 
 
 def instruction_bytes(ins: Instruction, mesh: Mesh, coordinate: int) -> int:
     """Bytes that the rank at ``coordinate`` along the axis sends for ``ins``; 0 for what is not communication."""
-    if ins.type is None or ins.op is Op.RECV:
+    if ins.type is None or ins.op in (Op.RECV, *MOVES):
         return 0
     if ins.op is Op.SEND:
         return ins.type.nbytes
@@ -38,4 +38,14 @@ def sent_bytes(plan: ExecutionPlan, rank: int, first: bool = False) -> dict[str,
         axis = ins.axis or "pp"
         if count := instruction_bytes(ins, plan.mesh, at.get(axis, 0)):
             result[axis] = result.get(axis, 0) + count
+    return result
+
+
+def moved_bytes(plan: ExecutionPlan, stage: int, first: bool = False) -> dict[str, int]:
+    """Bytes a rank of ``stage`` moves in one step from its device and back, by where: "to cpu", "from nvme"."""
+    result: dict[str, int] = {}
+    for ins in plan.stages[stage].step(first):
+        if ins.op in MOVES and ins.type is not None:
+            way = f"{'to' if ins.op is Op.OFFLOAD else 'from'} {ins.name}"
+            result[way] = result.get(way, 0) + ins.type.nbytes
     return result

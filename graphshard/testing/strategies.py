@@ -123,6 +123,9 @@ def pass_lists(draw: st.DrawFn, level: Level | str = Level.SHARDED) -> str:
         "bucket": st.just("bucket"),
         "hoist": st.sampled_from(["hoist:budget_gb=0.0000001", "hoist:budget_gb=1"]),
         "overlap": st.just("overlap"),
+        "offload": st.sampled_from(
+            ["offload:optimizer=cpu,params=nvme", "offload:optimizer=nvme", "offload:params=cpu"]
+        ),
     }
     passes += [draw(choice) for choice in optional.values() if draw(st.booleans())]
     return ";".join(passes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import pytest
@@ -19,7 +20,17 @@ def close(value: Any) -> Any:
     return pytest.approx(value, rel=1e-9, abs=1e-12) if isinstance(value, float) else value
 
 
-@pytest.mark.parametrize(("plan", "world_size"), [("dp", 2), ("zero3", 2), ("pp2:schedule=zb-h1", 2), ("zero3+pp2", 4)])
+PLANS = (
+    ("dp", 2),
+    ("zero3", 2),
+    ("pp2:schedule=zb-h1", 2),
+    ("zero3+pp2", 4),
+    (f"zero3+offload:optimizer=nvme,params=cpu,path={tempfile.gettempdir()}", 2),
+    (f"zero1+pp2+offload:optimizer=cpu,params=nvme,activations=nvme,path={tempfile.gettempdir()}", 4),
+)
+
+
+@pytest.mark.parametrize(("plan", "world_size"), PLANS)
 def test_processes_give_what_one_process_gives(plan: str, world_size: int) -> None:
     results = launch("train_rank.py", world_size, "train", plan)
     for rank, result in enumerate(results):
@@ -70,3 +81,10 @@ def test_ranks_with_different_plans_say_so_and_do_not_hang() -> None:
     for result in launch("train_rank.py", 2, "mismatch", "zero3"):
         assert result["error"] == "PlanMismatch"
         assert "ranks disagree on the plan" in result["message"]
+
+
+def test_a_disk_that_fails_on_one_rank_ends_all_and_is_named() -> None:
+    plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
+    peer, failed = launch("train_rank.py", 2, "short_read", plan)
+    assert failed["error"] == "OffloadFailed" and "short read at byte" in failed["message"]
+    assert peer["error"] == "PeerFailed" and "short read at byte" in peer["message"], peer

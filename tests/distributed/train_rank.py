@@ -143,10 +143,22 @@ def mismatch(plan: str) -> dict[str, Any]:
     return {}
 
 
+def short_read(plan: str) -> dict[str, Any]:
+    """From the second step on, the last rank's file ends early."""
+    c = compiled(plan, "distributed")
+    c.step(*part(c, batch()))
+    if RANK == WORLD_SIZE - 1:
+        os.preadv = lambda *_: 0
+    for _ in range(2):  # a peer that needed nothing more of this rank in that step notices in the next one
+        c.step(*part(c, batch()))
+    return {}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     scenario, plan = sys.argv[1:]
-    report({"train": train, "meta": meta, "mixed": mixed, "mismatch": mismatch}[scenario], plan)
+    scenarios = {"train": train, "meta": meta, "mixed": mixed, "mismatch": mismatch, "short_read": short_read}
+    report(scenarios[scenario], plan)
 
 
 if __name__ == "__main__":

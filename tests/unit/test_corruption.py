@@ -30,6 +30,8 @@ PLANS = (
     "zero2:size=2",
     "zero3:size=4+accum2",
     "dp2+zero3:size=2",
+    "zero3:size=2+accum2+offload:optimizer=nvme,params=cpu,path=/",
+    "zero1:size=2+pp2+offload:optimizer=cpu,params=cpu,activations=nvme,path=/",
     *(
         f"{data}pp{stages}:schedule={schedule},microbatches={microbatches}"
         for data, stages in (("", 2), ("", 4), ("zero3:size=2+", 2), ("zero1:size=2+", 4), ("dp2+", 3))

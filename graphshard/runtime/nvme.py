@@ -1,0 +1,256 @@
+"""Values in a file: written and read in the background, around the page cache where the file system can.
+
+The file has no name, so that nothing is left of it whenever and however the process ends. It grows before it is written
+to: a disk without room says so then. A value has a region of its own, and a transfer is cut into pieces that a few
+threads carry out, so that one is copied while another is on its way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace
+from graphshard.execution import TensorType
+from graphshard.offloaded import span
+
+ALIGN = 4096
+"""What direct access wants offsets, lengths and addresses to be multiples of; of every disk's block."""
+
+PIECE = 1 << 20
+"""Bytes of one read or write; large enough for a disk's full bandwidth."""
+
+THREADS = 4
+"""Pieces on their way at a time, some transferred while others are copied: a disk is faster with more than one."""
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """A span of the file. It is free again when neither a value nor a transfer holds it."""
+
+    offset: int
+    nbytes: int
+
+
+class Disk:
+    """One process's file in the folder ``path``.
+
+    Raises:
+        OffloadPath: the folder does not exist, or no file can be made there.
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        self.path, self._device = path, device
+        self._file, self.direct = _open(path)
+        self._size = 0
+        self._free: dict[int, list[int]] = {}  # by length: offsets
+        self._made: dict[int, int] = {}  # by length: how many there are
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="graphshard-nvme")
+        self._staging = threading.local()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def describe(self) -> str:
+        """How it is accessed."""
+        return f"{'O_DIRECT' if self.direct else 'buffered'} in {self.path}"
+
+    def reserve(self, regions: Mapping[int, int]) -> None:
+        """Grow the file so that there are so many regions of each number of bytes.
+
+        Raises:
+            OffloadSpace: the disk has no room.
+        """
+        wanted: dict[int, int] = {}
+        for nbytes, count in regions.items():
+            wanted[_rounded(nbytes)] = wanted.get(_rounded(nbytes), 0) + count
+        missing = {n: count - self._made.get(n, 0) for n, count in wanted.items() if count > self._made.get(n, 0)}
+        begin = self._size
+        self._grow(sum(n * count for n, count in missing.items()))
+        for length, count in missing.items():
+            self._free.setdefault(length, []).extend(range(begin, begin + length * count, length))
+            self._made[length] = self._made.get(length, 0) + count
+            begin += length * count
+
+    def allocate(self, nbytes: int) -> Region:
+        """A region for ``nbytes``.
+
+        Raises:
+            OffloadSpace: the disk has no room.
+        """
+        length = _rounded(nbytes)
+        if not self._free.get(length):
+            self.reserve({length: self._made.get(length, 0) + 1})
+        free = self._free[length]
+        region = Region(free.pop(), nbytes)
+        weakref.finalize(region, free.append, region.offset).atexit = False
+        return region
+
+    def write(self, value: Tensor, region: Region) -> Pieces:
+        """Start writing ``value``, which must stay as it is until that is done."""
+        return self._transfer(value, region, self._write)
+
+    def read(self, region: Region, value: Tensor) -> Pieces:
+        """Start reading into ``value``."""
+        return self._transfer(value, region, self._read)
+
+    def close(self) -> None:
+        """Give the file back when what is on its way has ended."""
+        self._pool.shutdown()
+        with suppress(OSError):
+            os.close(self._file)
+
+    def _grow(self, nbytes: int) -> None:
+        if not nbytes:
+            return
+        try:
+            os.posix_fallocate(self._file, self._size, nbytes)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise OffloadFailed(self.path, f"cannot grow: {error.strerror}") from error
+            status = os.statvfs(self.path)
+            raise OffloadSpace(self.path, nbytes, status.f_bavail * status.f_frsize, str(error.strerror)) from error
+        self._size += nbytes
+
+    def _transfer(self, value: Tensor, region: Region, move: Callable[[Tensor, int], None]) -> Pieces:
+        whole = value.as_strided((region.nbytes // value.element_size(),), (1,), value.storage_offset())
+        flat = whole.view(torch.uint8)
+        ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+
+        def run(at: int) -> None:
+            with _behind(self._stream, ready):
+                move(flat[at : at + PIECE], region.offset + at)
+
+        return Pieces([self._pool.submit(run, at) for at in range(0, region.nbytes, PIECE)], region)
+
+    def empty(self, kind: TensorType) -> Tensor:
+        """Memory to read a value into. A large one is aligned, to be read, and written again, without a copy."""
+        nbytes = span(kind)
+        if nbytes < PIECE or self._stream is not None:
+            return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self._device)
+        whole = torch.empty(nbytes + ALIGN, dtype=torch.uint8)
+        return whole[-whole.data_ptr() % ALIGN :][:nbytes].view(kind.dtype).as_strided(kind.shape, kind.stride)
+
+    def _write(self, piece: Tensor, offset: int) -> None:
+        if self._is_aligned(piece):
+            self._all(os.pwritev, "write", _memory(piece), offset)
+            return
+        buffer, memory = self._buffers()
+        buffer[: piece.numel()].copy_(piece)
+        self._all(os.pwritev, "write", memory[: _rounded(piece.numel())], offset)
+
+    def _read(self, piece: Tensor, offset: int) -> None:
+        if self._is_aligned(piece):
+            self._all(os.preadv, "read", _memory(piece), offset)
+            return
+        buffer, memory = self._buffers()
+        self._all(os.preadv, "read", memory[: _rounded(piece.numel())], offset)
+        piece.copy_(buffer[: piece.numel()])
+
+    def _all(self, call: Callable[..., int], what: str, memory: memoryview, offset: int) -> None:
+        """A system call may move fewer bytes than asked for, and is made again for the rest; but not for none, and not
+        within a block."""
+        while memory:
+            try:
+                count = call(self._file, [memory], offset)
+            except OSError as error:
+                raise OffloadFailed(self.path, f"{what} at byte {offset}: {error.strerror}") from error
+            if count <= 0 or count % ALIGN:
+                raise OffloadFailed(self.path, f"short {what} at byte {offset}: {count} of {len(memory)} bytes")
+            memory, offset = memory[count:], offset + count
+
+    def _is_aligned(self, piece: Tensor) -> bool:
+        return self._stream is None and not (piece.data_ptr() % ALIGN or piece.numel() % ALIGN)
+
+    def _buffers(self) -> tuple[Tensor, memoryview]:
+        """This thread's own: a piece, at an aligned address."""
+        if not hasattr(self._staging, "piece"):
+            whole = torch.empty(PIECE + ALIGN, dtype=torch.uint8, pin_memory=self._stream is not None)
+            piece = whole[-whole.data_ptr() % ALIGN :][:PIECE]
+            self._staging.piece = piece, _memory(piece)
+        made: tuple[Tensor, memoryview] = self._staging.piece
+        return made
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A transfer on its way."""
+
+    futures: list[Future[None]]
+    region: Region  # nobody else gets it before the end
+
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return all(future.done() for future in self.futures)
+
+    def wait(self) -> None:
+        """Return when it has ended. Raises OffloadFailed."""
+        for future in self.futures:
+            future.result()
+
+
+def _memory(piece: Tensor) -> memoryview:
+    """The bytes of ``piece``, which must outlive this."""
+    return memoryview((ctypes.c_char * piece.numel()).from_address(piece.data_ptr())).cast("B")
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def _behind(stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None) -> Any:
+    """On CUDA: this thread's copies go to ``stream``, behind ``ready``."""
+    if stream is None or ready is None:
+        return nullcontext()
+    stream.wait_event(ready)
+    return torch.cuda.stream(stream)
+
+
+def check_folder(path: str) -> None:
+    """Whether a file can be made in the folder ``path``, as far as that can be told without making one.
+
+    Raises:
+        OffloadPath: it does not exist, or may not be written to.
+    """
+    if not Path(path).is_dir():
+        raise OffloadPath(path, "is not a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise OffloadPath(path, "may not be written to")
+
+
+def _open(path: str) -> tuple[int, bool]:
+    """A file without a name in the folder ``path``, and whether it is accessed directly."""
+    check_folder(path)
+    error: OSError | None = None
+    for direct in (getattr(os, "O_DIRECT", 0), 0):
+        try:
+            return _unnamed(path, direct), bool(direct)
+        except OSError as failed:
+            error = failed
+    assert error is not None
+    raise OffloadPath(path, f"takes no file: {error.strerror}")
+
+
+def _unnamed(path: str, flags: int) -> int:
+    if hasattr(os, "O_TMPFILE"):
+        with suppress(OSError):  # not every file system can: one that has a name for a moment will do
+            return os.open(path, os.O_TMPFILE | os.O_RDWR | flags, 0o600)
+    made, name = tempfile.mkstemp(dir=path)
+    os.close(made)
+    try:
+        return os.open(name, os.O_RDWR | flags)
+    finally:
+        Path(name).unlink()

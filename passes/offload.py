@@ -1,0 +1,229 @@
+"""Keep values outside of the device: optimizer state, parameters, and activations between forward and backward.
+
+What is stored outside is reloaded for each phase that reads it and offloaded when it is replaced. Of activations the
+pass obeys tags (memory-policy). Every reload starts while what the one before it brought is in use: two are on the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby, pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from graphshard.communication import MOVES, communication_axis
+from graphshard.dataflow import is_getitem, is_view
+from graphshard.homes import before_moves
+from graphshard.pipeline import Context
+from graphshard.program import Level, MemoryTag, NodeInfo, Phase, Program, Role, Section, Slot, info, val
+from graphshard.rewrite import call, clone, set_outputs
+
+c10d = torch.ops._c10d_functional
+gs = torch.ops.graphshard
+
+_OPTIMIZER = frozenset(role for role in Role if role in ("state", "master"))
+_PARAMS = frozenset((Role.SHARD, Role.FLAT))
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Each option says where: "cpu" or "nvme"; None: on the device, and in host memory for what is tagged."""
+
+    optimizer: str | None = None
+    params: str | None = None
+    activations: str | None = None
+    name: ClassVar[str] = "offload"
+    exact: ClassVar[bool] = True
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        if program.level is not Level.SHARDED:
+            return program
+        homes = {role: home for role in _OPTIMIZER if (home := self.optimizer)}
+        homes |= {role: home for role in _PARAMS if (home := self.params)}
+        for section in program.sections().values():
+            _reload_stored(section, homes)
+            _offload_stored(section, homes)
+        _offload_tagged(program.body, self.activations or "cpu")
+        for section in (program.prologue, program.body):
+            _reload_early(section)
+        for section in program.updates():
+            _update_bucket_by_bucket(section)
+        return program
+
+
+# Insert the moves
+
+
+def _is_offloaded(slot: Slot, node: fx.Node, homes: Mapping[Role, str]) -> bool:
+    """A scalar (a step count) is not worth a transfer."""
+    return slot.role in homes and val(node).dim() > 0 and val(node).numel() > 0
+
+
+def _reload_stored(section: Section, homes: Mapping[Role, str]) -> None:
+    """For each phase that reads a stored value; views of it are of one phase each (normalize)."""
+    for node, slot in section.inputs.items():
+        readers = sorted((user for user in node.users if user.op != "output"), key=lambda n: info(n).phase)
+        if not _is_offloaded(slot, node, homes):
+            continue
+        for phase, group in groupby(readers, key=lambda n: info(n).phase):
+            reading = list(group)
+            with section.graph.inserting_before(min(reading)):
+                back = _reload(node, node, homes[slot.role], phase)
+            for reader in reading:
+                reader.replace_input_with(node, back)
+
+
+def _reload(source: fx.Node, away: fx.Node, home: str, phase: Phase) -> fx.Node:
+    """What ``away``, which was ``source``, is brought back as for ``phase``."""
+    record = NodeInfo(phase=phase, module=info(source).module, stage=info(source).stage, made_by="offload")
+    reload = call(source.graph, gs.reload.default, (away, home), record)
+    return call(source.graph, c10d.wait_tensor.default, (reload,), record)
+
+
+def _offload_stored(section: Section, homes: Mapping[Role, str]) -> None:
+    outputs = section.outputs
+    for slot, node in outputs.items():
+        if node.op != "placeholder" and _is_offloaded(slot, node, homes):  # a placeholder has not left its home
+            outputs[slot] = _offload(node, homes[slot.role], slot.stage)
+    set_outputs(section, outputs)
+
+
+def _offload(node: fx.Node, home: str, stage: int | None) -> fx.Node:
+    record = NodeInfo(phase=info(node).phase, module=info(node).module, stage=stage, made_by="offload")
+    with node.graph.inserting_after(node):
+        return call(node.graph, gs.offload.default, (node, home), record)
+
+
+def _offload_tagged(body: Section, home: str) -> None:
+    """By storage: as long as one view of it is kept, all of it is."""
+    tagged = (node for node in body.nodes() if info(node).tag is MemoryTag.OFFLOAD)
+    for root in sorted({_root(node) for node in tagged}):
+        shown = _shown_by(root)
+        late: dict[Phase, dict[fx.Node, list[fx.Node]]] = {}
+        for value in shown:
+            for reader in value.users:
+                if reader.op != "output" and reader not in shown and _reads_late(reader):
+                    late.setdefault(info(reader).phase, {}).setdefault(value, []).append(reader)
+        if not late or root.op == "placeholder" or not val(root).numel():
+            continue
+        away = _offload(root, home, info(root).stage)
+        for phase in sorted(late):
+            _reload_views(root, away, home, phase, late[phase])
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """What makes the storage that ``node`` shows."""
+    while node.op != "placeholder" and (is_view(node) or _is_part(node) or node.target is c10d.wait_tensor.default):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_part(node: fx.Node) -> bool:
+    return is_getitem(node) and is_view(node.all_input_nodes[0])
+
+
+def _shown_by(root: fx.Node) -> dict[fx.Node, None]:
+    """``root`` and the forward's views of it, in order."""
+    found = {root: None}
+    for value in found.copy():
+        pending = [value]
+        while pending:
+            for user in pending.pop().users:
+                if user.op != "output" and info(user).phase is Phase.FORWARD and (is_view(user) or _is_part(user)):
+                    found[user] = None
+                    pending.append(user)
+    return found
+
+
+def _reads_late(reader: fx.Node) -> bool:
+    """A forward value is sent from the forward, whoever receives it."""
+    return info(reader).phase is not Phase.FORWARD and reader.target is not gs.transfer.default
+
+
+def _reload_views(
+    root: fx.Node, away: fx.Node, home: str, phase: Phase, readers: Mapping[fx.Node, list[fx.Node]]
+) -> None:
+    """Bring ``root`` back for ``phase`` and show it to the readers of its views as they saw it."""
+    first = min(reader for group in readers.values() for reader in group)
+    with root.graph.inserting_before(first):
+        made = {root: _reload(root, away, home, phase)}
+
+        def rebuilt(value: fx.Node) -> fx.Node:
+            if value not in made:
+                made[value] = clone(value, rebuilt, phase=phase, tag=None, made_by="offload", origin="")
+            return made[value]
+
+        for value, group in readers.items():
+            shown = rebuilt(value)
+            for reader in group:
+                reader.replace_input_with(value, shown)
+
+
+# Order
+
+
+def _reload_early(section: Section) -> None:
+    """Each reload of a phase starts before the one ahead of it is waited for."""
+    reloads = [n for n in section.nodes() if n.target is gs.reload.default]
+
+    def stream(node: fx.Node) -> tuple[int, str, bool]:
+        return info(node).stage or 0, info(node).phase, node.all_input_nodes[0].op == "placeholder"
+
+    for _, group in groupby(sorted(reloads, key=stream), key=stream):
+        for current, following in pairwise(sorted(group)):
+            _wait_of(current).prepend(following)
+
+
+def _wait_of(start: fx.Node) -> fx.Node:
+    (wait,) = start.users
+    return wait
+
+
+def _update_bucket_by_bucket(section: Section) -> None:
+    """One bucket after the other: while it is updated, the state of the next one arrives and that of the one before
+    leaves. What several read is computed for the first of them."""
+    if not any(node.target in MOVES for node in section.nodes()):
+        return
+    turn = _turns(section)
+    last = 1 + max(turn.values(), default=0)
+    turns: dict[fx.Node, int] = {}
+    results: dict[fx.Node, list[int]] = {}
+    for slot, node in section.outputs.items():
+        # What is gathered after the update is waited for when the next bucket has been updated.
+        late = before_moves(node).target is c10d.wait_tensor.default
+        results.setdefault(node, []).append(turn[slot] + late if slot in turn else last)
+    for node in reversed(list(section.nodes())):
+        wanted = [turns[user] for user in node.users if user.op != "output"]
+        turns[node] = min([*wanted, *results.get(node, ())], default=last)
+        if node.target is gs.reload.default or communication_axis(node):
+            turns[node] -= 1  # it is on its way for one turn
+        if communication_axis(node) and all(source.op == "placeholder" for source in node.all_input_nodes):
+            turns[node] = min(turns[node], -1)
+    # What a turn reads has arrived before its first operation, so that the update is one piece.
+    within: dict[Any, int] = {gs.reload.default: 0, c10d.wait_tensor.default: 1, gs.offload.default: 3}
+    for node in sorted(section.nodes(), key=lambda n: (turns[n], within.get(n.target, 2))):
+        section.output_node.prepend(node)
+
+
+def _turns(section: Section) -> dict[Slot, int]:
+    """The turn of each slot that belongs to a bucket, in order of the updates; stages take theirs side by side."""
+    position = {node: index for index, node in enumerate(section.graph.nodes)}
+    updated: dict[Slot, int] = {}
+    for slot, node in section.outputs.items():
+        if slot.role in _OPTIMIZER | _PARAMS:
+            bucket = replace(slot, role=Role.FLAT, key="")
+            updated[bucket] = min(updated.get(bucket, len(position)), position[before_moves(node)])
+    counts: dict[int, int] = {}
+    turn: dict[Slot, int] = {}
+    for bucket in sorted(updated, key=updated.__getitem__):
+        turn[bucket] = counts.setdefault(bucket.stage, 0)
+        counts[bucket.stage] += 1
+    return {
+        slot: turn[bucket]
+        for slot in section.output_slots
+        if (bucket := replace(slot, role=Role.FLAT, key="")) in turn and slot.role in _OPTIMIZER | _PARAMS
+    }

@@ -1,0 +1,163 @@
+"""Offloading changes no bit: losses, parameters and optimizer state are those of the same plan without it, whatever is
+kept where."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphshard
+from graphshard.compile import Compiled
+from graphshard.pipeline import Pass
+from numerics.cases import OPTIMIZERS, maker
+from tagging import TagSaved
+
+PLANS = (
+    "dp2",
+    "zero1:size=2",
+    "zero2:size=2",
+    "zero3:size=2",
+    "zero3:size=2+accum2",
+    "dp2+accum2",
+    "zero3+pp2",
+    "zero3+pp2:schedule=zb-h1",
+    "dp2+zero3:size=2",
+    "zero3:size=2,budget_gb=1+accum2",
+)
+PLACES = tuple(
+    ",".join(
+        f"{what}={where}" for what, where in zip(("optimizer", "params", "activations"), wheres, strict=True) if where
+    )
+    for wheres in product(("", "cpu", "nvme"), repeat=3)
+    if any(wheres)
+)
+SELECTED = (
+    ("dp2", "optimizer=cpu,params=nvme"),
+    ("zero1:size=2", "optimizer=nvme,params=cpu"),
+    ("zero2:size=2", "optimizer=nvme"),
+    ("zero3:size=2+accum2", "optimizer=nvme,params=nvme,activations=nvme"),
+    ("zero3+pp2", "optimizer=cpu,params=cpu,activations=cpu"),
+    ("zero3+pp2", "params=nvme,activations=cpu"),
+    ("zero3+pp2:schedule=zb-h1", "optimizer=nvme,activations=nvme"),
+    ("zero3:size=2,budget_gb=1+accum2", "optimizer=cpu,params=nvme"),
+)
+
+
+def offloaded(plan: str, places: str, path: Path) -> str:
+    return f"{plan}+offload:{places}" + (f",path={path}" if "nvme" in places else "")
+
+
+def trained(
+    plan: str, batch_plan: str, optimizer: str, passes: Sequence[Pass] = (), name: str = "gpt"
+) -> tuple[Compiled, list[float]]:
+    """Three steps with an evaluation in between."""
+    torch.manual_seed(0)
+    model, args, kwargs, loss_fn = maker(name, batch_plan)()
+    compiled = graphshard.compile(
+        model,
+        plan,
+        loss_fn=loss_fn,
+        optimizer=OPTIMIZERS[optimizer](model),
+        max_grad_norm=0.5,
+        executor="local",
+        passes=passes,
+        measure_memory=True,
+    )
+    losses = [compiled.step(*args, **kwargs).item()]
+    losses.append(compiled.evaluate(*args, **kwargs).item())
+    losses += [compiled.step(*args, **kwargs).item() for _ in range(2)]
+    return compiled, losses
+
+
+def state_of(compiled: Compiled) -> dict[str, Any]:
+    return {
+        **compiled.state_dict(),
+        **{
+            f"{name} {key}": torch.as_tensor(value)
+            for name, states in compiled.optimizer.state_dict()["state"].items()
+            for key, value in states.items()
+        },
+    }
+
+
+@functools.cache
+def expected(plan: str, optimizer: str) -> tuple[list[float], dict[str, Any]]:
+    compiled, losses = trained(plan, plan, optimizer)
+    return losses, state_of(compiled)
+
+
+def check(plan: str, places: str, optimizer: str, path: Path) -> Compiled:
+    passes = [TagSaved()] if "activations" in places else []
+    compiled, losses = trained(offloaded(plan, places, path), plan, optimizer, passes)
+    found = state_of(compiled)
+    assert losses == expected(plan, optimizer)[0]
+    for name, value in expected(plan, optimizer)[1].items():
+        assert torch.equal(found[name], value), name
+    for rank in compiled.report()["ranks"]:
+        assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
+    assert not list(path.iterdir())
+    return compiled
+
+
+@pytest.mark.parametrize(("plan", "places"), SELECTED)
+def test_training_is_the_same_to_the_bit(plan: str, places: str, tmp_path: Path) -> None:
+    check(plan, places, "adamw", tmp_path)
+
+
+def test_state_that_the_first_step_makes(tmp_path: Path) -> None:
+    check("zero1:size=2", "optimizer=nvme,params=cpu", "sgd", tmp_path)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("places", PLACES)
+@pytest.mark.parametrize("plan", PLANS)
+def test_everything(plan: str, places: str, optimizer: str, tmp_path: Path) -> None:
+    check(plan, places, optimizer, tmp_path)
+
+
+@pytest.mark.parametrize("plan", ["dp2", "zero1:size=2", "zero3:size=2"])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9)])
+def test_long_updates_use_the_same_kernels(optimizer: Any, plan: str, tmp_path: Path) -> None:
+    """Of buckets that are updated block by block, or by torch's own kernel, which rounds otherwise."""
+
+    def run(plan: str) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Sequential(*[nn.Linear(384, 384) for _ in range(3)])
+        made = graphshard.compile(
+            model,
+            plan,
+            loss_fn=nn.functional.mse_loss,
+            optimizer=functools.partial(optimizer, lr=1e-2),
+            max_grad_norm=0.1,
+            executor="local",
+        )
+        x, y = torch.randn(4, 384), torch.randn(4, 384)
+        losses = [made.step(x, y) for _ in range(3)]
+        return [*losses, *made.state_dict().values()]
+
+    plain, moved = run(plan), run(offloaded(plan, "optimizer=nvme,params=nvme", tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
+
+
+def test_state_goes_out_and_comes_in(tmp_path: Path) -> None:
+    """A checkpoint of an offloaded run continues without offloading, and the other way round."""
+    plan = "zero3:size=2"
+    moved = offloaded(plan, "optimizer=nvme,params=cpu", tmp_path)
+    _, args, kwargs, _ = maker("gpt", plan)()
+    started, _ = trained(moved, plan, "adamw")
+    parameters, states = started.state_dict(), started.optimizer.state_dict()
+    following = [started.step(*args, **kwargs).item() for _ in range(2)]
+    for continued in (plan, moved):
+        other, _ = trained(continued, plan, "adamw")
+        other.load_state_dict(parameters)
+        other.optimizer.load_state_dict(states)
+        other._steps = 3
+        assert [other.step(*args, **kwargs).item() for _ in range(2)] == following

@@ -1,0 +1,267 @@
+"""The file that offloaded values are kept in: what is written is read, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import graphshard
+from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace
+from graphshard.execution import type_of
+from graphshard.runtime.nvme import ALIGN, PIECE, Disk
+from graphshard.runtime.offload import Homes
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Disk:
+    return Disk(str(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("numel", [1, 1023, ALIGN // 4, PIECE // 4, PIECE // 4 + 1, 3 * PIECE // 4 - 5])
+def test_what_is_written_is_read(disk: Disk, numel: int) -> None:
+    first, second = torch.rand(numel), torch.rand(numel)
+    regions = [disk.allocate(value.nbytes) for value in (first, second)]
+    for value, region in zip((first, second), regions, strict=True):
+        disk.write(value, region).wait()
+    for value, region in zip((first, second), regions, strict=True):
+        found = torch.empty(numel)
+        disk.read(region, found).wait()
+        assert torch.equal(found, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.int64])
+def test_any_dtype_and_any_dense_layout(disk: Disk, dtype: torch.dtype) -> None:
+    value = torch.randint(0, 2, (7, 5)).to(dtype).t()
+    region = disk.allocate(value.nbytes)
+    disk.write(value, region).wait()
+    found = torch.empty_strided(value.shape, value.stride(), dtype=dtype)
+    disk.read(region, found).wait()
+    assert torch.equal(found, value)
+
+
+@pytest.mark.parametrize("numel", [PIECE // 4, PIECE // 4 + 1, PIECE])
+def test_large_values_are_read_in_place(disk: Disk, numel: int) -> None:
+    value = torch.rand(numel)
+    region = disk.allocate(value.nbytes)
+    disk.write(value, region).wait()
+    found = disk.empty(type_of(value))
+    assert found.data_ptr() % ALIGN == 0
+    disk.read(region, found).wait()
+    assert torch.equal(found, value)
+    disk.write(found.mul_(2), region).wait()
+    disk.read(region, value).wait()
+    assert torch.equal(found, value)
+
+
+def test_transfers_of_many_values_are_on_their_way_at_once(disk: Disk) -> None:
+    values = [torch.full((PIECE,), float(i)) for i in range(6)]
+    regions = [disk.allocate(value.nbytes) for value in values]
+    for transfer in [disk.write(value, region) for value, region in zip(values, regions, strict=True)]:
+        transfer.wait()
+    found = [torch.empty_like(value) for value in values]
+    for transfer in [disk.read(region, value) for region, value in zip(regions, found, strict=True)]:
+        transfer.wait()
+    assert all(torch.equal(a, b) for a, b in zip(values, found, strict=True))
+
+
+def test_a_region_is_used_again_when_nobody_holds_it(disk: Disk) -> None:
+    region = disk.allocate(ALIGN)
+    offset = region.offset
+    assert disk.allocate(ALIGN).offset != offset
+    transfer = disk.write(torch.zeros(ALIGN, dtype=torch.uint8), region)
+    del region
+    assert disk.allocate(ALIGN).offset != offset  # the transfer holds it
+    transfer.wait()
+    del transfer
+    assert offset in {disk.allocate(ALIGN).offset for _ in range(3)}
+
+
+def test_room_is_made_before_it_is_needed(tmp_path: Path) -> None:
+    disk = Disk(str(tmp_path), CPU)
+    disk.reserve({3 * ALIGN - 1: 4, 10: 2})
+    free = os.fstat(disk._file).st_size
+    assert free == 12 * ALIGN + 2 * ALIGN
+    disk.reserve({3 * ALIGN: 4})
+    kept = [disk.allocate(n) for n in (3 * ALIGN, 3 * ALIGN - 1, 10, 1)]
+    assert os.fstat(disk._file).st_size == free and len({region.offset for region in kept}) == 4
+
+
+def test_nothing_has_a_name(tmp_path: Path, disk: Disk) -> None:
+    disk.allocate(PIECE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_system_without_direct_access_or_unnamed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+    tmpfile, direct = getattr(os, "O_TMPFILE", 0), getattr(os, "O_DIRECT", 0)
+
+    def limited(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & direct or (tmpfile and flags & tmpfile == tmpfile):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", limited)
+    disk = Disk(str(tmp_path), CPU)
+    assert disk.describe() == f"buffered in {tmp_path}" and not list(tmp_path.iterdir())
+    value, region = torch.rand(5000), disk.allocate(20000)
+    disk.write(value, region).wait()
+    found = torch.empty(5000)
+    disk.read(region, found).wait()
+    assert torch.equal(found, value)
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(OffloadPath, match=r"the folder for offloaded values '.*nowhere' is not a folder"):
+        Disk(str(tmp_path / "nowhere"), CPU)
+
+
+def test_a_folder_that_takes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: True)
+    with pytest.raises(OffloadPath, match="the folder for offloaded values '/proc/self' takes no file: "):
+        Disk("/proc/self", CPU)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(OffloadPath, match="may not be written to"):
+        Disk(str(tmp_path), CPU)
+
+
+def test_a_plan_without_a_folder_is_refused_before_anything_is_traced(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    plan = f"zero3:size=2+offload:optimizer=nvme,path={tmp_path / 'nowhere'}"
+    with pytest.raises(OffloadPath, match="is not a folder"):
+        graphshard.compile(model, plan, executor="local")
+    graphshard.compile(model, plan, executor="none")  # the plan may be for another machine
+
+
+def test_files_need_a_folder() -> None:
+    with pytest.raises(OffloadPath, match="is not given; offload:optimizer=nvme,path=DIR says where"):
+        Homes(CPU).keep(torch.ones(2), "nvme")
+
+
+def test_a_full_disk_is_told_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    made = graphshard.compile(
+        torch.nn.Linear(4, 4),
+        f"zero3:size=2+offload:optimizer=nvme,path={tmp_path}",
+        loss_fn=torch.nn.functional.mse_loss,
+        optimizer=optimizer,
+        executor="local",
+    )
+    before = made.model.state_dict()
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    x = torch.ones(4, 4)
+    with pytest.raises(OffloadSpace):
+        made.step(x, x)
+    monkeypatch.undo()
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    made.step(x, x)
+
+
+def test_a_step_that_fails_while_it_reads_leaves_parameters_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = graphshard.compile(
+        torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)),
+        f"zero3:size=2+offload:params=nvme,path={tmp_path}",
+        loss_fn=torch.nn.functional.mse_loss,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+        executor="local",
+    )
+    x = torch.ones(4, 4)
+    made.step(x, x)
+    before = made.state_dict()
+    monkeypatch.setattr(os, "preadv", lambda *_: 0)
+    with pytest.raises(OffloadFailed, match="short read"):
+        made.step(x, x)
+    monkeypatch.undo()
+    assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
+    made.step(x, x)
+
+
+def test_a_full_disk_says_what_is_needed_and_what_is_free(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OffloadSpace, match=r"needs 8,192 bytes more in '.*', where [\d,]+ are free \(No space left"):
+        disk.reserve({ALIGN: 2})
+
+
+def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from graphshard.errors import OffloadSpace; from graphshard.runtime.nvme import Disk\n"
+        "disk = Disk(sys.argv[1], torch.device('cpu'))\n"
+        "try: disk.reserve({1 << 22: 1})\n"
+        "except OffloadSpace as error: print(error)\n"
+    )
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], preexec_fn=limit, capture_output=True, text=True, check=True
+    )
+    assert "offloading needs 4,194,304 bytes more" in ran.stdout and "File too large" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda *_: 0, "short read at byte 0: 0 of 4096 bytes"),
+        (lambda *_: 100, "short read at byte 0: 100 of 4096 bytes"),
+    ],
+)
+def test_a_short_read(disk: Disk, monkeypatch: pytest.MonkeyPatch, call: Callable[..., int], says: str) -> None:
+    region = disk.allocate(ALIGN)
+    disk.write(torch.zeros(ALIGN // 4), region).wait()
+    monkeypatch.setattr(os, "preadv", call)
+    with pytest.raises(OffloadFailed, match=says):
+        disk.read(region, torch.empty(ALIGN // 4)).wait()
+
+
+def test_a_read_in_two_parts_is_whole(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, region = torch.rand(4 * ALIGN), disk.allocate(16 * ALIGN)
+    disk.write(value, region).wait()
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, parts, at: real(file, [parts[0][:ALIGN]], at))
+    found = torch.empty_like(value)
+    disk.read(region, found).wait()
+    assert torch.equal(found, value)
+
+
+def test_a_disk_that_fails(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    region = disk.allocate(ALIGN)
+    monkeypatch.setattr(os, "pwritev", broken)
+    with pytest.raises(OffloadFailed, match="failed: write at byte 0: Input/output error"):
+        disk.write(torch.zeros(ALIGN // 4), region).wait()
+
+
+def test_a_killed_process_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys, torch; from graphshard.runtime.nvme import Disk\n"
+        "disk = Disk(sys.argv[1], torch.device('cpu'))\n"
+        "value = torch.ones(1 << 24); region = disk.allocate(value.nbytes)\n"
+        "transfer = disk.write(value, region); print('writing', flush=True)\n"
+        "while True: disk.write(value, region).wait()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        process.send_signal(signal.SIGKILL)
+    assert not list(tmp_path.iterdir())
