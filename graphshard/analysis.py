@@ -21,6 +21,12 @@ FLOPS_PER_SENT_BYTE = 50.0
 """What a byte sent to another rank costs, in FLOPs, if little of it is hidden: a core of 90 GFLOP/s beside 2 to 3 GB/s
 through shared memory, a GPU of 67 TFLOP/s beside 450 GB/s of NVLink, or a tenth of that between machines."""
 
+FLOPS_PER_HOST_BYTE = 1500.0
+"""The same of a byte between a GPU and its host: 67 TFLOP/s beside 45 GB/s."""
+
+FLOPS_PER_STORED_BYTE = 90.0
+"""The same of a byte between host memory and a disk: a core of 90 GFLOP/s beside 1 GB/s."""
+
 _CASTS = (aten._to_copy.default, aten.clone.default)
 _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default)
 

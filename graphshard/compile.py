@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
 
 from graphshard import dump, postconditions, report, trace
+from graphshard.analysis import FLOPS_PER_HOST_BYTE, FLOPS_PER_STORED_BYTE
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.bisect import Seen, Until, bisect
 from graphshard.check import RTOL, check_passes, require_fits
@@ -31,6 +33,7 @@ from graphshard.errors import (
     UnknownExecutor,
 )
 from graphshard.execution import ExecutionPlan, variants
+from graphshard.ladders import Away, Levers
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, ScalerState, given_state
 from graphshard.passes import default_passes, with_passes
@@ -360,8 +363,24 @@ class Compiled:
             ]
             return [max(of_stage, key=lambda use: use.peak_bytes) for of_stage in uses]
 
-        budget = Budget(int(asked.budget_gb * 1e9), reshard=self.plan.memory is not None and self.plan.zero_stage == 3)
+        budget = Budget(int(asked.budget_gb * 1e9), self._levers())
         self.passes = choose(program, self.passes, Context(self.mesh), budget, schedule, measure)
+
+    def _levers(self) -> Levers:
+        """What a budget leaves to the planner: all but what the plan says itself."""
+        plan, away = self.plan, None
+        if plan.memory is None:
+            return Levers()
+        if _is_on_gpu(self.device, self.model):
+            away = Away("cpu", FLOPS_PER_HOST_BYTE)
+        elif plan.memory.path is not None:  # host memory is where the CPU's values are already
+            away = Away("nvme", FLOPS_PER_STORED_BYTE)
+        said = dataclasses.asdict(plan.offload) if plan.offload is not None else {}
+        return Levers(
+            recompute=plan.recompute is None or plan.recompute.policy == "auto",
+            reshard=plan.zero_stage == 3 and plan.budget_gb is None,
+            **{name: None if said.get(name) else away for name in ("optimizer", "params", "activations")},
+        )
 
     def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> Captured:
         """The program before the first pass."""
@@ -681,6 +700,11 @@ def _device_of(model: nn.Module) -> torch.device | None:
     """The model's device; None for a meta model."""
     tensors = [*model.parameters(), *model.buffers()]
     return next((t.device for t in tensors if t.device.type != "meta"), None)
+
+
+def _is_on_gpu(device: torch.device | str | None, model: nn.Module) -> bool:
+    found = torch.device(device) if device is not None else _device_of(model)
+    return found is not None and found.type == "cuda"
 
 
 def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> dict[int, int]:

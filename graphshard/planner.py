@@ -1,30 +1,26 @@
 """Which of the ways to save memory a plan uses, under a budget per rank: the cheapest whose simulated peak fits.
 
-Every stage has a ladder of settings. The first is the fastest: everything kept, every parameter gathered once. Each
-further rung gives up one more thing, in the order of what a byte that it saves costs, in FLOPs per step: the reduction
-and the gather of a bucket leave the prologue and happen per micro-batch (reshard), values of a block are recomputed by
-a minimum cut at a higher price (saving.py). A stage takes the lowest rung at which the peak that simulate.py
-finds in the whole lowered step, with the micro-batches in flight, fits. What the passes make of a rung is known only by
-running them: the rung is found by bisection, all stages at a time, a stage's peak being its own affair.
+Every stage has a ladder of settings (ladders.py), the fastest first, and takes the first rung at which the peak that
+simulate.py finds in the whole lowered step, with the micro-batches in flight, fits. What the passes make of a rung is
+known only by running them: rungs are tried between one that does not fit and one that does, all stages at a time, a
+stage's peak being its own affair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import NoReturn
 
-from graphshard.analysis import FLOPS_PER_SENT_BYTE
-from graphshard.blocks import stages_of
 from graphshard.codegen.schedule import Schedule
 from graphshard.errors import BudgetTooSmall
-from graphshard.passes.hoist import Hoist, hoistable_bytes
+from graphshard.ladders import Levers, Setting, ladders
+from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
+from graphshard.passes.offload import Offload
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.program import Program
 from graphshard.rewrite import copied
-from graphshard.saving import PRICES, Ladder, Rung, saved_bytes
 from graphshard.simulate import MemoryUse
 from graphshard.units import human
 
@@ -33,20 +29,11 @@ Measure = Callable[[Program], list[MemoryUse]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What one stage does to save memory."""
-
-    level: int = 0  # of saving.Rung
-    blocks: int = 0
-    hoist_bytes: int | None = None  # None: as the plan has it
-
-
-@dataclass(frozen=True)
 class Budget:
-    """What may be chosen, and under how many bytes per rank."""
+    """How many bytes a rank may hold, and what may be chosen to keep to that."""
 
     nbytes: int
-    reshard: bool  # whether gathers and reductions may move
+    levers: Levers
 
 
 def choose(
@@ -76,10 +63,9 @@ class _Search:
         self.before, self.rest = list(passes[:at]), list(passes[at:])
         self.ctx, self.budget, self.measure = ctx, budget, measure
         self.seen: dict[tuple[int, ...], list[MemoryUse]] = {}
-        self.ladders: list[list[Setting]] = []
-        self.held: list[list[int]] = []
-        trial = run_passes(copied(self.program), self.rest, ctx, check=False) if budget.reshard else None
-        self._climb(schedule, trial)
+        about_buckets = budget.levers.reshard or budget.levers.optimizer or budget.levers.params
+        sharded = run_passes(copied(self.program), self.rest, ctx, check=False) if about_buckets else None
+        self.ladders = ladders(self.program, sharded, schedule, budget.levers)
 
     def run(self) -> list[Pass]:
         lowest, highest = [0] * len(self.ladders), [len(ladder) - 1 for ladder in self.ladders]
@@ -105,7 +91,7 @@ class _Search:
         if high - low <= 1:
             return high
         over, under = (self._known(stage, rung) for rung in (low, high))
-        held = self.held[stage]
+        held = [step.held_bytes for step in self.ladders[stage]]
         slope, allowed = (over - under) / max(held[low] - held[high], 1), self.budget.nbytes
         guess = next(r for r in range(low + 1, high + 1) if under + slope * (held[r] - held[high]) <= allowed)
         margin = max((high - low) // 8, 1)
@@ -142,54 +128,37 @@ class _Search:
 
     def _with(self, rungs: Sequence[int]) -> list[Pass]:
         """The passes from memory-policy on, with each stage on its rung."""
-        chosen = [ladder[rung] for ladder, rung in zip(self.ladders, rungs, strict=True)]
-        result: list[Pass] = []
-        for item in self.rest:
-            if isinstance(item, MemoryPolicy):
-                levels, blocks = tuple(s.level for s in chosen), tuple(s.blocks for s in chosen)
-                item = replace(item, policy="cut", levels=levels, blocks=blocks)
-            elif isinstance(item, Hoist) and chosen[0].hoist_bytes is not None:
-                item = replace(item, budget_gb=tuple(((s.hoist_bytes or 0) + 0.5) / 1e9 for s in chosen))
-            result.append(item)
-        return result
+        chosen = [ladder[rung].setting for ladder, rung in zip(self.ladders, rungs, strict=True)]
+        return [_set(item, chosen, self.budget.levers) for item in self.rest]
 
-    def _climb(self, schedule: Schedule, sharded: Program | None) -> None:
-        """Build the ladder of each stage, and estimate what every rung holds beside what all rungs hold."""
-        for position, stage in enumerate(stages_of(self.program)):
-            cuts, in_flight = Ladder(self.program, stage), schedule.in_flight(position)
-            kept = {rung: saved_bytes(self.program, stage, cuts.recomputed(rung)) * in_flight for rung in cuts.rungs}
-            changes = _recomputation(cuts, schedule.microbatches / in_flight)
-            setting = Setting()
-            if sharded is not None:
-                gathers, reductions = hoistable_bytes(sharded, position)
-                setting = replace(setting, hoist_bytes=sum(gathers + reductions))
-                changes += _resharding(gathers, reductions, self.program.microbatches)
-            ladder = [setting]
-            for _, change in sorted(changes, key=lambda item: item[0]):
-                ladder.append(replace(ladder[-1], **change))
-            self.ladders.append(ladder)
-            self.held.append([kept[Rung(s.level, s.blocks)] + (s.hoist_bytes or 0) for s in ladder])
+
+def _set(item: Pass, chosen: list[Setting], levers: Levers) -> Pass:
+    """``item`` with the options that the stages' settings come to."""
+    if isinstance(item, MemoryPolicy):
+        if levers.recompute:
+            levels, blocks = tuple(s.level for s in chosen), tuple(s.blocks for s in chosen)
+            item = replace(item, policy="cut", levels=levels, blocks=blocks)
+        return replace(item, offload_blocks=tuple(s.activations for s in chosen)) if levers.activations else item
+    if isinstance(item, Hoist) and levers.reshard:
+        return replace(item, budget_gb=tuple((s.hoist_bytes + 0.5) / 1e9 for s in chosen))
+    if isinstance(item, Offload):
+        state, stored = (tuple(b for s in chosen for b in of(s)) for of in (_optimizer, _params))
+        if levers.optimizer is not None and state:
+            item = replace(item, optimizer=levers.optimizer.home, optimizer_of=state)
+        if levers.params is not None and stored:
+            item = replace(item, params=levers.params.home, params_of=stored)
+        if levers.activations is not None and any(setting.activations for setting in chosen):
+            item = replace(item, activations=levers.activations.home)
+    return item
+
+
+def _optimizer(setting: Setting) -> tuple[str, ...]:
+    return setting.optimizer
+
+
+def _params(setting: Setting) -> tuple[str, ...]:
+    return setting.params
 
 
 def _peak(use: MemoryUse) -> int:
     return use.peak_bytes
-
-
-Change = tuple[float, dict[str, int]]
-"""What a byte less costs, in FLOPs per step, and the fields of a setting that change."""
-
-
-def _recomputation(ladder: Ladder, repeats: float) -> list[Change]:
-    return [
-        (PRICES[rung.level - 1] * repeats, {"level": rung.level, "blocks": rung.blocks}) for rung in ladder.rungs[1:]
-    ]
-
-
-def _resharding(gathers: list[int], reductions: list[int], microbatches: int) -> list[Change]:
-    """As hoist does it: gathers come first, so that reductions, which cost less, go first."""
-    held = [0, *accumulate(gathers + reductions)]
-    changes: list[Change] = []
-    for count in range(len(held) - 2, -1, -1):
-        saved = (2 if count < len(gathers) else 1) * microbatches - 1
-        changes.append((saved * FLOPS_PER_SENT_BYTE, {"hoist_bytes": held[count]}))
-    return changes

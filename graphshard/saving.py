@@ -178,7 +178,14 @@ def storages(kept: set[fx.Node]) -> set[fx.Node]:
     return {node for node in found if node.op == "call_function" and isinstance(val(node), torch.Tensor)}
 
 
-def saved_bytes(program: Program, stage: int | None, again: set[fx.Node]) -> int:
-    """Bytes that a micro-batch's forward of a stage leaves for a backward that may repeat ``again``."""
-    kept, _ = divide(forward_of(program, stage), again)
-    return sum(nbytes(val(node)) for node in storages(kept))
+def saved_bytes(ladder: Ladder, again: set[fx.Node]) -> list[int]:
+    """Bytes that a micro-batch's forward leaves for a backward that may repeat ``again``, by the block that makes them.
+
+    What no block makes, as what arrives from another stage, counts for the last one.
+    """
+    kept, _ = divide(forward_of(ladder.program, ladder.stage), again)
+    last = max(ladder.block_of.values(), default=0)
+    result = [0] * (last + 1)
+    for node in storages(kept):
+        result[ladder.block_of.get(node, last)] += nbytes(val(node))
+    return result

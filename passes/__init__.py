@@ -22,38 +22,40 @@ from graphshard.plan import Plan
 
 def default_passes(plan: Plan) -> list[Pass]:
     """The passes of a plan, in order."""
-    offload = plan.offload
-    offloads = offload is not None and offload.activations is not None
     chosen: list[Pass | None] = [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
-        _precision(plan)
-        if plan.precision
-        else None,  # before all that counts bytes; behind normalize, which knows no casts of parameters yet
+        _precision(plan),  # before all that counts bytes; behind normalize, which knows no casts of parameters yet
         PipelineCut(stages=plan.stage_starts),  # before sharding: which parameters share a bucket depends on the stage
-        # Before sharding: what is gathered is never kept, but gathered again for the backward.
-        _memory_policy(plan) if plan.recompute or plan.memory or offloads else None,
+        _memory_policy(plan),  # before sharding: what is gathered is never kept, but gathered again for the backward
         Recompute() if plan.recompute or plan.memory else None,  # obeys it
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right
         BucketCollectives(),  # merges what zero made
         Hoist(budget_gb=() if plan.budget_gb is None else (plan.budget_gb,)),  # by the sizes of merged buckets
         Overlap(),  # order depends on which collectives are left
-        # Last: the update in one piece is cut again where state comes and goes.
-        Offload(offload.optimizer, offload.params, offload.activations) if offload is not None else None,
+        _offload(plan),  # last: the update in one piece is cut again where state comes and goes
     ]
     return [item for item in chosen if item is not None]
 
 
-def _memory_policy(plan: Plan) -> MemoryPolicy:
+# What a budget leaves open is the planner's to choose; see planner.py.
+
+
+def _memory_policy(plan: Plan) -> MemoryPolicy | None:
     offloads = plan.offload is not None and plan.offload.activations is not None
-    if plan.recompute is None or plan.recompute.policy == "auto":  # the planner's; see planner.py
-        return MemoryPolicy(offload_activations=offloads)
-    asked = plan.recompute
-    return MemoryPolicy(asked.policy, asked.modules, asked.ops, offload_activations=offloads)
+    if plan.recompute is not None and plan.recompute.policy != "auto":
+        asked = plan.recompute
+        return MemoryPolicy(asked.policy, asked.modules, asked.ops, offload_activations=offloads)
+    return MemoryPolicy(offload_activations=offloads) if offloads or plan.recompute or plan.memory else None
 
 
-def _precision(plan: Plan) -> Precision:
-    assert plan.precision is not None
-    return Precision(**dataclasses.asdict(plan.precision))
+def _offload(plan: Plan) -> Offload | None:
+    if plan.offload is None:
+        return Offload() if plan.memory else None
+    return Offload(plan.offload.optimizer, plan.offload.params, plan.offload.activations)
+
+
+def _precision(plan: Plan) -> Precision | None:
+    return None if plan.precision is None else Precision(**dataclasses.asdict(plan.precision))
 
 
 def with_passes(passes: list[Pass], given: Sequence[Pass]) -> list[Pass]:

@@ -8,7 +8,7 @@ by all but ``custom``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -33,7 +33,8 @@ class MemoryPolicy:
     """Tag forward operations.
 
     ``levels`` and ``blocks``, for ``cut``: a rung of the ladder for each stage; the last one is for the stages left.
-    ``offload_activations``: what is kept goes out of the device between forward and backward.
+    ``offload_activations``: what is kept goes out of the device between forward and backward; ``offload_blocks``: of
+    the first blocks alone, so many for each stage.
     """
 
     policy: str = ""
@@ -42,6 +43,7 @@ class MemoryPolicy:
     levels: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
     offload_activations: bool = False
+    offload_blocks: tuple[int, ...] = ()
     name: ClassVar[str] = "memory-policy"
     exact: ClassVar[bool] = True
 
@@ -52,11 +54,13 @@ class MemoryPolicy:
         for position, stage in enumerate(stages_of(program)):
             again = set(self._again(program, stage, position))
             named = named or bool(again)
-            kept, repeated = divide(forward_of(program, stage), again)
+            forward = forward_of(program, stage)
+            kept, repeated = divide(forward, again)
             for node in repeated:
                 set_info(node, tag=MemoryTag.RECOMPUTE)
-            for node in storages(kept) if self.offload_activations else ():
-                if nbytes(val(node)) >= _OFFLOADED_BYTES:
+            leaving = self._leaving(blocks(forward), position)
+            for node in storages(kept):
+                if leaving(node) and nbytes(val(node)) >= _OFFLOADED_BYTES:
                     set_info(node, tag=MemoryTag.OFFLOAD)
         trained = any(info(node).phase is not Phase.FORWARD for node in program.body.nodes())
         if self.policy == "custom" and trained and not named:
@@ -68,9 +72,7 @@ class MemoryPolicy:
         if not self.policy:
             return ()
         if self.policy == "cut":
-            rung = Rung(
-                self.levels[min(position, len(self.levels) - 1)], self.blocks[min(position, len(self.blocks) - 1)]
-            )
+            rung = Rung(_of_stage(self.levels, position), _of_stage(self.blocks, position))
             return Ladder(program, stage).recomputed(rung)
         forward = [node for node in forward_of(program, stage) if can_repeat(node)]
         if self.policy == "custom":
@@ -80,12 +82,24 @@ class MemoryPolicy:
             kept |= {node for node in forward if _is_dear(node)}
         return [node for node in forward if node not in kept]
 
+    def _leaving(self, block_of: dict[fx.Node, int], position: int) -> Callable[[fx.Node], bool]:
+        """Whether what is kept of a stage goes out of the device, by the block that makes it."""
+        if self.offload_activations:
+            return lambda node: True
+        first = _of_stage(self.offload_blocks, position) if self.offload_blocks else 0
+        return lambda node: block_of.get(node, first) < first
+
     def _named(self, node: fx.Node) -> bool:
         target = (node.all_input_nodes[0] if is_getitem(node) else node).target
         assert isinstance(target, torch._ops.OpOverload)
         path, op = info(node).module, target._schema.name.rpartition("::")[2]
         inside = not self.modules or any(fnmatchcase(path, p) or fnmatchcase(path, f"{p}.*") for p in self.modules)
         return inside and (not self.ops or any(fnmatchcase(op, pattern) for pattern in self.ops))
+
+
+def _of_stage(given: tuple[int, ...], position: int) -> int:
+    """One for each stage, the last one for the stages left."""
+    return given[min(position, len(given) - 1)]
 
 
 def _is_dear(node: fx.Node) -> bool:

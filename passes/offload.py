@@ -7,7 +7,7 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, ClassVar
@@ -31,22 +31,23 @@ _PARAMS = frozenset((Role.SHARD, Role.FLAT))
 
 @dataclass(frozen=True)
 class Offload:
-    """Each option says where: "cpu" or "nvme"; None: on the device, and in host memory for what is tagged."""
+    """``optimizer``, ``params`` and ``activations`` say where: "cpu" or "nvme"; None: on the device, and in host memory
+    for what is tagged. ``optimizer_of`` and ``params_of`` name the buckets that it is about; (): all."""
 
     optimizer: str | None = None
     params: str | None = None
     activations: str | None = None
+    optimizer_of: tuple[str, ...] = ()
+    params_of: tuple[str, ...] = ()
     name: ClassVar[str] = "offload"
     exact: ClassVar[bool] = True
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is not Level.SHARDED:
             return program
-        homes = {role: home for role in _OPTIMIZER if (home := self.optimizer)}
-        homes |= {role: home for role in _PARAMS if (home := self.params)}
         for section in program.sections().values():
-            _reload_stored(section, homes)
-            _offload_stored(section, homes)
+            _reload_stored(section, self._home)
+            _offload_stored(section, self._home)
         _offload_tagged(program.body, self.activations or "cpu")
         for section in (program.prologue, program.body):
             _reload_early(section)
@@ -54,25 +55,37 @@ class Offload:
             _update_bucket_by_bucket(section)
         return program
 
+    def _home(self, slot: Slot) -> str | None:
+        """Where the value of a slot is between its uses; None: on the device."""
+        if slot.role in _OPTIMIZER:
+            return self.optimizer if not self.optimizer_of or slot.name in self.optimizer_of else None
+        if slot.role in _PARAMS:
+            return self.params if not self.params_of or slot.name in self.params_of else None
+        return None
+
+
+Home = Callable[[Slot], str | None]
+
 
 # Insert the moves
 
 
-def _is_offloaded(slot: Slot, node: fx.Node, homes: Mapping[Role, str]) -> bool:
+def _is_large(node: fx.Node) -> bool:
     """A scalar (a step count) is not worth a transfer."""
-    return slot.role in homes and val(node).dim() > 0 and val(node).numel() > 0
+    return bool(val(node).dim() > 0 and val(node).numel() > 0)
 
 
-def _reload_stored(section: Section, homes: Mapping[Role, str]) -> None:
+def _reload_stored(section: Section, home_of: Home) -> None:
     """For each phase that reads a stored value; views of it are of one phase each (normalize)."""
     for node, slot in section.inputs.items():
         readers = sorted((user for user in node.users if user.op != "output"), key=lambda n: info(n).phase)
-        if not _is_offloaded(slot, node, homes):
+        home = home_of(slot)
+        if home is None or not _is_large(node):
             continue
         for phase, group in groupby(readers, key=lambda n: info(n).phase):
             reading = list(group)
             with section.graph.inserting_before(min(reading)):
-                back = _reload(node, node, homes[slot.role], phase)
+                back = _reload(node, node, home, phase)
             for reader in reading:
                 reader.replace_input_with(node, back)
 
@@ -84,11 +97,12 @@ def _reload(source: fx.Node, away: fx.Node, home: str, phase: Phase) -> fx.Node:
     return call(source.graph, c10d.wait_tensor.default, (reload,), record)
 
 
-def _offload_stored(section: Section, homes: Mapping[Role, str]) -> None:
+def _offload_stored(section: Section, home_of: Home) -> None:
     outputs = section.outputs
     for slot, node in outputs.items():
-        if node.op != "placeholder" and _is_offloaded(slot, node, homes):  # a placeholder has not left its home
-            outputs[slot] = _offload(node, homes[slot.role], slot.stage)
+        home = home_of(slot)
+        if home is not None and node.op != "placeholder" and _is_large(node):  # a placeholder has not left its home
+            outputs[slot] = _offload(node, home, slot.stage)
     set_outputs(section, outputs)
 
 

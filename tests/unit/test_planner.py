@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch.optim import AdamW
 
 import graphshard
@@ -98,3 +100,24 @@ def test_patterns_that_match_nothing_are_refused() -> None:
     with pytest.raises(NothingMatches) as caught:
         compiled("accum2+recompute:policy=custom,modules=layers.*,ops=relu")
     assert str(caught.value).startswith("recompute: no forward operation matches modules=layers.* and ops=relu; ")
+
+
+def test_with_a_folder_state_leaves_bucket_by_bucket_before_the_budget_is_refused(tmp_path: Path) -> None:
+    plan = "zero3+accum2+memory:budget_gb={},path=" + str(tmp_path)
+    with pytest.raises(BudgetTooSmall) as caught:
+        compiled("zero3+accum2+memory:budget_gb=0.00001", width=64, length=8)
+    budget = caught.value.smallest_bytes - 20_000  # nothing but offloading gets below
+    made = compiled(plan.format(budget / 1e9), run=True, width=64, length=8)
+    (offload,) = (item for item in made.passes if item.name == "offload")
+    assert offload.optimizer == "nvme" and 0 < len(offload.optimizer_of) < len(made.program.buckets)  # type: ignore[attr-defined]
+    assert max(peaks(made, "measured_peak_bytes")) <= budget
+    roomy = compiled("zero3+accum2", run=True, width=64, length=8)
+    assert all(torch.equal(value, roomy.state_dict()[name]) for name, value in made.state_dict().items())
+
+
+def test_what_the_plan_says_itself_is_not_chosen() -> None:
+    made = compiled("zero3:budget_gb=0+accum2+recompute:policy=selective+offload:optimizer=cpu+memory:budget_gb=1")
+    by_name = {record.name: record.options for record in made.program.history}
+    assert by_name["memory-policy"] == "policy=selective"
+    assert by_name["hoist"] == "budget_gb=0.0"
+    assert by_name["offload"] == "optimizer=cpu"
