@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphshard.dataflow import is_view
-from graphshard.program import NodeInfo, Section, Slot, info, val
+from graphshard.program import NodeInfo, Section, Slot, info, set_info, val
 from graphshard.rewrite import add_input, call, clone, set_outputs
 
 aten = torch.ops.aten
@@ -84,6 +84,9 @@ def split_sum(
         with section.graph.inserting_before(added):
             own = part(total, stage)
             assert own is not None, f"{slot} has no term on stage {stage}"
+            if (dtype := val(carry).dtype) != val(own).dtype:  # what the whole sum was promoted to by another term
+                own = made(call(section.graph, aten._to_copy.default, (own,), _record(added), dtype=dtype), stage)
+                set_info(own, origin="")
             outputs[here] = made(call(section.graph, aten.add.Tensor, (read, own), _record(added)), stage)
         section.inputs[read] = here
         places[read] = (stage,)

@@ -225,6 +225,7 @@ class _Sharding:
         accumulates = added.target is aten.add.Tensor and added.args[0] is old
         assert accumulates, f"{self.carry} is not accumulated by add(carry, …)"
         gradient = arg(added, 1)
+        assert gradient.meta["val"].dtype == old.meta["val"].dtype, f"{self.carry} is of another dtype than {gradient}"
         record = replace(self.record, phase=info(added).phase)
         value = self._flat(old, sharded=per_microbatch)
         accumulator = replace_input(body, old, self.accumulator, value, f"grad.{self.bucket.name}")
