@@ -351,8 +351,8 @@ class Compiled:
     def _fit_budget(self, program: Program, microbatches: int) -> None:
         """Choose options of the passes so that a rank's simulated peak fits what the plan allows; once, for the first
         training program: later ones share its storage."""
-        asked = self.plan.memory or self.plan.recompute
-        if asked is None or asked.budget_gb is None:
+        allowed = self.plan.budget_per_rank_bytes
+        if allowed is None:
             return
         schedule = self._schedule("train", microbatches)
 
@@ -363,7 +363,7 @@ class Compiled:
             ]
             return [max(of_stage, key=lambda use: use.peak_bytes) for of_stage in uses]
 
-        budget = Budget(int(asked.budget_gb * 1e9), self._levers())
+        budget = Budget(allowed, self._levers())
         self.passes = choose(program, self.passes, Context(self.mesh), budget, schedule, measure)
 
     def _levers(self) -> Levers:

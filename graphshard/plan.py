@@ -107,6 +107,12 @@ class Plan:
         return None if self.budget_gb is None else int(self.budget_gb * _GB)
 
     @property
+    def budget_per_rank_bytes(self) -> int | None:
+        """What a rank may hold at its peak, by ``memory`` or ``recompute:policy=auto``."""
+        asked = self.memory or self.recompute
+        return None if asked is None or asked.budget_gb is None else int(asked.budget_gb * _GB)
+
+    @property
     def stage_starts(self) -> tuple[str, ...]:
         """Module paths where stages 1, 2, … begin, ``pp - 1`` of them; empty: the compiler chooses."""
         return self.stages[-((self.pp or 1) - 1) :] if self.stages and self.pp != 1 else ()

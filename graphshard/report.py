@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from graphshard import analysis
@@ -60,6 +61,7 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
         "mesh": dict(plan.mesh.axes),
         "microbatches": plan.microbatches,
         "parameters": sum(p.numel for p in plan.params.values()),
+        "budget": _budget(plan, asked, measured),
         "bytes_per_parameter": bytes_per_parameter(program, plan),
         "ranks": ranks,
         "bubble_fraction": simulated.bubble_fraction,
@@ -86,6 +88,17 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
         "stored": sorted({str(b.store) for b in plan.buckets.values()}),
         "machine": {} if executor is None else executor.choices(),
     }
+
+
+def _budget(plan: ExecutionPlan, asked: Plan, measured: Mapping[int, Measured]) -> dict[str, int] | None:
+    """What the plan allows a rank to hold, and what the fullest one does, in any step."""
+    allowed = asked.budget_per_rank_bytes
+    if allowed is None:
+        return None
+    found = {"bytes": allowed, "peak_bytes": max(plan.peak_bytes)}
+    if measured:
+        found["measured_peak_bytes"] = max(step.peak_bytes for step in measured.values())
+    return found
 
 
 def _told(plan: ExecutionPlan, stage: int, position: int) -> str:
@@ -170,6 +183,13 @@ def _memory(rank: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _kept_to(budget: dict[str, int]) -> list[str]:
+    line = f"budget {human(budget['bytes'])} a rank: the fullest one holds {human(budget['peak_bytes'])} by simulation"
+    if "measured_peak_bytes" in budget:
+        line += f", {human(budget['measured_peak_bytes'])} as measured"
+    return ["", line]
+
+
 def explain(data: dict[str, Any]) -> str:
     """One page of text from :func:`report`'s data."""
     mesh = " ".join(f"{k}={v}" for k, v in data["mesh"].items()) or "one rank"
@@ -204,6 +224,7 @@ def explain(data: dict[str, Any]) -> str:
             lines.append(
                 f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch"
             )
+    lines += _kept_to(data["budget"]) if data["budget"] is not None else []
     lines += explain_bytes(data["bytes_per_parameter"])
     lines += ["", f"bubble: {data['bubble_fraction']:.1%} of the schedule, by FLOPs", "", "buckets"]
     for bucket in data["buckets"]:

@@ -51,14 +51,16 @@ class MemoryPolicy:
         if program.level is Level.SHARDED:
             return program
         named = False
-        for position, stage in enumerate(stages_of(program)):
+        stages = stages_of(program)
+        for position, stage in enumerate(stages):
             again = set(self._again(program, stage, position))
             named = named or bool(again)
             forward = forward_of(program, stage)
             kept, repeated = divide(forward, again)
             for node in repeated:
                 set_info(node, tag=MemoryTag.RECOMPUTE)
-            leaving = self._leaving(blocks(forward), position)
+            last = position == len(stages) - 1
+            leaving = self._leaving(blocks(forward), position, last)
             for node in storages(kept):
                 if leaving(node) and nbytes(val(node)) >= _OFFLOADED_BYTES:
                     set_info(node, tag=MemoryTag.OFFLOAD)
@@ -82,12 +84,12 @@ class MemoryPolicy:
             kept |= {node for node in forward if _is_dear(node)}
         return [node for node in forward if node not in kept]
 
-    def _leaving(self, block_of: dict[fx.Node, int], position: int) -> Callable[[fx.Node], bool]:
+    def _leaving(self, block_of: dict[fx.Node, int], position: int, last: bool) -> Callable[[fx.Node], bool]:
         """Whether what is kept of a stage goes out of the device, by the block that makes it."""
-        if self.offload_activations:
-            return lambda node: True
-        first = _of_stage(self.offload_blocks, position) if self.offload_blocks else 0
-        return lambda node: block_of.get(node, first) < first
+        count = max(block_of.values(), default=0)  # the last block of all is differentiated at once
+        first = count + (not last) if self.offload_activations else 0
+        first = _of_stage(self.offload_blocks, position) if self.offload_blocks else first
+        return lambda node: block_of.get(node, 0) < first
 
     def _named(self, node: fx.Node) -> bool:
         target = (node.all_input_nodes[0] if is_getitem(node) else node).target

@@ -42,6 +42,9 @@ _OPTIMIZERS: dict[str, Factory | None] = {
 }
 
 
+_POLICIES = ("policy=full", "policy=selective", "policy=cut,levels=20,blocks=1", "policy=full,offload_activations=True")
+
+
 @st.composite
 def model_specs(draw: st.DrawFn, max_ops: int = 6) -> ModelSpec:
     """Models of at most ``max_ops`` layers; the first is linear and trained, so that there is a gradient."""
@@ -116,9 +119,11 @@ def pass_lists(draw: st.DrawFn, level: Level | str = Level.SHARDED) -> str:
     if level == Level.CAPTURED:
         return ""
     precision = draw(st.sampled_from(["", "precision;", "precision:dtype=fp16,reduce=fp16;"]))
+    saving = draw(st.sampled_from(["", *(f";memory-policy:{policy};recompute" for policy in _POLICIES)]))
+    staged = f"normalize;{precision}pipeline-cut{saving}"
     if level == Level.STAGED:
-        return f"normalize;{precision}pipeline-cut"
-    passes = [f"normalize;{precision}pipeline-cut", f"zero:stage={draw(st.integers(0, 3))}"]
+        return staged
+    passes = [staged, f"zero:stage={draw(st.integers(0, 3))}"]
     optional: dict[str, Any] = {
         "bucket": st.just("bucket"),
         "hoist": st.sampled_from(["hoist:budget_gb=0.0000001", "hoist:budget_gb=1"]),
