@@ -1,4 +1,4 @@
-"""docs/writing-a-pass.md does what it says: files are written, Python is run, commands print what is shown."""
+"""The pages of docs/ do what they say: files are written, Python is run, commands print what is shown."""
 
 from __future__ import annotations
 
@@ -12,17 +12,29 @@ from typing import Any
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "writing-a-pass.md"
+from graphshard.cli import main
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {"writing-a-pass.md": {"python", "text", "console", "graph"}, "memory.md": {"python", "text", "console"}}
+"""Each page, and the kinds of blocks that it has."""
+
 BLOCK = re.compile(r"^```(?P<kind>\w+)(?: (?P<file>\S+))?\n(?P<content>.*?)^```$", re.MULTILINE | re.DOTALL)
 """A block whose first line names a file is that file; others are Python, what it prints (text), or commands."""
 
 
-def test_every_block_does_what_the_page_says(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_page_is_run() -> None:
+    assert {page.name for page in DOCS.glob("*.md")} == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_does_what_the_page_says(
+    page: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(pytester.path)
     namespace: dict[str, Any] = {}
     printed = ""
-    kinds = []
-    for block in BLOCK.finditer(PAGE.read_text()):
+    kinds, before = [], set(sys.modules)
+    for block in BLOCK.finditer((DOCS / page).read_text()):
         kind, file, content = block["kind"], block["file"], block["content"]
         kinds.append(kind)
         if file is not None:
@@ -31,7 +43,7 @@ def test_every_block_does_what_the_page_says(pytester: pytest.Pytester, monkeypa
         elif kind == "python":
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
-                exec(compile(content, str(PAGE), "exec"), namespace)
+                exec(compile(content, page, "exec"), namespace)
             printed = out.getvalue()
         elif kind == "text":
             compared(content, printed)
@@ -40,8 +52,10 @@ def test_every_block_does_what_the_page_says(pytester: pytest.Pytester, monkeypa
             for command in re.split(r"^\$ ", content, flags=re.MULTILINE)[1:]:
                 line, _, expected = command.partition("\n")
                 compared(expected, ran(pytester, line))
-    assert {"python", "text", "console", "graph"} <= set(kinds)
-    sys.modules.pop("compress")
+    assert PAGES[page] <= set(kinds)
+    for name in set(sys.modules) - before:
+        if str(pytester.path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]  # a page's own modules are nobody else's
 
 
 def ran(pytester: pytest.Pytester, line: str) -> str:
@@ -49,6 +63,11 @@ def ran(pytester: pytest.Pytester, line: str) -> str:
     name, *arguments = line.split()
     if name == "pytest":
         return str(pytester.runpytest_inprocess(*arguments, "-p", "no:cacheprovider").stdout)
+    if name == "graphshard" and not set("|&>") & set(line):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            main(arguments)
+        return out.getvalue()
     return str(pytester.run("bash", "-c", line).stdout)
 
 
