@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,45 +16,38 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
 
-from graphshard import dump, postconditions, report, trace
-from graphshard.analysis import FLOPS_PER_HOST_BYTE, FLOPS_PER_STORED_BYTE
+from graphshard import dump, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.bisect import Seen, Until, bisect
-from graphshard.check import RTOL, check_passes, require_fits
+from graphshard.check import require_fits
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
 from graphshard.errors import (
     ExecutorNone,
     NeedsExampleInputs,
     StateMismatch,
-    TooLargeToCheck,
     UnexpectedTensor,
     UnknownExecutor,
 )
-from graphshard.execution import ExecutionPlan, variants
-from graphshard.ladders import Away, Levers
+from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, ScalerState, given_state
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.precision import Precision
-from graphshard.pipeline import COMMUNICATION, Context, Pass, Placement, run_passes
+from graphshard.pipeline import Context, Pass, Placement, placement_of, run_passes
 from graphshard.plan import Plan
-from graphshard.planner import Budget, choose
-from graphshard.program import PassRecord, Phase, Program, Role, info
-from graphshard.prove import prove
+from graphshard.planner import fit
+from graphshard.program import Program
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.nvme import check_folder
 from graphshard.runtime.storage import Storage
-from graphshard.shrink import shrunk
-from graphshard.simulate import MemoryUse, simulate_memory
 from graphshard.trace import Captured
 from graphshard.update import add_update, check_elementwise, make_optimizer
+from graphshard.verification import CHECK_GB, Subject, sized, verify_all
 
 logger = logging.getLogger("graphshard")
-
-_CHECK_GB = 4.0  # what all ranks in one process may take for a check, unless the caller says otherwise
 
 Mode = Literal["train", "evaluate", "call"]
 OptimizerLike = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -334,53 +326,20 @@ class Compiled:
         first, placement = self._main is None, self._placement
         source = copied(captured.program) if self.executor == "none" else None
         observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
-        if first and mode == "train":
-            self._fit_budget(captured.program, microbatches)
+        if first and mode == "train":  # once: later programs share its storage
+            schedule = self._schedule(mode, microbatches)
+            self.passes = fit(captured.program, self.passes, Context(self.mesh), self.plan, schedule, self._on_gpu())
         program = run_passes(captured.program, self.passes, Context(self.mesh, placement), observer)
         watch = self.debug_nan and mode == "train"
         plan = lower(program, self._schedule(mode, microbatches), watch)
         build = self._builds[key] = _Build(program, plan, captured, mode, example, placement, source)
         if first:
-            self._main, self._placement = build, _placement(program)
+            self._main, self._placement = build, placement_of(program)
             if self.dump_dir is not None and self.rank == 0:
                 dump.write_plan(self.dump_dir, plan, self._title())
         if self._storage is not None:
             self._storage.learn(plan)
         return build
-
-    def _fit_budget(self, program: Program, microbatches: int) -> None:
-        """Choose options of the passes so that a rank's simulated peak fits what the plan allows; once, for the first
-        training program: later ones share its storage."""
-        allowed = self.plan.budget_per_rank_bytes
-        if allowed is None:
-            return
-        schedule = self._schedule("train", microbatches)
-
-        def measure(program: Program) -> list[MemoryUse]:
-            plan = lower(program, schedule)
-            uses = [
-                [simulate_memory(plan, stage, first) for first in variants(plan)] for stage in range(program.stages)
-            ]
-            return [max(of_stage, key=lambda use: use.peak_bytes) for of_stage in uses]
-
-        budget = Budget(allowed, self._levers())
-        self.passes = choose(program, self.passes, Context(self.mesh), budget, schedule, measure)
-
-    def _levers(self) -> Levers:
-        """What a budget leaves to the planner: all but what the plan says itself."""
-        plan, away = self.plan, None
-        if plan.memory is None:
-            return Levers()
-        if _is_on_gpu(self.device, self.model):
-            away = Away("cpu", FLOPS_PER_HOST_BYTE)
-        elif plan.memory.path is not None:  # host memory is where the CPU's values are already
-            away = Away("nvme", FLOPS_PER_STORED_BYTE)
-        said = dataclasses.asdict(plan.offload) if plan.offload is not None else {}
-        return Levers(
-            recompute=plan.recompute is None or plan.recompute.policy == "auto",
-            reshard=plan.zero_stage == 3 and plan.budget_gb is None,
-            **{name: None if said.get(name) else away for name in ("optimizer", "params", "activations")},
-        )
 
     def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> Captured:
         """The program before the first pass."""
@@ -393,6 +352,10 @@ class Compiled:
             if self._user_optimizer is not None and self.plan.zero_stage and self.mesh.size(self.mesh.shard_axis) > 1:
                 check_elementwise(captured.program, type(self._user_optimizer).__name__)
         return captured
+
+    def _on_gpu(self) -> bool:
+        device = torch.device(self.device) if self.device is not None else _device_of(self.model)
+        return device is not None and device.type == "cuda"
 
     def _groups(self) -> dict[str, int]:
         if self._user_optimizer is None:
@@ -537,7 +500,7 @@ class Compiled:
         return f"{type(self.model).__name__}, plan {self.plan}: memory of a rank over a step"
 
     def verify(
-        self, full_size: bool = False, limit_gb: float = _CHECK_GB, report: Callable[[str], object] | None = None
+        self, full_size: bool = False, limit_gb: float = CHECK_GB, report: Callable[[str], object] | None = None
     ) -> list[Pass]:
         """Run the passes once more, for training and for evaluation, each checked against the program before it on
         random inputs (check.py), and prove the plan.
@@ -561,48 +524,12 @@ class Compiled:
             NotFinite, NodeFailed: the program cannot be run on random inputs.
             PlanError: the plan cannot run.
         """
-        say = report or (lambda line: None)
         build = self._built()
-        program, passes, ctx = self._sized(*self._before_passes(build), full_size, limit_gb)
-        seen: list[Program] = []
-        for item in check_passes(program, passes, ctx, observe=seen.append):
-            say(f"{item.name:<16} {'the same to the bit' if item.exact else f'the same within {RTOL:g}'}")
-        for ours, checked in zip(build.program.history, seen, strict=True):
-            self._warn_if_other(ours, checked.history[-1])
+        program, passes, ctx = self._before_passes(build)
         evaluation = self._capture("evaluate", *build.example.arguments(), build.program.microbatches).program
-        given = self._sized(evaluation, self.passes, Context(self.mesh, _placement(build.program)), full_size, limit_gb)
-        if list(check_passes(*given)):
-            say(f"{'evaluation':<16} the same after every pass")
-        for condition in postconditions.of(build.program):
-            say(f"{'graphs':<16} {condition.what}")
-        prove(build.plan)
-        instructions = sum(len(stage.step()) for stage in build.plan.stages)
-        say(f"{'plan':<16} proved: {instructions} instructions on {self.mesh}")
+        subject = Subject(program, evaluation, passes, ctx, build.program, build.plan)
+        verify_all(subject, full_size, limit_gb, report or (lambda line: None))
         return passes
-
-    def _sized(
-        self, program: Program, passes: list[Pass], ctx: Context, full_size: bool, limit_gb: float
-    ) -> tuple[Program, list[Pass], Context]:
-        """What to check: as it is if it fits, else smaller."""
-        try:
-            require_fits(program, limit_gb)
-        except TooLargeToCheck:
-            if full_size:
-                raise
-            program = shrunk(program, limit_gb)
-            ctx = Context(program.mesh, replace(_placement(self._built().program), buckets={}))  # of other sizes
-        return program, passes, ctx
-
-    def _warn_if_other(self, ours: PassRecord, checked: PassRecord) -> None:
-        for what in COMMUNICATION:
-            mine, theirs = ours.changes.get(what, 0), checked.changes.get(what, 0)
-            if mine != theirs:
-                logger.warning(
-                    "graphshard: pass %r was checked at a smaller size, where it made %+d %s, and not %+d as in the "
-                    "program that runs: verify(full_size=True) checks that",
-                    ours.name, theirs, what, mine,
-                )  # fmt: skip
-                return
 
     def bisect(self, until: Until, batch: Any = None, steps: int = 2, limit_gb: float | None = None) -> Iterator[Seen]:
         """What is seen after each prefix of the passes, the pass that is responsible last; see bisect.py.
@@ -617,9 +544,9 @@ class Compiled:
         build = self._built()
         program, passes, ctx = self._before_passes(build)
         if until == "verify":
-            program, passes, ctx = self._sized(program, passes, ctx, False, _CHECK_GB)
+            program, ctx = sized(program, ctx, build.program, False, CHECK_GB)
         elif until != "memory":
-            require_fits(program, _CHECK_GB)
+            require_fits(program, CHECK_GB)
         inputs = self._inputs(program, until, batch, steps)
         runs = until in ("loss", "nan") and batch is not None and not any(p.is_meta for p in self.model.parameters())
         execute = partial(self._losses, batch, steps) if runs else None
@@ -664,19 +591,6 @@ class Compiled:
         return report.report(build.program, build.plan, self.plan, self._runtime)
 
 
-def _placement(program: Program) -> Placement:
-    stages = {name: param.stages for name, param in program.params.items()}
-    holders: dict[str, set[int]] = {}
-    for section in program.sections().values():
-        for slot in section.inputs.values():
-            if slot.role is Role.BUFFER:
-                holders.setdefault(slot.name, set()).add(slot.stage)
-    stages |= {name: tuple(sorted(held)) for name, held in holders.items()}
-    forward = (info(node) for node in program.body.nodes() if info(node).phase is Phase.FORWARD)
-    operations = {r.origin: r.stage for r in forward if r.origin and r.stage is not None and not r.made_by}
-    return Placement(stages, dict(program.buckets), operations)
-
-
 def _assemble(captured: Captured, parts: list[list[MicroBatch]], outputs: dict[int, dict[str, list[Tensor]]]) -> Any:
     """The model's output from those of the data-parallel ranks: batch dims are joined, the rest is the first rank's."""
     ranks = [outputs[rank] for rank in sorted(outputs) if outputs[rank]]
@@ -700,11 +614,6 @@ def _device_of(model: nn.Module) -> torch.device | None:
     """The model's device; None for a meta model."""
     tensors = [*model.parameters(), *model.buffers()]
     return next((t.device for t in tensors if t.device.type != "meta"), None)
-
-
-def _is_on_gpu(device: torch.device | str | None, model: nn.Module) -> bool:
-    found = torch.device(device) if device is not None else _device_of(model)
-    return found is not None and found.type == "cuda"
 
 
 def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> dict[int, int]:

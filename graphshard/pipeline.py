@@ -17,7 +17,7 @@ import torch
 
 from graphshard.errors import GraphshardError, PassFailed, PassOptionError, UnknownPass
 from graphshard.mesh import Mesh
-from graphshard.program import Bucket, PassRecord, Phase, Program, info
+from graphshard.program import Bucket, PassRecord, Phase, Program, Role, info
 from graphshard.text_spelling import first_line
 from graphshard.verify import verify
 
@@ -46,6 +46,20 @@ class Placement:
     buckets: Mapping[str, Bucket] = field(default_factory=dict)
     # Origin of a forward operation to its stage, for programs that have the same operations.
     operations: Mapping[str, int] = field(default_factory=dict)
+
+
+def placement_of(program: Program) -> Placement:
+    """Where ``program`` has what."""
+    stages = {name: param.stages for name, param in program.params.items()}
+    holders: dict[str, set[int]] = {}
+    for section in program.sections().values():
+        for slot in section.inputs.values():
+            if slot.role is Role.BUFFER:
+                holders.setdefault(slot.name, set()).add(slot.stage)
+    stages |= {name: tuple(sorted(held)) for name, held in holders.items()}
+    forward = (info(node) for node in program.body.nodes() if info(node).phase is Phase.FORWARD)
+    operations = {r.origin: r.stage for r in forward if r.origin and r.stage is not None and not r.made_by}
+    return Placement(stages, dict(program.buckets), operations)
 
 
 @dataclass(frozen=True)

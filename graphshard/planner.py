@@ -9,19 +9,23 @@ stage's peak being its own affair.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import NoReturn
 
+from graphshard.analysis import FLOPS_PER_HOST_BYTE, FLOPS_PER_STORED_BYTE
+from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import Schedule
 from graphshard.errors import BudgetTooSmall
-from graphshard.ladders import Levers, Setting, ladders
+from graphshard.execution import variants
+from graphshard.ladders import Away, Levers, Setting, ladders
 from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.offload import Offload
 from graphshard.pipeline import Context, Pass, run_passes
+from graphshard.plan import Plan
 from graphshard.program import Program
 from graphshard.rewrite import copied
-from graphshard.simulate import MemoryUse
+from graphshard.simulate import MemoryUse, simulate_memory
 from graphshard.units import human
 
 Measure = Callable[[Program], list[MemoryUse]]
@@ -34,6 +38,40 @@ class Budget:
 
     nbytes: int
     levers: Levers
+
+
+def fit(program: Program, passes: list[Pass], ctx: Context, plan: Plan, schedule: Schedule, on_gpu: bool) -> list[Pass]:
+    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget.
+
+    Raises:
+        BudgetTooSmall: see :func:`choose`.
+    """
+    if plan.budget_per_rank_bytes is None:
+        return passes
+
+    def measure(program: Program) -> list[MemoryUse]:
+        lowered = lower(program, schedule)
+        uses = [[simulate_memory(lowered, s, first) for first in variants(lowered)] for s in range(program.stages)]
+        return [max(of_stage, key=_peak) for of_stage in uses]
+
+    return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers_of(plan, on_gpu)), schedule, measure)
+
+
+def levers_of(plan: Plan, on_gpu: bool) -> Levers:
+    """What a plan with a budget leaves open: all but what it says itself."""
+    if plan.memory is None:
+        return Levers()
+    away = None
+    if on_gpu:
+        away = Away("cpu", FLOPS_PER_HOST_BYTE)
+    elif plan.memory.path is not None:  # host memory is where the CPU's values are already
+        away = Away("nvme", FLOPS_PER_STORED_BYTE)
+    said = asdict(plan.offload) if plan.offload is not None else {}
+    return Levers(
+        recompute=plan.recompute is None or plan.recompute.policy == "auto",
+        reshard=plan.zero_stage == 3 and plan.budget_gb is None,
+        **{name: None if said.get(name) else away for name in ("optimizer", "params", "activations")},
+    )
 
 
 def choose(
