@@ -167,6 +167,7 @@ class _Build:
     captured: Captured
     mode: Mode
     example: MicroBatch
+    passes: list[Pass]
     placement: Placement | None  # what the passes were given
     source: Program | None = None  # the program before the first pass; kept where accounts are all that is asked for
 
@@ -326,13 +327,17 @@ class Compiled:
         first, placement = self._main is None, self._placement
         source = copied(captured.program) if self.executor == "none" else None
         observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
-        if first and mode == "train":  # once: later programs share its storage
+        passes = self.passes
+        if mode == "train":
+            # Where parameters and state live is settled by the first program: later ones share its storage.
+            where = {"on_gpu": self._on_gpu(), "settled": not first}
             schedule = self._schedule(mode, microbatches)
-            self.passes = fit(captured.program, self.passes, Context(self.mesh), self.plan, schedule, self._on_gpu())
-        program = run_passes(captured.program, self.passes, Context(self.mesh, placement), observer)
+            passes = fit(captured.program, passes, Context(self.mesh, placement), self.plan, schedule, **where)
+            self.passes = passes if first else self.passes
+        program = run_passes(captured.program, passes, Context(self.mesh, placement), observer)
         watch = self.debug_nan and mode == "train"
         plan = lower(program, self._schedule(mode, microbatches), watch)
-        build = self._builds[key] = _Build(program, plan, captured, mode, example, placement, source)
+        build = self._builds[key] = _Build(program, plan, captured, mode, example, passes, placement, source)
         if first:
             self._main, self._placement = build, placement_of(program)
             if self.dump_dir is not None and self.rank == 0:
@@ -579,7 +584,7 @@ class Compiled:
             program = copied(build.source)
         else:
             program = self._capture(build.mode, *build.example.arguments(), build.program.microbatches).program
-        return program, self.passes, Context(self.mesh, build.placement)
+        return program, build.passes, Context(self.mesh, build.placement)
 
     def explain(self) -> str:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""

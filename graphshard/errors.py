@@ -471,13 +471,14 @@ class UnknownStageModule(GraphshardError):
 
 
 class NothingMatches(GraphshardError):
-    """``recompute:policy=custom`` with patterns that name no forward operation."""
+    """``recompute:policy=custom`` with patterns that name nothing of which the backward needs anything."""
 
     def __init__(self, modules: Sequence[str], ops: Sequence[str]) -> None:
-        asked = " and ".join(f"{key}={'/'.join(given)}" for key, given in (("modules", modules), ("ops", ops)) if given)
+        given = {"modules": modules, "ops": ops}
+        asked = " and ".join(f"{key}={'/'.join(patterns)}" for key, patterns in given.items() if patterns)
         super().__init__(
-            f"recompute: no forward operation matches {asked}; module paths and operators are those of the captured "
-            "graph, such as modules=h.*.mlp and ops=gelu"
+            f"recompute: {asked} matches nothing that is kept for the backward; module paths and operators are those "
+            "of the captured graph, such as modules=h.*.mlp and ops=gelu"
         )
 
 
@@ -487,7 +488,8 @@ class BudgetTooSmall(GraphshardError):
     def __init__(self, budget_bytes: int, smallest_bytes: int, stage: int, held: str) -> None:
         super().__init__(
             f"a budget of {budget_bytes / 1e9:.9g} GB per rank is too small: the smallest possible is "
-            f"{math.ceil(smallest_bytes / 1e3) / 1e6:.9g} GB, for a rank of stage {stage} that holds {held}"
+            f"{math.ceil(smallest_bytes / 1e3) / 1e6:.9g} GB, for a rank of stage {stage} that holds {held}; "
+            "more ranks, smaller micro-batches, bf16, zero3, offload, or a path for memory may take less"
         )
         self.smallest_bytes = smallest_bytes
 

@@ -90,6 +90,7 @@ class _Stage:
         stage: int | None,
     ) -> None:
         self.sharded, self.levers, self.position = sharded, levers, position
+        self.is_last = stage == stages_of(program)[-1]
         self.microbatches, self.in_flight = schedule.microbatches, schedule.in_flight(position)
         self.cuts = Ladder(program, stage)
         self.state: dict[str, int] = {}
@@ -148,7 +149,8 @@ class _Stage:
             changes += [(2 * away.flops_per_byte, "optimizer", names) for names in prefixes]
         if (away := self.levers.activations) is not None:
             repeats = self.microbatches / self.in_flight
-            count = max(self.cuts.block_of.values(), default=-1) + 1
+            # The last block of all is differentiated at once.
+            count = max(self.cuts.block_of.values(), default=-1) + (not self.is_last)
             changes += [(2 * away.flops_per_byte * repeats, "activations", n) for n in range(1, count + 1)]
         if (away := self.levers.params) is not None:
             # Each forward and each backward reads them, and the update, which writes them too.

@@ -97,6 +97,8 @@ class Plan:
         for name, kind in TOKENS.values():
             if not isinstance(getattr(self, name), kind | None):
                 raise PlanFieldError(name, getattr(self, name), f"None or graphshard.plan_options.{kind.__name__}")
+        if self.memory is not None and self.recompute is not None and self.recompute.budget_gb is not None:
+            raise PlanFieldError("recompute", self.recompute.policy, "another policy than auto: memory has the budget")
         indices = [index for index, _ in self.batch_dims]
         if indices != sorted(set(indices)) or any(n is not None and n < 0 for pair in self.batch_dims for n in pair):
             raise PlanFieldError("batch_dims", self.batch_dims, "pairs (index, dim or None) in order of index")
@@ -246,7 +248,10 @@ class _Parser:
             at += len(token) + 1
         if "dp" not in seen and "shard" in self.fields:
             self.fields["dp"] = None  # zero3:size=4 on 8 ranks is two replicas
-        return Plan(**self.fields)
+        try:
+            return Plan(**self.fields)
+        except PlanFieldError as error:  # tokens that are right one by one
+            self.fail(0, f"{error.name}: expected {error.expected}")
 
     def head(self, token: str, at: int) -> tuple[str, str, str | None]:
         """Kind, size as written, options as written (None without a colon)."""

@@ -40,8 +40,18 @@ class Budget:
     levers: Levers
 
 
-def fit(program: Program, passes: list[Pass], ctx: Context, plan: Plan, schedule: Schedule, on_gpu: bool) -> list[Pass]:
-    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget.
+def fit(
+    program: Program,
+    passes: list[Pass],
+    ctx: Context,
+    plan: Plan,
+    schedule: Schedule,
+    *,
+    on_gpu: bool = False,
+    settled: bool = False,
+) -> list[Pass]:
+    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget. ``settled``: where
+    parameters and optimizer state live is not to be chosen any more.
 
     Raises:
         BudgetTooSmall: see :func:`choose`.
@@ -54,7 +64,10 @@ def fit(program: Program, passes: list[Pass], ctx: Context, plan: Plan, schedule
         uses = [[simulate_memory(lowered, s, first) for first in variants(lowered)] for s in range(program.stages)]
         return [max(of_stage, key=_peak) for of_stage in uses]
 
-    return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers_of(plan, on_gpu)), schedule, measure)
+    levers = levers_of(plan, on_gpu)
+    if settled:
+        levers = replace(levers, optimizer=None, params=None)
+    return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
 
 
 def levers_of(plan: Plan, on_gpu: bool) -> Levers:

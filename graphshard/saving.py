@@ -53,7 +53,7 @@ class Ladder:
 
     program: Program
     stage: int | None
-    _cuts: dict[tuple[object, ...], list[frozenset[int]]] = field(default_factory=dict)
+    _cuts: dict[tuple[object, int], frozenset[int]] = field(default_factory=dict)
 
     @cached_property
     def block_of(self) -> dict[fx.Node, int]:
@@ -65,36 +65,53 @@ class Ladder:
         return boundaries(self.program, self.block_of)
 
     @cached_property
-    def choices(self) -> list[list[frozenset[fx.Node]]]:
-        """Per block and level what is computed again; level 0 is nothing."""
-        members: dict[int, list[fx.Node]] = {}
+    def members(self) -> list[list[fx.Node]]:
+        """The operations of each block."""
+        found: dict[int, list[fx.Node]] = {}
         for node, block in self.block_of.items():
-            members.setdefault(block, []).append(node)
-        return [self._levels(members[block]) for block in sorted(members)]
+            found.setdefault(block, []).append(node)
+        return [found[block] for block in sorted(found)]
 
     @cached_property
     def rungs(self) -> list[Rung]:
         """Those that differ from the one before; the first recomputes nothing."""
-        found = [Rung(0, 0)]
-        for level in range(1, len(PRICES) + 1):
-            for index, levels in enumerate(self.choices):
-                if any(cost(node) for node in levels[level] ^ levels[level - 1]):
-                    found.append(Rung(level, index + 1))
-        return found
+        changes: set[Rung] = set()
+        for index in range(len(self.members)):
+            self._find(index, 0, len(PRICES), changes)
+        return [Rung(0, 0), *sorted(changes, key=lambda rung: (rung.level, rung.blocks))]
+
+    def _find(self, index: int, low: int, high: int, changes: set[Rung]) -> None:
+        """Add the levels between at which a block's choice changes. It grows with the price: where both ends agree,
+        nothing does."""
+        if not any(cost(node) for node in self.choice(index, low) ^ self.choice(index, high)):
+            return
+        if high - low == 1:
+            changes.add(Rung(high, index + 1))
+            return
+        middle = (low + high) // 2
+        self._find(index, low, middle, changes)
+        self._find(index, middle, high, changes)
 
     def recomputed(self, rung: Rung) -> set[fx.Node]:
         """The operations that ``rung`` computes again."""
         found: set[fx.Node] = set()
-        for index, levels in enumerate(self.choices):
-            found |= levels[rung.level if index < rung.blocks else max(rung.level - 1, 0)]
+        for index in range(len(self.members)):
+            found |= self.choice(index, rung.level if index < rung.blocks else max(rung.level - 1, 0))
         return found
 
-    def _levels(self, members: list[fx.Node]) -> list[frozenset[fx.Node]]:
-        network = _Network(members, self.kept)
-        key = network.signature()
+    def choice(self, index: int, level: int) -> frozenset[fx.Node]:
+        """What is computed again of a block at a level; level 0 is nothing."""
+        if level == 0:
+            return frozenset()
+        network, members = self._networks[index], self.members[index]
+        key = (network.signature, level)
         if key not in self._cuts:
-            self._cuts[key] = [frozenset(), *(network.cut(price) for price in PRICES)]
-        return [frozenset(members[index] for index in chosen) for chosen in self._cuts[key]]
+            self._cuts[key] = network.cut(PRICES[level - 1])
+        return frozenset(members[i] for i in self._cuts[key])
+
+    @cached_property
+    def _networks(self) -> list[_Network]:
+        return [_Network(members, self.kept) for members in self.members]
 
 
 class _Network:
@@ -125,6 +142,7 @@ class _Network:
             self.required.append(False)
         self.members = len(members)
 
+    @cached_property
     def signature(self) -> tuple[object, ...]:
         return tuple(self.edges), tuple(self.size), tuple(self.time), tuple(self.required)
 
@@ -164,7 +182,7 @@ def divide(forward: list[fx.Node], again: set[fx.Node]) -> tuple[set[fx.Node], s
         node = pending.pop()
         if node in kept or node in repeated or node.op != "call_function":
             continue
-        if node in again:
+        if node in again or (shows_another(node) and root(node) in again):  # a view would keep all of what it shows
             repeated.add(node)
             pending += node.all_input_nodes
         else:

@@ -3,7 +3,7 @@
 ``full``: of each module block, only what enters it is kept (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
 Cost"). ``selective``: results of matrix products and attention, which are dear, are kept too. ``custom``: what the
 patterns name is computed again. ``cut``: a minimum cut at a price per byte; see saving.py. What enters a block is kept
-by all but ``custom``.
+by all, unless ``custom`` names operators: else more than one block would be computed again at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import fx
 from graphshard.analysis import has_products, nbytes
 from graphshard.blocks import blocks, boundaries, forward_of, stages_of
 from graphshard.dataflow import is_getitem
-from graphshard.errors import NothingMatches
+from graphshard.errors import NothingMatches, PassOptionError
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, Phase, Program, info, set_info, val
 from graphshard.saving import Ladder, Rung, can_repeat, divide, storages
@@ -47,25 +47,34 @@ class MemoryPolicy:
     name: ClassVar[str] = "memory-policy"
     exact: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.policy not in ("", "full", "selective", "custom", "cut"):
+            raise PassOptionError(self.name, f"policy={self.policy}", "full, selective, custom or cut")
+        if self.policy == "custom" and not (self.modules or self.ops):
+            raise PassOptionError(self.name, "policy=custom", "modules= or ops= with it")
+        if self.policy == "cut" and not (self.levels and self.blocks):
+            raise PassOptionError(self.name, "policy=cut", "levels= and blocks= with it")
+
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:
             return program
-        named = False
+        repeats = False
         stages = stages_of(program)
         for position, stage in enumerate(stages):
-            again = set(self._again(program, stage, position))
-            named = named or bool(again)
             forward = forward_of(program, stage)
+            leaving = self._leaving(blocks(forward), position, last=position == len(stages) - 1)
+            again = set(self._again(program, stage, position))
+            if self.policy == "cut":  # a block's values leave or are computed again, not both
+                again = {node for node in again if not leaving(node)}
             kept, repeated = divide(forward, again)
+            repeats = repeats or bool(repeated)
             for node in repeated:
                 set_info(node, tag=MemoryTag.RECOMPUTE)
-            last = position == len(stages) - 1
-            leaving = self._leaving(blocks(forward), position, last)
             for node in storages(kept):
                 if leaving(node) and nbytes(val(node)) >= _OFFLOADED_BYTES:
                     set_info(node, tag=MemoryTag.OFFLOAD)
         trained = any(info(node).phase is not Phase.FORWARD for node in program.body.nodes())
-        if self.policy == "custom" and trained and not named:
+        if self.policy == "custom" and trained and not repeats:
             raise NothingMatches(self.modules, self.ops)
         return program
 
@@ -77,9 +86,11 @@ class MemoryPolicy:
             rung = Rung(_of_stage(self.levels, position), _of_stage(self.blocks, position))
             return Ladder(program, stage).recomputed(rung)
         forward = [node for node in forward_of(program, stage) if can_repeat(node)]
-        if self.policy == "custom":
+        if self.policy == "custom" and self.ops:  # named one by one
             return [node for node in forward if self._named(node)]
         kept = boundaries(program, blocks(forward_of(program, stage)))
+        if self.policy == "custom":
+            return [node for node in forward if node not in kept and self._named(node)]
         if self.policy == "selective":
             kept |= {node for node in forward if _is_dear(node)}
         return [node for node in forward if node not in kept]

@@ -48,6 +48,8 @@ def offloads(draw: st.DrawFn) -> Offload:
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     zero_stage, stages = draw(st.integers(0, 3)), draw(paths)
+    recompute = draw(st.none() | recomputes())
+    budgeted = recompute is not None and recompute.budget_gb is not None
     fitting = st.sampled_from([len(stages) + 1, max(len(stages), 1)])
     return Plan(
         dp=draw(sizes),
@@ -61,9 +63,9 @@ def plans(draw: st.DrawFn) -> Plan:
         accum=draw(st.integers(1, 64)),
         batch_dims=tuple(sorted(draw(st.dictionaries(st.integers(0, 9), st.none() | st.integers(0, 3))).items())),
         precision=draw(st.none() | precisions()),
-        recompute=draw(st.none() | recomputes()),
+        recompute=recompute,
         offload=draw(st.none() | offloads()),
-        memory=draw(st.none() | st.builds(Memory, positive, directories)),
+        memory=None if budgeted else draw(st.none() | st.builds(Memory, positive, directories)),
     )
 
 
@@ -249,6 +251,7 @@ def test_a_mesh_has_as_many_ranks_as_asked_for_and_keeps_stated_sizes(plan: Plan
         ("offload:optimizer=disk", 19, "'cpu' or 'nvme', not 'disk'"),
         ("offload:params=nvme", 1, "offload needs path: a folder with nvme"),
         ("offload:params=cpu,path=/x", 25, "path is a folder with nvme, and none without"),
+        ("memory:budget_gb=1+recompute:policy=auto,budget_gb=1", 1, "memory has the budget"),
         ("memory", 1, "memory needs budget_gb: a finite number above 0"),
         ("memory:budget_gb=-1", 18, "a finite number above 0, not -1"),
     ],

@@ -12,13 +12,14 @@ import torch
 from torch.optim import AdamW
 
 import graphshard
-from graphshard.errors import BudgetTooSmall, NothingMatches
+from graphshard.errors import BudgetTooSmall, NothingMatches, PassOptionError
+from graphshard.pipeline import parse_passes
 from models.zoo import gpt
 from numerics.cases import rows_of
 
 
 def compiled(plan: str, run: bool = False, **sizes: Any) -> graphshard.Compiled:
-    sizes = {"rows": rows_of(plan, 8), "depth": 3, "width": 32, "length": 32} | sizes
+    sizes = {"rows": rows_of(plan, 8), "depth": 2, "width": 16, "length": 32} | sizes
     model, (args, kwargs), loss_fn = gpt(**sizes)
     made = graphshard.compile(
         model,
@@ -75,8 +76,8 @@ def test_a_budget_that_is_large_enough_changes_nothing() -> None:
 
 def test_what_a_stage_has_to_do_depends_on_what_it_holds() -> None:
     plan = "pp4:microbatches=8"
-    free = peaks(compiled(plan))
-    made = compiled(f"{plan}+recompute:policy=auto,budget_gb={sorted(free)[-2] / 1e9!r}")
+    free = peaks(compiled(plan, depth=4))
+    made = compiled(f"{plan}+recompute:policy=auto,budget_gb={sorted(free)[-2] / 1e9!r}", depth=4)
     (policy,) = (item for item in made.passes if item.name == "memory-policy")
     assert [level > 0 for level in policy.levels] == [peak == max(free) for peak in free]  # type: ignore[attr-defined]
 
@@ -99,19 +100,58 @@ def test_the_choice_is_an_option_of_the_passes_that_explain_shows() -> None:
 def test_patterns_that_match_nothing_are_refused() -> None:
     with pytest.raises(NothingMatches) as caught:
         compiled("accum2+recompute:policy=custom,modules=layers.*,ops=relu")
-    assert str(caught.value).startswith("recompute: no forward operation matches modules=layers.* and ops=relu; ")
+    assert str(caught.value).startswith("recompute: modules=layers.* and ops=relu matches nothing that is kept for ")
+
+
+def test_an_operator_by_name_is_computed_again_through_the_views_of_its_result() -> None:
+    assert max(peaks(compiled("accum2+recompute:policy=custom,ops=gelu"))) < 0.9 * max(peaks(compiled("accum2")))
+
+
+def test_a_module_by_name_keeps_what_enters_its_blocks() -> None:
+    by_module = compiled("accum2+recompute:policy=custom,modules=h.*", depth=4)
+    assert max(peaks(by_module)) < 0.7 * max(peaks(compiled("accum2", depth=4)))
+
+
+def test_another_shape_is_fitted_to_the_budget_too() -> None:
+    free, larger = (max(peaks(compiled("accum2", rows=rows))) for rows in (8, 32))
+    made = compiled(f"accum2+recompute:policy=auto,budget_gb={(free + larger) / 2e9!r}", run=True, rows=8)
+    assert max(made.execution_plan.peak_bytes) == free
+    _, (args, kwargs), _ = gpt(rows=32, depth=2, width=16, length=32)
+    made.step(*args, **kwargs)
+    assert sorted(max(build.plan.peak_bytes) <= (free + larger) / 2 for build in made._builds.values()) == [True, True]
+
+
+def test_a_call_before_the_first_step_does_not_lift_the_budget() -> None:
+    model, ((ids, targets), _), loss_fn = gpt(rows=8, depth=2, width=16, length=32)
+    made = graphshard.compile(model, "memory:budget_gb=0.00001", loss_fn=loss_fn)
+    made(ids)
+    with pytest.raises(BudgetTooSmall):
+        made.step(ids, targets)
+
+
+@pytest.mark.parametrize("plan", ["zero3+accum2", "zero3+pp2"])
+def test_the_smallest_budget_is_no_more_than_offloading_everything_takes(plan: str, tmp_path: Path) -> None:
+    everything = f"{plan}+offload:optimizer=nvme,params=nvme,activations=nvme,path={tmp_path}"
+    most = max(peaks(compiled(everything, depth=3)))
+    compiled(f"{plan}+memory:budget_gb={1.02 * most / 1e9!r},path={tmp_path}", depth=3)
+
+
+@pytest.mark.parametrize("options", ["policy=auto", "policy=ful", "policy=custom", "policy=cut"])
+def test_options_of_the_pass_that_say_nothing_are_refused(options: str) -> None:
+    with pytest.raises(PassOptionError, match=f"pass 'memory-policy' does not take '{options}'"):
+        parse_passes(f"memory-policy:{options}")
 
 
 def test_with_a_folder_state_leaves_bucket_by_bucket_before_the_budget_is_refused(tmp_path: Path) -> None:
     plan = "zero3+accum2+memory:budget_gb={},path=" + str(tmp_path)
     with pytest.raises(BudgetTooSmall) as caught:
-        compiled("zero3+accum2+memory:budget_gb=0.00001", width=64, length=8)
+        compiled("zero3+accum2+memory:budget_gb=0.00001", width=64, length=8, depth=3)
     budget = caught.value.smallest_bytes - 20_000  # nothing but offloading gets below
-    made = compiled(plan.format(budget / 1e9), run=True, width=64, length=8)
+    made = compiled(plan.format(budget / 1e9), run=True, width=64, length=8, depth=3)
     (offload,) = (item for item in made.passes if item.name == "offload")
     assert offload.optimizer == "nvme" and 0 < len(offload.optimizer_of) < len(made.program.buckets)  # type: ignore[attr-defined]
     assert max(peaks(made, "measured_peak_bytes")) <= budget
-    roomy = compiled("zero3+accum2", run=True, width=64, length=8)
+    roomy = compiled("zero3+accum2", run=True, width=64, length=8, depth=3)
     assert all(torch.equal(value, roomy.state_dict()[name]) for name, value in made.state_dict().items())
 
 
