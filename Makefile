@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
+DISK ?= .
 # Ranks share the machine's cores: more threads than cores each only slow the others down.
 export OMP_NUM_THREADS ?= 1
 
@@ -9,10 +10,10 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench bench-memory clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 demo: $(READY) ## train a small GPT with zero3+pp2 on four local processes
 	@$(BIN)/graphshard run -n 4 examples/train_gpt.py --plan zero3+pp2
@@ -27,6 +28,10 @@ lint: $(READY) ## ruff and mypy
 
 bench: $(READY) ## compare speed with FSDP2, DDP and torch.distributed.pipelining
 	@$(BIN)/python examples/bench/run.py $(ARGS)
+
+bench-memory: $(READY) ## what recomputation and a file for optimizer state cost and save (DISK=folder)
+	@$(BIN)/python examples/bench/recompute.py
+	@$(BIN)/python examples/bench/offload.py --path $(DISK)
 
 clean: ## remove the virtual environment and what runs wrote
 	@rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,7 +4,8 @@ Every rung gives up one more thing, in the order of what a byte less costs, in F
 
 - the reduction and the gather of a sharded bucket happen per micro-batch instead of once (reshard);
 - values of a block are computed again in the backward, by a minimum cut at a higher price (saving.py);
-- optimizer state of a bucket, what a block keeps for the backward, and parameters of a bucket leave the device.
+- optimizer state of a bucket, what a block keeps for the backward, and parameters of a bucket leave the device. A block
+  whose values leave computes nothing again.
 
 What is recomputed or moved for every micro-batch saves memory for each one in flight: its price counts that often.
 """
@@ -12,7 +13,9 @@ What is recomputed or moved for every micro-batch saves memory for each one in f
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 
 from graphshard.analysis import FLOPS_PER_SENT_BYTE, nbytes
@@ -75,8 +78,8 @@ def ladders(program: Program, sharded: Program | None, schedule: Schedule, lever
     ]
 
 
-Change = tuple[float, str, object]
-"""What a byte less costs, the field of a setting that changes, and to what. Of one field, changes are in order."""
+Change = tuple[float, Callable[[Setting], Setting]]
+"""What a byte less costs, and a setting with one thing more given up. Those about one thing are in order."""
 
 
 class _Stage:
@@ -107,12 +110,8 @@ class _Stage:
         setting = Setting(hoist_bytes=sum(gathers + reductions))
         changes = [*self._recompute(), *self._reshard(gathers, reductions), *self._offload()]
         steps = [setting]
-        for _, name, value in sorted(changes, key=lambda change: change[0]):
-            if name == "rung":
-                assert isinstance(value, Rung)
-                steps.append(replace(steps[-1], level=value.level, blocks=value.blocks))
-            else:
-                steps.append(replace(steps[-1], **{name: value}))  # type: ignore[arg-type]
+        for _, give_up in sorted(changes, key=lambda change: change[0]):
+            steps.append(give_up(steps[-1]))
         kept: dict[Rung, list[int]] = {}
         for step in steps:
             rung = Rung(step.level, step.blocks)
@@ -131,7 +130,8 @@ class _Stage:
         dearest = PRICES[-1] if away is None else 2 * away.flops_per_byte
         repeats = self.microbatches / self.in_flight
         rungs = self.cuts.rungs[1:] if self.levers.recompute else []
-        return [(PRICES[r.level - 1] * repeats, "rung", r) for r in rungs if PRICES[r.level - 1] <= dearest]
+        cheap = [rung for rung in rungs if PRICES[rung.level - 1] <= dearest]
+        return [(PRICES[r.level - 1] * repeats, partial(replace, level=r.level, blocks=r.blocks)) for r in cheap]
 
     def _reshard(self, gathers: list[int], reductions: list[int]) -> list[Change]:
         """As hoist does it: gathers come first, so that reductions, which cost less, go first."""
@@ -139,23 +139,23 @@ class _Stage:
         changes: list[Change] = []
         for count in range(len(held) - 2, -1, -1):
             saved = (2 if count < len(gathers) else 1) * self.microbatches - 1
-            changes.append((saved * FLOPS_PER_SENT_BYTE, "hoist_bytes", held[count]))
+            changes.append((saved * FLOPS_PER_SENT_BYTE, partial(replace, hoist_bytes=held[count])))
         return changes
 
     def _offload(self) -> list[Change]:
         changes: list[Change] = []
         if (away := self.levers.optimizer) is not None:
-            prefixes = _prefixes(list(self.state))
-            changes += [(2 * away.flops_per_byte, "optimizer", names) for names in prefixes]
+            price = 2 * away.flops_per_byte
+            changes += [(price, partial(replace, optimizer=names)) for names in _prefixes(list(self.state))]
         if (away := self.levers.activations) is not None:
-            repeats = self.microbatches / self.in_flight
+            price = 2 * away.flops_per_byte * self.microbatches / self.in_flight
             # The last block of all is differentiated at once.
             count = max(self.cuts.block_of.values(), default=-1) + (not self.is_last)
-            changes += [(2 * away.flops_per_byte * repeats, "activations", n) for n in range(1, count + 1)]
+            changes += [(price, partial(replace, activations=n)) for n in range(1, count + 1)]
         if (away := self.levers.params) is not None:
             # Each forward and each backward reads them, and the update, which writes them too.
-            moves = 2 * self.microbatches + 2
-            changes += [(moves * away.flops_per_byte, "params", names) for names in _prefixes(list(self.stored))]
+            price = (2 * self.microbatches + 2) * away.flops_per_byte
+            changes += [(price, partial(replace, params=names)) for names in _prefixes(list(self.stored))]
         return changes
 
 
