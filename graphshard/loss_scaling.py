@@ -34,8 +34,11 @@ def initial(slot: Slot) -> str:
     return f"scaler.{slot.name}"
 
 
-def scale_loss(program: Program) -> None:
+def scale_loss(program: Program, share: float) -> None:
     """Multiply the loss by the scale, as far as gradients see it: the gradient of the loss is the scale instead of one.
+
+    ``share``: a micro-batch's part of the step. It is the scale's factor, as in ``scaler.scale(loss / N).backward()``,
+    so that what is accumulated is the scale times the mean and overflows no earlier than in one large batch.
 
     Raises:
         NoLossGradient: the body has a backward, which does not begin with that one.
@@ -48,8 +51,10 @@ def scale_loss(program: Program) -> None:
     mode = fake.graph_mode(body.graph) or fake.new_mode()
     kind = fake.tensor(mode, (), torch.float32, device=val(one).device)
     scale = add_input(body, SCALE, kind, NodeInfo(), "scale")
-    if val(one).dtype is not torch.float32:
-        with after(one):
+    with after(one):
+        if share != 1.0:
+            scale = call(body.graph, aten.mul.Tensor, (scale, share), info(one))
+        if val(one).dtype is not torch.float32:
             scale = call(body.graph, aten._to_copy.default, (scale,), info(one), dtype=val(one).dtype)
     one.replace_all_uses_with(scale)
     body.graph.erase_node(one)

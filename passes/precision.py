@@ -52,7 +52,7 @@ class Precision:
             if slot.role is Role.CARRY and slot.name.removeprefix("grad:") in names
         }
         if carries and self.dtype == "fp16":
-            scale_loss(program)
+            scale_loss(program, _take_share(program, carries))
             program.constants[initial(SCALE)] = torch.tensor(self.init_scale)
             program.constants[initial(TRACKER)] = torch.tensor(0, dtype=torch.int32)
         _lower_body(program, names, carries, lower, reduced)
@@ -63,6 +63,25 @@ class Precision:
                 Scaler(section, gradients, *factors, first=section is program.first_epilogue).run()
             _keep_masters(section, names, lower)
         return program
+
+
+def _take_share(program: Program, carries: set[Slot]) -> float:
+    """What updates multiply every gradient by, to average it over micro-batches; they no longer do. 1.0 if they differ
+    in it."""
+    means = [
+        (node, [reader for reader in node.users if reader.target is aten.mul.Tensor])
+        for section in program.updates()
+        for node, slot in section.inputs.items()
+        if slot in carries
+    ]
+    shares = {readers[0].args[1] if len(node.users) == len(readers) == 1 else None for node, readers in means}
+    share = shares.pop() if len(shares) == 1 else None
+    if not isinstance(share, float):
+        return 1.0
+    for node, (mean,) in means:
+        mean.replace_all_uses_with(node)
+        mean.graph.erase_node(mean)
+    return share
 
 
 def _lower_body(

@@ -38,8 +38,12 @@ class Autocast(Eager):
             return super()._loss(args, kwargs)
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        scaled: Tensor = self.scaler.scale(loss)
+        share = self.microbatches if self.scaler.is_enabled() else 1
+        scaled: Tensor = self.scaler.scale(loss / share)
         return scaled
+
+    def _summed(self) -> int:
+        return self.ranks if self.scaler.is_enabled() else super()._summed()
 
     def _update(self) -> None:
         self.scaler.unscale_(self.optimizer)

@@ -68,7 +68,7 @@ class Eager:
         # Averaged here, in the parameters' precision: transformers computes losses in float32, whatever the model's.
         for parameter in self.model.parameters():
             if parameter.grad is not None:
-                parameter.grad /= self.ranks * self.microbatches
+                parameter.grad /= self._summed()
         self._update()
         return total / (self.ranks * self.microbatches)
 
@@ -77,6 +77,10 @@ class Eager:
 
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss
+
+    def _summed(self) -> int:
+        """How many losses' gradients are summed, of which the mean is to be taken."""
+        return self.ranks * self.microbatches
 
     def _update(self) -> None:
         if self.max_grad_norm is not None:

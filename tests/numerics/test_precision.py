@@ -119,7 +119,7 @@ def spoiled(args: tuple[Any, ...], factor: float) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize(
-    "plan", ["dp2", "zero1:size=2", "zero3:size=2", "pp2", "zero3+pp2:microbatches=2", "dp2+accum2"]
+    "plan", ["dp2", "zero1:size=2", "zero3:size=2", "pp2", "zero3+pp2:microbatches=2", "dp2+accum2", "accum4"]
 )
 def test_the_steps_that_gradscaler_skips_are_skipped(plan: str) -> None:
     """The scale begins too large, grows every third step, and a batch overflows in between."""
