@@ -107,11 +107,15 @@ def _members(program: Program, name: str) -> str:
 
 
 def _results(program: Program) -> dict[fx.Node, str]:
-    """The values that are the step's loss and gradients, one micro-batch's or summed: what they are called."""
+    """The values that are the step's loss and gradients, one micro-batch's or summed: what they are called.
+
+    Of a loss that is scaled the gradients are none: that they overflow is why a step is skipped, and no failure."""
     found: dict[fx.Node, str] = {}
+    scaled = any(slot.role is Role.SCALER for slot in program.body.input_slots)
+    kinds = ("loss",) if scaled else ("loss", "grad")
     for slot, node in program.body.outputs.items():
         kind, _, name = slot.name.partition(":")
-        if slot.role is not Role.CARRY or kind not in ("loss", "grad"):
+        if slot.role is not Role.CARRY or kind not in kinds:
             continue
         bucket = program.buckets.get(name)
         found[node] = "the loss" if kind == "loss" else SUM if bucket else f"the gradient of parameter {name!r}"

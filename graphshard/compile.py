@@ -92,8 +92,8 @@ def compile(
             attribute ``after`` names, ``normalize`` without one.
         dump_dir: write every pass's graph here.
         debug_nan: look at every value of ``step``'s forward and backward; when the loss or a gradient is NaN or
-            infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first.
-            Steps take longer.
+            infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first. With
+            fp16 the loss alone: a gradient of the scaled loss that is not finite skips the step. Steps take longer.
         measure_memory: follow what every rank of this process holds while it runs a step, for ``report`` and
             ``explain``. Steps take longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.

@@ -318,6 +318,16 @@ def test_models_run_watched_as_they_do_otherwise(name: str) -> None:
     assert all(map(torch.equal, *losses))
 
 
+@pytest.mark.parametrize("plan", ["dp2", "zero3+pp2:stages=1,microbatches=4"])
+def test_gradients_of_a_scaled_loss_that_overflow_skip_the_step_and_a_loss_that_does_raises(plan: str) -> None:
+    step = compiled(fine, f"{plan}+fp16:init_scale=1e30", example_inputs=batch())
+    before = step.state_dict()
+    assert step.step(*batch()).isfinite()
+    assert step.optimizer.state_dict()["scaler"]["scale"] == pytest.approx(0.5e30)
+    assert all(torch.equal(before[name], value) for name, value in step.state_dict().items())
+    assert told(compiled(overflow, f"{plan}+fp16"), *batch())[0].startswith("the loss is NaN")
+
+
 def test_without_it_no_code_is_emitted() -> None:
     for debug_nan in (False, True):
         step = compiled(fine, debug_nan=debug_nan, example_inputs=batch())
