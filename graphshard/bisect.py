@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
+import torch
 from torch import fx
 
 from graphshard.check import RTOL, check_passes
@@ -21,6 +22,8 @@ from graphshard.program import Program, info, tensors
 from graphshard.reference import Results, run
 from graphshard.reference_inputs import Inputs
 from graphshard.rewrite import copied
+from graphshard.rounding import LOWER, lower_precision, tolerance, wrong
+from graphshard.rounding import losses as losses_of
 from graphshard.units import human
 
 Until = Literal["loss", "nan", "memory", "verify"]
@@ -57,7 +60,8 @@ def bisect(
     """What is seen after each prefix of ``passes``; the last one given is wrong, if any is.
 
     Args:
-        until: "loss": a step's loss is another one than before all passes. "nan": a loss, parameter or state is not
+        until: "loss": a step's loss is another one than before all passes, in float64, or by more than rounding in the
+            program's own bf16 or fp16. "nan": a loss, parameter or state is not
             finite, in the dtypes of the program. "memory": a rank's estimated peak (costs.py) exceeds ``limit_gb``
             times 10^9 bytes, without a limit that before all passes by more than a hundredth. "verify": a value
             differs, or a rule is broken.
@@ -79,7 +83,7 @@ def bisect(
         if seen.wrong:
             return
     if execute is not None:
-        yield _executed(execute(), _losses(run(after, inputs, wide=False)))
+        yield _executed(execute(), run(after, inputs, wide=False), lower_precision(after))
 
 
 def _prefixes(program: Program, passes: Sequence[Pass], ctx: Context) -> Iterator[tuple[str, Program]]:
@@ -99,41 +103,38 @@ def _verified(program: Program, passes: Sequence[Pass], ctx: Context, inputs: In
         yield Seen(passes[len(found)].name, "is wrong", error.what)
 
 
-def _losses(results: Results) -> list[float]:
-    return [copies[0].item() for what, copies in results.values.items() if what.startswith("loss of step")]
-
-
 def _listed(losses: Sequence[float]) -> str:
     return "loss " + ", ".join(f"{loss:.9g}" for loss in losses)
 
 
-def _wrong(losses: Sequence[float], expected: Sequence[float], tolerance: float) -> str:
-    """The first loss that is not what it should be, relative to ``tolerance``; "" if there is none."""
-    for step, (loss, right) in enumerate(zip(losses, expected, strict=True)):
-        if not abs(loss - right) <= tolerance * max(abs(right), 1.0):  # NaN is wrong, too
-            return f"the loss of step {step} is {loss:.9g} instead of {right:.9g}"
-    return ""
-
-
-def _executed(losses: list[float], expected: list[float]) -> Seen:
-    return Seen(CODEGEN, _listed(losses), _wrong(losses, expected, _ROUNDING))
+def _executed(losses: list[float], expected: Results, dtype: torch.dtype | None) -> Seen:
+    allowed = _ROUNDING if dtype is None else tolerance(dtype)
+    return Seen(CODEGEN, _listed(losses), wrong(losses, losses_of(expected), allowed))
 
 
 class _Loss:
+    """In float64, where what differs is a mistake; of a lower precision also as it rounds."""
+
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.expected: list[float] | None = None
 
     def __call__(self, name: str, program: Program) -> Seen:
+        dtype = lower_precision(program)
         try:
-            losses = _losses(run(program, self.inputs))
+            losses = losses_of(run(program, self.inputs))
+            rounded = None if dtype is None else losses_of(run(program, self.inputs, wide=False))
         except NodeFailed as failed:
             return Seen(name, "cannot be run", failed.what)
         if self.expected is None:
             self.expected = losses
             if not all(map(isfinite, losses)):
                 return Seen(name, _listed(losses), "the loss is not finite; see --until nan")
-        return Seen(name, _listed(losses), _wrong(losses, self.expected, RTOL))
+        if (found := wrong(losses, self.expected, RTOL)) or dtype is None or rounded is None:
+            return Seen(name, _listed(losses), found)
+        found = wrong(rounded, self.expected, tolerance(dtype))
+        what = f"{_listed(losses)}; in {LOWER[dtype]} {', '.join(f'{loss:.9g}' for loss in rounded)}"
+        return Seen(name, what, f"in {LOWER[dtype]} {found}" if found else "")
 
 
 class _NotFinite:

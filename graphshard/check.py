@@ -8,12 +8,15 @@ a pass that declares ``exact`` may not change a bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from math import isfinite
 
 import torch
 from torch import Tensor
 
+from graphshard import rounding
 from graphshard.alignment import Alignment
-from graphshard.errors import NodeFailed, NotEquivalent, NotFinite, TooLargeToCheck
+from graphshard.errors import NodeFailed, NotEquivalent, NotFinite, RoundsTooMuch, TooLargeToCheck
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.program import Level, Program, Role, Slot, info, tensors, val
 from graphshard.reference import Results, run
@@ -41,6 +44,30 @@ def check(
     """
     given = inputs if inputs is not None else random_inputs(before)
     _compare(before, after, run(before, given), _run_after(after, given, pass_name), exact, pass_name)
+
+
+def check_rounding(program: Program) -> str:
+    """Run ``program`` in its own dtypes, too, where those are lower than float32, and compare losses; a line about it.
+
+    Raises:
+        RoundsTooMuch: a loss is not finite, or another than in float64 by more than the dtype's tolerance.
+        NotFinite: in float64 it is NaN or infinite.
+    """
+    dtype = rounding.lower_precision(program)
+    if dtype is None:
+        return ""
+    name, tolerance = rounding.LOWER[dtype], rounding.tolerance(dtype)
+    given, expected = _first_run(program, None)
+    try:
+        found = run(program, given, wide=False)
+        if not all(map(isfinite, rounding.losses(found))):  # in a deep model random weights may be too large for fp16
+            given = replace(given, params={key: value * 0.1 for key, value in given.params.items()})
+            expected, found = run(program, given), run(program, given, wide=False)
+    except NodeFailed as failed:  # not every operator of a GPU is there for CPUs
+        return f"not run in {name}: {failed.what}"
+    if wrong := rounding.wrong(rounding.losses(found), rounding.losses(expected), tolerance):
+        raise RoundsTooMuch(name, tolerance, wrong)
+    return f"losses in {name} within {tolerance:.2g} of those in float64"
 
 
 def require_fits(program: Program, limit_gb: float) -> None:

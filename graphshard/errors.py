@@ -41,6 +41,16 @@ class NotFinite(GraphshardError):
         )
 
 
+class RoundsTooMuch(GraphshardError):
+    """In bf16 or fp16 a program's losses are others than in float64, by more than rounding explains."""
+
+    def __init__(self, dtype: str, tolerance: float, what: str) -> None:
+        super().__init__(
+            f"in {dtype}, on random inputs, {what}, as in float64; {tolerance:.2g} is allowed, relative; "
+            "`graphshard bisect --until loss` or `--until nan` runs a model on its own values and batch"
+        )
+
+
 class TooLargeToCheck(GraphshardError):
     """All ranks of a program in one process would not fit."""
 

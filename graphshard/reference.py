@@ -35,12 +35,13 @@ class Results:
 
     ``values``: by what it is ("loss of step 0", "param lin.weight", "state lin.weight exp_avg"), a copy for every rank
     that has it; ``ranks`` says which ranks those are. ``seen``: what each node of the first step's first micro-batch
-    was, on the lowest rank that has it.
+    was, on the lowest rank that has it. ``skipped``: the first step that loss scaling skipped.
     """
 
     values: dict[str, list[Tensor]] = field(default_factory=dict)
     ranks: dict[str, list[int]] = field(default_factory=dict)
     seen: dict[fx.Node, Any] = field(default_factory=dict)
+    skipped: int | None = None
 
 
 def run(program: Program, inputs: Inputs, wide: bool = True) -> Results:
@@ -90,9 +91,11 @@ class _Run:
         update = program.first_epilogue if fresh else program.epilogue
         assert update is not None
         made = self._section(update, carries, step, 0, batch)
-        skipped = fresh and SKIPPED in made and all(made[SKIPPED].values())
+        skipped = SKIPPED in made and all(made[SKIPPED].values())
+        if skipped and self.results.skipped is None:
+            self.results.skipped = step
         for slot, by_rank in made.items():
-            if skipped and slot.role is Role.STATE:
+            if skipped and fresh and slot.role is Role.STATE:
                 continue
             if slot.role is Role.LOSS:
                 self._add(f"loss of step {step}", by_rank)

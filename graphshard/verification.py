@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from graphshard import postconditions
-from graphshard.check import RTOL, check_passes, require_fits
+from graphshard.check import RTOL, check_passes, check_rounding, require_fits
 from graphshard.errors import TooLargeToCheck
 from graphshard.execution import ExecutionPlan
 from graphshard.pipeline import COMMUNICATION, Context, Pass, placement_of
 from graphshard.program import PassRecord, Program
 from graphshard.prove import prove
+from graphshard.rounding import lower_precision
 from graphshard.shrink import shrunk
 
 logger = logging.getLogger("graphshard")
@@ -38,7 +39,10 @@ def verify_all(subject: Subject, full_size: bool, limit_gb: float, report: Calla
     seen: list[Program] = []
     program, ctx = sized(subject.before, subject.ctx, subject.after, full_size, limit_gb)
     for item in check_passes(program, subject.passes, ctx, observe=seen.append):
-        report(f"{item.name:<16} {'the same to the bit' if item.exact else f'the same within {RTOL:g}'}")
+        aside = ", in float64: rounding aside" if lower_precision(seen[-1]) else ""
+        report(f"{item.name:<16} {'the same to the bit' if item.exact else f'the same within {RTOL:g}'}{aside}")
+    if line := check_rounding(seen[-1]) if seen else "":
+        report(f"{'rounding':<16} {line}")
     for ours, checked in zip(subject.after.history, seen, strict=True):
         _warn_if_other(ours, checked.history[-1])
     placed = Context(subject.ctx.mesh, placement_of(subject.after))

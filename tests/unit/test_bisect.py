@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import graphshard
 from graphshard.bisect import Seen
 from graphshard.cli import main
-from graphshard.errors import NotFinite
+from graphshard.errors import NotFinite, RoundsTooMuch
 from graphshard.passes.bucket import BucketCollectives
 from graphshard.passes.zero import Zero
 from graphshard.pipeline import Context, Pass
@@ -49,6 +50,41 @@ def compiled(model: nn.Module | None = None, *passes: Pass, **given: Any) -> gra
         "passes": passes,
     }
     return graphshard.compile(model, **(arguments | given))
+
+
+class Huge(nn.Module):
+    """Overflows float16 and no more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        big = self.linear(x) * 1e6
+        return big - big + self.linear(x)
+
+
+@pytest.mark.parametrize("until", ["loss", "verify"])
+def test_what_overflows_the_lower_precision_is_seen(until: Any) -> None:
+    found = compiled(Huge(), plan="dp2+fp16", passes=())
+    if until == "verify":
+        with pytest.raises(RoundsTooMuch, match="in fp16, on random inputs, the loss of step 0 is nan instead of "):
+            found.verify()
+    else:
+        last = list(found.bisect("loss", BATCH))[-1]
+        assert last.name == "precision"
+        assert re.match(r"in fp16 the loss of step 0 is nan instead of \d", last.wrong)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp16:init_scale=1e30"])
+def test_what_rounds_as_it_should_is_not_blamed(precision: str) -> None:
+    lines: list[str] = []
+    found = compiled(plan=f"zero3+pp2+{precision}")
+    found.verify(report=lines.append)
+    kind = precision.partition(":")[0]
+    assert any(re.fullmatch(rf"rounding +losses in {kind} within 0\.\d+ of those in float64", line) for line in lines)
+    assert any(re.fullmatch(r"zero +the same within 1e-09, in float64: rounding aside", line) for line in lines)
+    assert not any(seen.wrong for seen in found.bisect("loss", BATCH))
 
 
 BATCH = (torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), torch.zeros(8, 8))
