@@ -60,8 +60,9 @@ class Huge(nn.Module):
         self.linear = nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
-        big = self.linear(x) * 1e6
-        return big - big + self.linear(x)
+        big: Tensor = self.linear(x) * 1e6
+        result: Tensor = big - big + self.linear(x)
+        return result
 
 
 @pytest.mark.parametrize("until", ["loss", "verify"])
