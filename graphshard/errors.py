@@ -344,6 +344,16 @@ class OffloadSpace(GraphshardError):
         )
 
 
+class OffloadFileLimit(GraphshardError):
+    """A file may not become as large as what is to be offloaded."""
+
+    def __init__(self, path: str, size: int, limit: str) -> None:
+        super().__init__(
+            f"the file for offloaded values in {path!r} must hold {size:,} bytes, more than {limit} lets a file have; "
+            "raise that limit, offload less, or give a path on another file system"
+        )
+
+
 class OffloadFailed(GraphshardError):
     """An offloaded value could not be written or read; the step has no result."""
 

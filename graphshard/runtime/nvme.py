@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import resource
 import tempfile
 import threading
 import weakref
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace
+from graphshard.errors import OffloadFailed, OffloadFileLimit, OffloadPath, OffloadSpace
 from graphshard.execution import TensorType
 from graphshard.offloaded import span
 
@@ -36,7 +37,7 @@ PIECE = 1 << 20
 THREADS = 4
 """Pieces on their way at a time, some transferred while others are copied: a disk is faster with more than one."""
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class Disk:
         """Grow the file so that there are so many regions of each number of bytes.
 
         Raises:
-            OffloadSpace: the disk has no room.
+            OffloadSpace, OffloadFileLimit: the disk, or what a file may hold, has no room.
         """
         wanted: dict[int, int] = {}
         for nbytes, count in regions.items():
@@ -89,7 +90,7 @@ class Disk:
         """A region for ``nbytes``.
 
         Raises:
-            OffloadSpace: the disk has no room.
+            OffloadSpace, OffloadFileLimit: the disk, or what a file may hold, has no room.
         """
         length = _rounded(nbytes)
         if not self._free.get(length):
@@ -119,6 +120,8 @@ class Disk:
         try:
             os.posix_fallocate(self._file, self._size, nbytes)
         except OSError as error:
+            if error.errno == errno.EFBIG:
+                raise OffloadFileLimit(self.path, self._size + nbytes, _file_limit()) from error
             if error.errno not in _FULL:
                 raise OffloadFailed(self.path, f"cannot grow: {error.strerror}") from error
             status = os.statvfs(self.path)
@@ -254,3 +257,9 @@ def _unnamed(path: str, flags: int) -> int:
         return os.open(name, os.O_RDWR | flags)
     finally:
         Path(name).unlink()
+
+
+def _file_limit() -> str:
+    """What keeps a file from growing: the process's limit, or the file system's."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return "the file system" if soft == resource.RLIM_INFINITY else f"the file size limit (ulimit -f) of {soft:,} bytes"

@@ -203,10 +203,10 @@ def test_a_full_disk_says_what_is_needed_and_what_is_free(disk: Disk, monkeypatc
 
 def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
     code = (
-        "import sys, torch; from graphshard.errors import OffloadSpace; from graphshard.runtime.nvme import Disk\n"
+        "import sys, torch; from graphshard.errors import OffloadFileLimit; from graphshard.runtime.nvme import Disk\n"
         "disk = Disk(sys.argv[1], torch.device('cpu'))\n"
         "try: disk.reserve({1 << 22: 1})\n"
-        "except OffloadSpace as error: print(error)\n"
+        "except OffloadFileLimit as error: print(error)\n"
     )
 
     def limit() -> None:
@@ -215,7 +215,7 @@ def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], preexec_fn=limit, capture_output=True, text=True, check=True
     )
-    assert "offloading needs 4,194,304 bytes more" in ran.stdout and "File too large" in ran.stdout
+    assert "must hold 4,194,304 bytes, more than the file size limit (ulimit -f) of 1,048,576 bytes" in ran.stdout
 
 
 @pytest.mark.parametrize(
