@@ -321,8 +321,8 @@ class Compiled:
         key = (mode, trace.input_signature(args, kwargs), hyper, self.model.training)
         if key in self._builds:
             return self._builds[key]
-        if any(known[0] == mode for known in self._builds):
-            logger.warning("graphshard: new input shapes %s: tracing %s again", _shapes(example), mode)
+        if known := [other for other in self._builds if other[0] == mode]:
+            logger.warning("graphshard: %s: tracing %s again", self._news(known[-1], key, example), mode)
         captured = self._capture(mode, args, kwargs, microbatches)
         first, placement = self._main is None, self._placement
         source = copied(captured.program) if self.executor == "none" else None
@@ -357,6 +357,15 @@ class Compiled:
             if self._user_optimizer is not None and self.plan.zero_stage and self.mesh.size(self.mesh.shard_axis) > 1:
                 check_elementwise(captured.program, type(self._user_optimizer).__name__)
         return captured
+
+    def _news(self, before: tuple[Any, ...], now: tuple[Any, ...], example: MicroBatch) -> str:
+        """How the key of a build differs from that of the one before it, in words."""
+        found = [f"new input shapes {_shapes(example)}"] if before[1] != now[1] else []
+        if before[2] != now[2] and self.optimizer is not None:
+            found.append(f"{self.optimizer.changed_options(before[2])} now")
+        if before[3] != now[3]:
+            found.append(f"model.training is {now[3]} now")
+        return ", ".join(found)
 
     def _on_gpu(self) -> bool:
         device = torch.device(self.device) if self.device is not None else _device_of(self.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -33,12 +34,19 @@ class ScalerState:
         """Whether :meth:`load_state_dict` can take ``state``.
 
         Raises:
-            OptimizerStateMismatch: a number is missing, or a factor is not the plan's.
+            OptimizerStateMismatch: a number is missing or out of range, or a factor is not the plan's.
         """
-        for key, own in {"scale": None, **self.factors, "_growth_tracker": None}.items():
-            given = state.get(key)
-            if not isinstance(given, (int, float)) or (own is not None and given != own):
-                raise OptimizerStateMismatch(f"{key} of the scaler", given, "a number" if own is None else own)
+        interval = int(self.factors["growth_interval"])
+        numbers = {key: value for key, value in state.items() if isinstance(value, (int, float))}
+        scale, tracker = numbers.get("scale", 0.0), numbers.get("_growth_tracker", -1)
+        wrong = [(key, f"{own}, as the plan has it") for key, own in self.factors.items() if numbers.get(key) != own]
+        if not 0.0 < scale < math.inf:
+            wrong.append(("scale", "a finite number above 0"))
+        if tracker not in range(interval):
+            wrong.append(("_growth_tracker", f"an integer from 0 to {interval - 1}"))
+        if wrong:
+            key, expected = wrong[0]
+            raise OptimizerStateMismatch(f"{key} of the scaler", state.get(key, "nothing"), expected)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from GradScaler's or another run's state."""
@@ -91,6 +99,12 @@ class CompiledOptimizer(Optimizer):
             tuple((key, _frozen(group[key])) for key in sorted(keys & group.keys()))
             for group, keys in zip(self.param_groups, self._constants, strict=True)
         )
+
+    def changed_options(self, before: Hashable) -> str:
+        """What differs between an earlier :meth:`hyperparameters_key` and now: ``weight_decay of group 0 is 0.1``."""
+        pairs = zip(before, self.hyperparameters_key(), strict=True)  # type: ignore[call-overload]
+        changed = enumerate(sorted(set(now) - set(old)) for old, now in pairs)
+        return ", ".join(f"{key} of group {index} is {value}" for index, new in changed for key, value in new)
 
     def note_step(self) -> None:
         """Tell schedulers that an update has happened; compiled.step calls this after each."""

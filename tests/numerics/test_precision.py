@@ -193,9 +193,18 @@ def test_the_scaler_state_is_gradscalers() -> None:
     compiled.step(*args, **kwargs)
     compiled.step(*args, **kwargs)
     assert compiled.optimizer.state_dict()["scaler"]["scale"] == 128.0
-    for key, value in (("growth_factor", 3.0), ("scale", None)):
-        with pytest.raises(graphshard.errors.OptimizerStateMismatch, match=f"{key} of the scaler"):
-            compiled.optimizer.load_state_dict({**state, "scaler": {**state["scaler"], key: value}})
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("growth_factor", {"growth_factor": 3.0}, "given 3.0; expected 2.0, as the plan has it"),
+        ("scale", {"scale": None}, "given None; expected a finite number above 0"),
+        ("scale", {"scale": -1.0}, "given -1.0; expected a finite number above 0"),
+        ("scale", {"scale": float("nan")}, "given nan; expected a finite number above 0"),
+        ("_growth_tracker", {"_growth_tracker": -5}, "given -5; expected an integer from 0 to 1"),
+    ]
+    for key, change, says in wrong:
+        with pytest.raises(graphshard.errors.OptimizerStateMismatch, match=f"{key} of the scaler: {says}"):
+            compiled.optimizer.load_state_dict({**state, "scaler": {**state["scaler"], **change}})
+    with pytest.raises(graphshard.errors.OptimizerStateMismatch, match="growth_factor of the scaler: given nothing"):
+        compiled.optimizer.load_state_dict({**state, "scaler": {"scale": 1.0}})
 
 
 def test_a_frozen_parameter_has_no_master() -> None:

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.utils._pytree import tree_map_only
 
+import graphshard
 from graphshard import fake
 from graphshard.errors import (
     NotAnOptimizer,
@@ -492,3 +493,22 @@ def test_calls_that_belong_to_the_compiled_step() -> None:
         optimizer.step()
     with pytest.raises(UpdateIsPartOfStep, match=r"before graphshard\.compile"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_tracing_again_says_what_has_changed(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.ones(4, 3)
+    compiled = graphshard.compile(
+        torch.nn.Linear(3, 3),
+        "dp2",
+        loss_fn=torch.nn.functional.mse_loss,
+        optimizer=functools.partial(O.SGD, lr=0.1),
+        executor="local",
+    )
+    compiled.step(x, x)
+    compiled.optimizer.param_groups[0]["weight_decay"] = 0.1
+    compiled.step(x, x)
+    compiled.step(torch.ones(8, 3), torch.ones(8, 3))
+    assert [record.getMessage() for record in caplog.records if "tracing" in record.getMessage()] == [
+        "graphshard: weight_decay of group 0 is 0.1 now: tracing train again",
+        "graphshard: new input shapes [4, 3], [4, 3]: tracing train again",
+    ]
