@@ -106,6 +106,15 @@ class PassOptionError(GraphshardError):
         super().__init__(f"pass {name!r} does not take {item!r}; expected {expected}")
 
 
+class PassTooLate(GraphshardError):
+    """A pass that rewrites captured programs is given one that has been cut or sharded."""
+
+    def __init__(self, name: str, level: str) -> None:
+        super().__init__(
+            f"pass {name!r} takes a captured program, not a {level} one; run it before pipeline-cut and zero"
+        )
+
+
 class PlanSyntaxError(GraphshardError):
     """A plan string that does not parse; ``column`` counts from 1."""
 

@@ -18,6 +18,7 @@ from torch import fx
 from graphshard import fake
 from graphshard.autocast import HALVES
 from graphshard.casting import Caster
+from graphshard.errors import PassOptionError, PassTooLate
 from graphshard.loss_scaling import SCALE, TRACKER, Scaler, initial, scale_loss
 from graphshard.pipeline import Context
 from graphshard.program import Level, NodeInfo, Phase, Program, Role, Section, Slot, info, val
@@ -40,9 +41,14 @@ class Precision:
     name: ClassVar[str] = "precision"
     exact: ClassVar[bool] = False  # it rounds
 
+    def __post_init__(self) -> None:
+        for option, known in (("dtype", tuple(HALVES)), ("reduce", ("fp32", self.dtype))):
+            if getattr(self, option) not in known:
+                raise PassOptionError(self.name, f"{option}={getattr(self, option)}", " or ".join(known))
+
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is not Level.CAPTURED:
-            return program
+            raise PassTooLate(self.name, str(program.level))
         lower = HALVES[self.dtype]
         reduced = HALVES.get(self.reduce, torch.float32)
         names = {name for name, param in program.params.items() if param.dtype is torch.float32}
