@@ -21,13 +21,29 @@ def unified(diff: Diff, color: bool = False) -> str:
     if not diff:
         return "no difference"
     blocks = ["\n".join(summary(diff))]
-    blocks += ["\n".join(diff.header)] if diff.header else []
+    blocks += ["\n".join(_header(diff.header))] if diff.header else []
     for section, mine in rows(diff).items():
         lines = list(_lines(mine, bool(diff.steps)))
         if lines:
             blocks.append("\n".join([f"graph {section}: {counts(mine)}", *(f"  {line}" for line in lines)]))
     whole = "\n\n".join(blocks)
     return "\n".join(map(_paint, whole.split("\n"))) if color else whole
+
+
+def _header(lines: Sequence[str]) -> Iterator[str]:
+    """Lines of the header that came or went; of a thing that stays and changes one, with what it is after."""
+    gone = {_subject(line): line for line in lines if line.startswith("- ")}
+    came = {_subject(line): line for line in lines if line.startswith("+ ")}
+    for line in lines:
+        if " : " not in line or not (_subject(line) in gone and _subject(line) in came):
+            yield line
+        elif line.startswith("+ "):
+            was = gone[_subject(line)].partition(" : ")[2]
+            yield f"~ {_subject(line)} : {was} -> {line.partition(' : ')[2]}"
+
+
+def _subject(line: str) -> str:
+    return line[2:].partition(" : ")[0]
 
 
 def summary(diff: Diff) -> Iterator[str]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 from rich.console import Console
 
 from diffed import BODY, compare, program
+from graphshard.diff import diff
 from graphshard.diff_columns import side_by_side
 from graphshard.diff_text import summary, unified
+from graphshard.passes.precision import Precision
+from graphshard.pipeline import Context
+from graphshard.rewrite import copied
+from graphshard.text import parse
 
 RELU = "%z : f32[2,8] = aten.relu.default(%y)"
 
@@ -80,3 +86,12 @@ def test_where_a_node_went_is_said_where_it_was() -> None:
     lines = columns(program(before), program(others=prologue))
     at = next(i for i, line in enumerate(lines) if line.startswith("%h :"))
     assert "now at %h_1 in graph prologue" in lines[at + 1]
+
+
+def test_a_parameter_of_another_type_is_one_line_of_the_header() -> None:
+    before = (Path(__file__).parents[1] / "cases/precision/fp16.graph").read_text()
+    given = parse(before[before.index("graphshard 1") :])
+    after = Precision().run(copied(given), Context(given.mesh))
+    lines = unified(diff(given, after)).splitlines()
+    assert '~ param "w" : f32[4,2] group=0 -> bf16[4,2] group=0' in lines
+    assert not any(line.startswith(("- param", "+ param")) for line in lines)
