@@ -105,7 +105,9 @@ class _StageLowering:
         first = None
         if self.program.first_epilogue is not None:
             first = self._once(self.program.first_epilogue, "epilogue", "e1.")
-        prologue, body, epilogue, first = order(prologue, body, epilogue, first)
+        # A step that is watched is judged between its backward and its update.
+        storages = None if self.watch else self.storages
+        prologue, body, epilogue, first = order(prologue, body, epilogue, first, storages)
         return StagePlan(
             prologue=tuple(prologue),
             body=tuple(body),

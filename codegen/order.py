@@ -5,10 +5,12 @@ Only here is the interleaving of micro-batches known: 1F1B runs F3, B1, F4, and 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 
-from graphshard.execution import MOVES, Instruction, Op, Ref, match_waits
+from graphshard.codegen.early import update_early
+from graphshard.execution import MOVES, Instruction, Op, Ref, Storage, match_waits
 from graphshard.program import Role
 
 _PERSISTENT = tuple(f"{role}:" for role in Role if role not in (Role.CARRY, Role.BATCH, Role.RNG))
@@ -20,28 +22,27 @@ def order(
     body: list[Instruction],
     epilogue: list[Instruction],
     first_epilogue: list[Instruction] | None,
+    storages: Mapping[str, Storage] | None = None,
 ) -> tuple[list[Instruction], list[Instruction], list[Instruction], list[Instruction] | None]:
-    """The same instructions in the order they are issued in, with WAITs of sends, hand-overs and FREEs in place."""
+    """The same instructions in the order they are issued in, with WAITs of sends, hand-overs and FREEs in place.
+
+    With ``storages``, by the name of a value, updates may come before the end of the body: its rest is then part of the
+    epilogues.
+    """
     body, epilogue, first_epilogue = _reduce_early(body, epilogue, first_epilogue)
     actions = _by_action(body)
     _gather_ahead(actions)
     _reload_ahead(actions)
     _accumulate_late(actions)
     _post_receives_early(actions)
-    prologue = _wait_for_offloads(prologue)
-    body = _wait_for_offloads(_wait_for_sends([ins for action in actions for ins in action]))
-    epilogue = _wait_for_offloads(_wait_for_sends(epilogue))
-    first_epilogue = None if first_epilogue is None else _wait_for_offloads(_wait_for_sends(first_epilogue))
-    # Both epilogues read what the body leaves: a carry lives until the last read in either.
-    carried = {ref for part in (epilogue, first_epilogue or []) for ins in part for ref in ins.inputs}
-    prologue_and_body = _with_last_uses(prologue + body, carried)
-    cut = _boundary(prologue_and_body)
-    return (
-        prologue_and_body[:cut],
-        prologue_and_body[cut:],
-        _with_last_uses(epilogue, set()),
-        None if first_epilogue is None else _with_last_uses(first_epilogue, set()),
-    )
+    body = _wait_for_sends([ins for action in actions for ins in action])
+    ends = [_wait_for_sends(end) for end in (epilogue, first_epilogue) if end is not None]
+    if storages is not None:
+        body, ends = update_early(body, ends, storages)
+    before = _wait_for_offloads(prologue) + _wait_for_offloads(body)
+    before, ends = _with_last_uses(before, [_wait_for_offloads(end) for end in ends])
+    cut = _boundary(before)
+    return before[:cut], before[cut:], ends[0], ends[1] if first_epilogue is not None else None
 
 
 def _boundary(instructions: list[Instruction]) -> int:
@@ -201,8 +202,24 @@ def _owner(move: Instruction) -> str:
     return kept.name.split(":")[1] if ":" in kept.name else str(kept)
 
 
-def _with_last_uses(instructions: list[Instruction], carried: set[Ref]) -> list[Instruction]:
-    """Hand over every value at its last use, and free those that nothing reads."""
+def _with_last_uses(
+    before: list[Instruction], ends: list[list[Instruction]]
+) -> tuple[list[Instruction], list[list[Instruction]]]:
+    """Hand over every value at its last use, and free those that nothing reads.
+
+    A step is ``before`` and one of the ``ends``: what any of them reads lives until then.
+    """
+    last = [_last_uses(before + end) for end in ends]
+    late = {ref for uses in last for ref, index in uses.items() if index >= len(before)}
+    dying = {ref: index for ref, index in last[0].items() if ref not in late}
+    return _freed(before, dying), [
+        _freed(end, {ref: index - len(before) for ref, index in uses.items() if index >= len(before)})
+        for end, uses in zip(ends, last, strict=True)
+    ]
+
+
+def _last_uses(instructions: list[Instruction]) -> dict[Ref, int]:
+    """Where values are read last that do not outlive the step."""
     last: dict[Ref, int] = {}
     for index, ins in enumerate(instructions):
         if not (ins.op is Op.WAIT and ins.peer is not None):  # a send's WAIT names what was sent, but does not read it
@@ -212,10 +229,13 @@ def _with_last_uses(instructions: list[Instruction], carried: set[Ref]) -> list[
             # Somebody else reads it while it is on its way; and what is offloaded is read until then.
             if start < last[ref] < wait or (instructions[start].op is Op.OFFLOAD and last[ref] < wait):
                 last[ref] = wait
+    return {ref: index for ref, index in last.items() if not ref.name.startswith(_PERSISTENT)}
+
+
+def _freed(instructions: list[Instruction], last: Mapping[Ref, int]) -> list[Instruction]:
     dying: dict[int, list[Ref]] = {}
     for ref, index in last.items():
-        if ref not in carried and not ref.name.startswith(_PERSISTENT):
-            dying.setdefault(index, []).append(ref)
+        dying.setdefault(index, []).append(ref)
     result: list[Instruction] = []
     for index, ins in enumerate(instructions):
         refs = dying.get(index, [])

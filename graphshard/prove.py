@@ -44,6 +44,7 @@ from graphshard.mesh import AXES
 from graphshard.plan_options import PLACES
 from graphshard.program import Role
 from graphshard.prove_memory import check_memory
+from graphshard.prove_update import check_update
 
 _COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV, *MOVES)
 
@@ -65,6 +66,7 @@ def prove(plan: ExecutionPlan) -> None:
         check_progress(pipeline, waits, between_stages(len(lists)))
         for stage, name in enumerate(pipeline.names):
             check_memory(plan, stage, first, name)
+            check_update(plan, stage, first, name)
 
 
 def check_values(plan: ExecutionPlan, stage: int, first: bool, name: str) -> None:

@@ -24,6 +24,7 @@ from graphshard.execution import ExecutionPlan, Instruction, Op, match_waits, va
 from graphshard.mesh import DATA_AXES, Mesh, ranks_by
 from graphshard.prove import check_values, prove
 from graphshard.prove_memory import check_memory
+from graphshard.prove_update import check_update
 
 
 def prove_ranks(plans: Sequence[ExecutionPlan]) -> None:
@@ -58,7 +59,9 @@ def prove_ranks(plans: Sequence[ExecutionPlan]) -> None:
         waits = {id(shared): match_waits(shared) for shared in lists}  # ranks that are alike share a list
         check_progress(everyone, [waits[id(instructions)] for instructions in lists], _Meets(mesh))
         for rank in classes.representatives():
-            check_memory(plans[rank], mesh.coordinates(rank)["pp"], first, f"rank {rank}")
+            stage = mesh.coordinates(rank)["pp"]
+            check_memory(plans[rank], stage, first, f"rank {rank}")
+            check_update(plans[rank], stage, first, f"rank {rank}")
 
 
 def _same_frame(plans: Sequence[ExecutionPlan]) -> None:

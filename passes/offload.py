@@ -52,7 +52,7 @@ class Offload:
         for section in (program.prologue, program.body):
             _reload_early(section)
         for section in program.updates():
-            _update_bucket_by_bucket(section)
+            _update_bucket_by_bucket(section, _finished(program.body))
         return program
 
     def _home(self, slot: Slot) -> str | None:
@@ -197,12 +197,28 @@ def _wait_of(start: fx.Node) -> fx.Node:
     return wait
 
 
-def _update_bucket_by_bucket(section: Section) -> None:
-    """One bucket after the other: while it is updated, the state of the next one arrives and that of the one before
+def _finished(body: Section) -> dict[Slot, int]:
+    """When the gradient of each bucket is final, by the slot of the bucket's values."""
+    position = {node: index for index, node in enumerate(body.graph.nodes)}
+    late = len(position)  # weight work comes after the rest of the backward
+    return {
+        _bucket(replace(slot, name=slot.name.removeprefix("grad:"))): position[node]
+        + (late if info(node).phase is Phase.WEIGHT else 0)
+        for slot, node in body.outputs.items()
+        if slot.role is Role.CARRY and slot.name.startswith("grad:")
+    }
+
+
+def _bucket(slot: Slot) -> Slot:
+    return replace(slot, role=Role.FLAT, key="")
+
+
+def _update_bucket_by_bucket(section: Section, finished: Mapping[Slot, int]) -> None:
+    """One bucket after the other, in the order in which their gradients are ``finished``: while it is updated, the state of the next one arrives and that of the one before
     leaves. What several read is computed for the first of them."""
     if not any(node.target in MOVES for node in section.nodes()):
         return
-    turn = _turns(section)
+    turn = _turns(section, finished)
     last = 1 + max(turn.values(), default=0)
     turns: dict[fx.Node, int] = {}
     results: dict[fx.Node, list[int]] = {}
@@ -223,21 +239,12 @@ def _update_bucket_by_bucket(section: Section) -> None:
         section.output_node.prepend(node)
 
 
-def _turns(section: Section) -> dict[Slot, int]:
+def _turns(section: Section, finished: Mapping[Slot, int]) -> dict[Slot, int]:
     """The turn of each slot that belongs to a bucket, in order of the updates; stages take theirs side by side."""
-    position = {node: index for index, node in enumerate(section.graph.nodes)}
-    updated: dict[Slot, int] = {}
-    for slot, node in section.outputs.items():
-        if slot.role in _OPTIMIZER | _PARAMS:
-            bucket = replace(slot, role=Role.FLAT, key="")
-            updated[bucket] = min(updated.get(bucket, len(position)), position[before_moves(node)])
+    updated = [slot for slot in section.output_slots if slot.role in _OPTIMIZER | _PARAMS]
     counts: dict[int, int] = {}
     turn: dict[Slot, int] = {}
-    for bucket in sorted(updated, key=updated.__getitem__):
+    for bucket in sorted(dict.fromkeys(map(_bucket, updated)), key=lambda slot: finished.get(slot, 0)):
         turn[bucket] = counts.setdefault(bucket.stage, 0)
         counts[bucket.stage] += 1
-    return {
-        slot: turn[bucket]
-        for slot in section.output_slots
-        if (bucket := replace(slot, role=Role.FLAT, key="")) in turn and slot.role in _OPTIMIZER | _PARAMS
-    }
+    return {slot: turn[_bucket(slot)] for slot in updated}
