@@ -48,7 +48,8 @@ def _places(body: Part, epilogue: Part, storages: Mapping[str, Storage]) -> list
     if first >= len(body):
         return [stays] * len(epilogue)
     # A reload needs nothing: the first ones begin with the action that makes the first gradient.
-    floor = next(at for at, ins in enumerate(body) if ins.action == body[first - 1].action and ins.op is Op.RUN)
+    action = body[first - 1].action
+    floor = next((at for at, ins in enumerate(body) if ins.action == action and ins.op is Op.RUN), first)
     moving = [index for index, place in enumerate(places) if place < stays]
     for index in moving:
         places[index] = floor = _behind_starts(body, max(places[index], floor))

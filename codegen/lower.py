@@ -178,14 +178,17 @@ class _StageLowering:
         wait(list(issued))
         return pieces
 
-    def _reduced_later(self) -> set[fx.Node]:
-        """The body's nodes whose value the epilogue reduces: a segment ends there, so that the reduction of the last
-        micro-batch can start while the rest of its backward runs."""
+    def _read_early(self) -> set[fx.Node]:
+        """The body's nodes whose value the epilogue reduces, or updates by if it moves state: a segment ends there, so
+        that this can start while the rest of the last backward runs."""
+        epilogue = self.program.epilogue
         slots = {
-            self.program.epilogue.inputs.get(resolve(node.all_input_nodes[0]))
-            for node in self.program.epilogue.nodes()
+            epilogue.inputs.get(resolve(node.all_input_nodes[0]))
+            for node in epilogue.nodes()
             if node.target in _COLLECTIVES
         }
+        if not self.watch and any(node.target in MOVES for node in epilogue.nodes()):
+            slots |= {slot for slot in epilogue.input_slots if slot.name.startswith("grad:")}
         return {node for slot, node in self.program.body.outputs.items() if slot in slots}
 
     def _finish(self, streams: Iterable[list[_Piece]], section: Section, accumulators: frozenset[Slot]) -> None:
@@ -400,7 +403,7 @@ class _StageLowering:
             streams[_kind(node)].append(node)
             if node.target is gs.transfer.default and node.args[2] == self.stage:
                 receives[_kind(node)].append(node)
-        ends = self._reduced_later()
+        ends = self._read_early()
         pieces = {kind: self._pieces(nodes, f"s{self.stage}_{kind}", ends) for kind, nodes in streams.items()}
         self._finish(pieces.values(), body, self._accumulators())
         self._collect(body, [n for nodes in streams.values() for n in nodes], self._namer(body, 0))

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphshard.communication import MOVES, communication_axis
-from graphshard.dataflow import is_getitem, is_view
+from graphshard.dataflow import downstream, is_getitem, is_view
 from graphshard.homes import before_moves
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, NodeInfo, Phase, Program, Role, Section, Slot, info, val
@@ -214,8 +214,8 @@ def _bucket(slot: Slot) -> Slot:
 
 
 def _update_bucket_by_bucket(section: Section, finished: Mapping[Slot, int]) -> None:
-    """One bucket after the other, in the order in which their gradients are ``finished``: while it is updated, the state of the next one arrives and that of the one before
-    leaves. What several read is computed for the first of them."""
+    """One bucket after the other, in the order in which gradients are ``finished``: while it is updated, the state of
+    the next one arrives and that of the one before leaves. What several read is computed for the first of them."""
     if not any(node.target in MOVES for node in section.nodes()):
         return
     turn = _turns(section, finished)
@@ -240,11 +240,14 @@ def _update_bucket_by_bucket(section: Section, finished: Mapping[Slot, int]) -> 
 
 
 def _turns(section: Section, finished: Mapping[Slot, int]) -> dict[Slot, int]:
-    """The turn of each slot that belongs to a bucket, in order of the updates; stages take theirs side by side."""
-    updated = [slot for slot in section.output_slots if slot.role in _OPTIMIZER | _PARAMS]
+    """The turn of each slot that belongs to a bucket, in order of the updates; stages take theirs side by side. What
+    depends on other stages, as the gradient of a tied weight does, comes last."""
+    updated = {slot: node for slot, node in section.outputs.items() if slot.role in _OPTIMIZER | _PARAMS}
+    between = downstream([node for node in section.nodes() if communication_axis(node) == "pp"])
+    late = {_bucket(slot) for slot, node in updated.items() if before_moves(node) in between}
     counts: dict[int, int] = {}
     turn: dict[Slot, int] = {}
-    for bucket in sorted(dict.fromkeys(map(_bucket, updated)), key=lambda slot: finished.get(slot, 0)):
+    for bucket in sorted(dict.fromkeys(map(_bucket, updated)), key=lambda b: (b in late, finished.get(b, 0))):
         turn[bucket] = counts.setdefault(bucket.stage, 0)
         counts[bucket.stage] += 1
     return {slot: turn[_bucket(slot)] for slot in updated}

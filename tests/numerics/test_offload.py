@@ -54,8 +54,24 @@ def offloaded(plan: str, places: str, path: Path) -> str:
     return f"{plan}+offload:{places}" + (f",path={path}" if "nvme" in places else "")
 
 
+UNCLIPPED = (
+    ("dp2", "optimizer=nvme"),
+    ("zero1:size=2", "optimizer=cpu,params=nvme"),
+    ("zero3:size=2+accum2", "optimizer=nvme,params=nvme"),
+    ("zero3+pp2", "optimizer=nvme,params=cpu"),
+    ("zero3+pp2:schedule=zb-h1", "optimizer=nvme,activations=nvme"),
+    ("dp1+accum2", "optimizer=cpu"),
+)
+"""Where an update begins before the backward ends."""
+
+
 def trained(
-    plan: str, batch_plan: str, optimizer: str, passes: Sequence[Pass] = (), name: str = "gpt"
+    plan: str,
+    batch_plan: str,
+    optimizer: str,
+    passes: Sequence[Pass] = (),
+    name: str = "gpt",
+    max_grad_norm: float | None = 0.5,
 ) -> tuple[Compiled, list[float]]:
     """Three steps with an evaluation in between."""
     torch.manual_seed(0)
@@ -65,7 +81,7 @@ def trained(
         plan,
         loss_fn=loss_fn,
         optimizer=OPTIMIZERS[optimizer](model),
-        max_grad_norm=0.5,
+        max_grad_norm=max_grad_norm,
         executor="local",
         passes=passes,
         measure_memory=True,
@@ -88,17 +104,19 @@ def state_of(compiled: Compiled) -> dict[str, Any]:
 
 
 @functools.cache
-def expected(plan: str, optimizer: str) -> tuple[list[float], dict[str, Any]]:
-    compiled, losses = trained(plan, plan, optimizer)
+def expected(plan: str, optimizer: str, max_grad_norm: float | None) -> tuple[list[float], dict[str, Any]]:
+    compiled, losses = trained(plan, plan, optimizer, max_grad_norm=max_grad_norm)
     return losses, state_of(compiled)
 
 
-def check(plan: str, places: str, optimizer: str, path: Path) -> Compiled:
+def check(plan: str, places: str, optimizer: str, path: Path, max_grad_norm: float | None = 0.5) -> Compiled:
     passes = [TagSaved()] if "activations" in places else []
-    compiled, losses = trained(offloaded(plan, places, path), plan, optimizer, passes)
+    moved = offloaded(plan, places, path)
+    compiled, losses = trained(moved, plan, optimizer, passes, max_grad_norm=max_grad_norm)
     found = state_of(compiled)
-    assert losses == expected(plan, optimizer)[0]
-    for name, value in expected(plan, optimizer)[1].items():
+    plain_losses, plain = expected(plan, optimizer, max_grad_norm)
+    assert losses == plain_losses
+    for name, value in plain.items():
         assert torch.equal(found[name], value), name
     for rank in compiled.report()["ranks"]:
         assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
@@ -109,6 +127,17 @@ def check(plan: str, places: str, optimizer: str, path: Path) -> Compiled:
 @pytest.mark.parametrize(("plan", "places"), SELECTED)
 def test_training_is_the_same_to_the_bit(plan: str, places: str, tmp_path: Path) -> None:
     check(plan, places, "adamw", tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("plan", "places"), UNCLIPPED)
+def test_an_update_during_the_backward_is_the_same_to_the_bit(
+    plan: str, places: str, optimizer: str, tmp_path: Path
+) -> None:
+    compiled = check(plan, places, optimizer, tmp_path, max_grad_norm=None)
+    for stage in compiled.execution_plan.stages:
+        for end in filter(None, (stage.epilogue, stage.first_epilogue)):
+            assert {ins.action for ins in end} > {"epilogue"}
 
 
 def test_state_that_the_first_step_makes(tmp_path: Path) -> None:
@@ -123,9 +152,12 @@ def test_everything(plan: str, places: str, optimizer: str, tmp_path: Path) -> N
     check(plan, places, optimizer, tmp_path)
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
 @pytest.mark.parametrize("plan", ["dp2", "zero1:size=2", "zero3:size=2"])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, functools.partial(torch.optim.SGD, momentum=0.9)])
-def test_long_updates_use_the_same_kernels(optimizer: Any, plan: str, tmp_path: Path) -> None:
+def test_long_updates_use_the_same_kernels(
+    optimizer: Any, plan: str, max_grad_norm: float | None, tmp_path: Path
+) -> None:
     """Of buckets that are updated block by block, or by torch's own kernel, which rounds otherwise."""
 
     def run(plan: str) -> list[torch.Tensor]:
@@ -136,7 +168,7 @@ def test_long_updates_use_the_same_kernels(optimizer: Any, plan: str, tmp_path: 
             plan,
             loss_fn=nn.functional.mse_loss,
             optimizer=functools.partial(optimizer, lr=1e-2),
-            max_grad_norm=0.1,
+            max_grad_norm=max_grad_norm,
             executor="local",
         )
         x, y = torch.randn(4, 384), torch.randn(4, 384)

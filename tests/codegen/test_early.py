@@ -1,0 +1,178 @@
+"""The update of a bucket whose state is moved comes behind its gradient, and before nothing that it would disturb."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import graphshard
+from graphshard.codegen.early import update_early
+from graphshard.errors import PlanError
+from graphshard.execution import ExecutionPlan, Instruction, Op, Storage
+from graphshard.prove import prove
+from handmade import collective, kind, refs, run, wait
+
+X = kind(4)
+Part = list[Instruction]
+
+
+def move(op: Op, source: str, target: str) -> Instruction:
+    return Instruction(op, "nvme", refs(source), refs(target), type=X, action="epilogue")
+
+
+def backward(bucket: str, reads: str = "") -> Instruction:
+    return run(f"b{bucket}", f"y.0 {reads}".strip(), f"carry:grad:{bucket}", "B0.0")
+
+
+def update(bucket: str, reads: str = "", writes: str = "new") -> Part:
+    state, inputs = f"state:{bucket}:m", f"carry:grad:{bucket} m{bucket} {reads}".strip()
+    return [
+        wait(f"m{bucket}", "epilogue"),
+        run(f"u{bucket}", inputs, f"{writes}{bucket} n{bucket}", "epilogue"),
+        move(Op.OFFLOAD, f"n{bucket}", state),
+    ]
+
+
+def reload(bucket: str) -> Instruction:
+    return move(Op.RELOAD, f"state:{bucket}:m", f"m{bucket}")
+
+
+FORWARD = run("f", "batch:0.0", "y.0", "F0.0")
+BODY = [FORWARD, *map(backward, "cba")]
+EPILOGUE = [reload("c"), reload("b"), *update("c"), reload("a"), *update("b"), *update("a")]
+
+
+def merged(body: Part, epilogue: Part, storages: dict[str, Storage] | None = None) -> tuple[str, str]:
+    """Both parts as words: a segment's name, or ``+c`` and ``-c`` for what comes and goes, ``?c`` for its WAIT."""
+    before, (after,) = update_early(body, [epilogue], storages or {})
+
+    def word(ins: Instruction) -> str:
+        sign = {Op.RELOAD: "+", Op.OFFLOAD: "-", Op.WAIT: "?"}.get(ins.op, "")
+        return ins.name if ins.op is Op.RUN else f"{sign}{ins.outputs[0] if ins.outputs else ins.inputs[0]}"
+
+    return tuple(" ".join(map(word, part)).replace("%", "") for part in (before, after))  # type: ignore[return-value]
+
+
+def test_behind_its_gradient_with_the_next_state_on_its_way() -> None:
+    assert merged(BODY, EPILOGUE) == (
+        "f",
+        "+mc +mb bc ?mc uc -state:c:m +ma bb ?mb ub -state:b:m ba ?ma ua -state:a:m",
+    )
+
+
+def test_without_moves_nothing_comes_early() -> None:
+    epilogue = [ins for ins in EPILOGUE if ins.op is Op.RUN]
+    assert merged(BODY, epilogue) == ("f bc bb ba", "uc ub ua")
+
+
+def test_what_needs_all_gradients_waits_for_them() -> None:
+    norm = run("norm", "carry:grad:c carry:grad:b carry:grad:a", "norm", "epilogue")
+    clipped = [replace(ins, inputs=(*ins.inputs, *refs("norm"))) if ins.op is Op.RUN else ins for ins in EPILOGUE]
+    before, after = merged(BODY, [norm, *clipped])
+    assert before == "f bc bb ba"
+    assert after.split()[:4] == ["norm", "+mc", "+mb", "?mc"]
+
+
+def test_what_other_stages_add_to_stays_with_its_reloads() -> None:
+    summed = [
+        collective(Op.REDUCE, "all_reduce", "carry:grad:b", "sum", X, "epilogue", "pp"),
+        wait("sum", "epilogue"),
+    ]
+    late = [replace(ins, inputs=(*ins.inputs, *refs("sum"))) if ins.name == "ub" else ins for ins in EPILOGUE]
+    assert merged(BODY, summed + late) == (
+        "f",
+        "+mc bc ?mc uc -state:c:m +ma bb ba ?ma ua -state:a:m sum ?sum +mb ?mb ub -state:b:m",
+    )
+
+
+def test_a_parameter_is_not_written_before_it_is_read_last() -> None:
+    """The update writes in place, where a later layer's backward still reads."""
+    body = [FORWARD, backward("c"), backward("b", "flat:c"), backward("a")]
+    (flat,) = refs("flat:c")
+    storages = {name: Storage(flat, 16, "parameters") for name in ("flat:c", "newc")}
+    epilogue = [reload("c"), *update("c", "flat:c")]
+    assert merged(body, epilogue, storages)[1] == "+mc bc bb ?mc uc -state:c:m ba"
+    assert merged(body, epilogue)[1] == "+mc bc ?mc uc -state:c:m bb ba"
+
+
+def test_a_reduction_is_waited_for_behind_other_work() -> None:
+    reduce = collective(Op.REDUCE, "all_reduce", "carry:grad:c", "rc", X, "B0.0", "dp")
+    body = [FORWARD, backward("c"), reduce, backward("b"), backward("a")]
+    epilogue = [reload("c"), wait("rc", "epilogue"), *update("c", "rc")]
+    assert merged(body, epilogue)[1] == "+mc bc rc bb ?rc ?mc uc -state:c:m ba"
+
+
+def test_what_the_body_starts_there_goes_first() -> None:
+    reduce = collective(Op.REDUCE, "all_reduce", "carry:grad:b", "rb", X, "B0.0", "dp")
+    body = [FORWARD, backward("b"), backward("c"), reduce, backward("a")]
+    assert merged(body, [reload("c"), *update("c")])[1] == "+mc bb bc rb ?mc uc -state:c:m ba"
+
+
+def planned(plan: str, **options: object) -> ExecutionPlan:
+    model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(3)])
+    x = torch.randn(4, 8)
+    compiled = graphshard.compile(
+        model,
+        plan,
+        loss_fn=nn.functional.mse_loss,
+        optimizer=torch.optim.AdamW,
+        example_inputs=(x, x),
+        executor="none",
+        world_size=2,
+        **options,  # type: ignore[arg-type]
+    )
+    return compiled.execution_plan
+
+
+OFFLOADED = "zero3+offload:optimizer=cpu,params=cpu"
+
+
+def actions(plan: ExecutionPlan) -> list[str]:
+    return [ins.action for ins in plan.stages[0].epilogue]
+
+
+def test_a_compiled_plan_keeps_its_actions() -> None:
+    plan = planned(OFFLOADED)
+    assert set(actions(plan)) == {"B0.0", "epilogue"}
+    assert set(actions(planned(OFFLOADED, max_grad_norm=1.0))) == {"epilogue"}
+    assert set(actions(planned("zero3"))) == {"epilogue"}
+
+
+def test_a_watched_step_updates_behind_its_backward() -> None:
+    assert set(actions(planned(OFFLOADED, debug_nan=True))) == {"epilogue"}
+
+
+def rejected(plan: ExecutionPlan, step: Part) -> None:
+    (stage,) = plan.stages
+    edited = replace(stage, prologue=(), body=(), epilogue=tuple(step), first_epilogue=None)
+    with pytest.raises(PlanError, match=r"is read by B0.* although the update has begun to replace it"):
+        prove(replace(plan, stages=(edited,), peak_bytes=()))
+
+
+def test_a_reload_behind_what_replaces_it_is_refused() -> None:
+    plan = planned(OFFLOADED)
+    step = list(plan.stages[0].step())
+    write = next(at for at, ins in enumerate(step) if ins.op is Op.OFFLOAD and ins.outputs[0].name.startswith("shard:"))
+    shard = step[write].outputs
+    done = next(at for at in range(write, len(step)) if step[at].op is Op.WAIT and step[at].inputs == shard)
+    reload = next(ins for ins in step if ins.op is Op.RELOAD and ins.inputs == shard)
+    again = replace(reload, outputs=refs("again"), action="B0.0")
+    step[done + 1 : done + 1] = [again, wait("again", "B0.0"), Instruction(Op.FREE, inputs=refs("again"))]
+    rejected(plan, step)
+
+
+def test_a_read_of_what_was_written_in_place_is_refused() -> None:
+    plan = planned("dp2+offload:optimizer=cpu")
+    (stage,) = plan.stages
+    step = list(stage.step())
+    at, bound = next((at, ins) for at, ins in enumerate(step) if ins.op is Op.BIND and ins.action == "epilogue")
+    flat = next(ref for ref in bound.outputs if ref.name.startswith("flat:"))
+    new = bound.inputs[bound.outputs.index(flat)]
+    in_place = replace(stage, storages=stage.storages | {new.name: stage.storages[flat.name]})
+    prove(replace(plan, stages=(in_place,), peak_bytes=()))
+    reader = replace(collective(Op.REDUCE, "all_reduce", str(flat)[1:], "read", X, "B0.0", "dp"), type=kind(64))
+    step[at:at] = [reader, wait("read", "B0.0"), Instruction(Op.FREE, inputs=refs("read"))]
+    rejected(replace(plan, stages=(in_place,)), step)
