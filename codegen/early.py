@@ -1,8 +1,8 @@
 """Moves the update of each bucket to where its gradient is final, so that what it transfers overlaps the last backward.
 
-The epilogue keeps its order: bucket after bucket as gradients become final, the reloads of the next one ahead of the
-update. That paces it: a bucket's state has the backward of a bucket to arrive, and of no more than two it is on the
-way. What needs all gradients (clipping, loss scaling) leaves everything where it is.
+The epilogue keeps its order: bucket after bucket as gradients become final, the reloads of the next one ahead of an
+update. That paces it: the state of one bucket arrives and that of the one before leaves while the backward of a bucket
+runs. What needs all gradients (clipping, loss scaling) leaves everything where it is.
 """
 
 from __future__ import annotations
@@ -51,11 +51,20 @@ def _places(body: Part, epilogue: Part, storages: Mapping[str, Storage]) -> list
     action = body[first - 1].action
     floor = next((at for at, ins in enumerate(body) if ins.action == action and ins.op is Op.RUN), first)
     moving = [index for index, place in enumerate(places) if place < stays]
+    begin = floor
     for index in moving:
         places[index] = floor = _behind_starts(body, max(places[index], floor))
+    reloads: dict[Ref, int] = {}
+    for index in moving:  # a reload comes with the update before the one that reads it
+        if epilogue[index].op is Op.RUN:
+            reloads = dict.fromkeys(epilogue[index].inputs, begin) | reloads
+            begin = places[index]
     for index, following in reversed(list(pairwise(moving))):
-        if epilogue[index].op is Op.WAIT:  # with what it is for
-            places[index] = places[following]
+        ins = epilogue[index]
+        if ins.op is Op.RELOAD:
+            places[index] = reloads.get(ins.outputs[0], places[index])
+        elif ins.op is Op.WAIT:  # with what it is for
+            places[index] = max(places[index], places[following])
     return places
 
 

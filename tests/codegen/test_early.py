@@ -59,7 +59,7 @@ def merged(body: Part, epilogue: Part, storages: dict[str, Storage] | None = Non
 def test_behind_its_gradient_with_the_next_state_on_its_way() -> None:
     assert merged(BODY, EPILOGUE) == (
         "f",
-        "+mc +mb bc ?mc uc -state:c:m +ma bb ?mb ub -state:b:m ba ?ma ua -state:a:m",
+        "+mc bc +mb ?mc uc -state:c:m bb +ma ?mb ub -state:b:m ba ?ma ua -state:a:m",
     )
 
 
