@@ -262,6 +262,8 @@ class _Parser:
             raise PlanNotSupported(self.text, at + 1, token)
         if not name:
             self.fail(at, "a token is missing")
+        if name == "fp32":
+            self.fail(at, "without bf16 or fp16 a model computes in its own precision; leave 'fp32' out")
         if kind not in _OPTIONS and kind != "batch_dims":
             digits = name[len(name.rstrip("0123456789")) :]
             known = [f"{kind}{digits}" for kind in ("dp", "pp", "accum")] + ["zero1", "zero2", "zero3", "batch_dims"]
@@ -305,7 +307,7 @@ class _Parser:
         except PlanFieldError as error:
             if error.name not in columns:
                 self.fail(at, f"{kind} needs {'' if error.name == kind else f'{error.name}: '}{error.expected}")
-            self.fail(columns[error.name], f"{error.name} is {error.expected}, not {given[error.name]!r}")
+            self.fail(columns[error.name], f"{error.name} is {error.expected}")
 
     def items(self, rest: str | None, at: int) -> list[tuple[str, str, int]]:
         """(key, value, column of the key) of every option."""

@@ -65,9 +65,11 @@ class Recompute:
             if not all(_PATTERN.fullmatch(pattern) for pattern in given):
                 raise PlanFieldError(name, given, "patterns of names, in which * stands for anything")
             if given and self.policy != "custom":
-                raise PlanFieldError(name, given, "policy=custom with it")
+                raise PlanFieldError(name, given, "for policy=custom, to say what is recomputed")
         if self.policy == "custom" and not (self.modules or self.ops):
-            raise PlanFieldError("policy", self.policy, "modules or ops with it, which say what to recompute")
+            raise PlanFieldError(
+                "policy", self.policy, "custom together with modules or ops, which say what is recomputed"
+            )
         if (self.policy == "auto") != (self.budget_gb is not None):
             raise PlanFieldError("budget_gb", self.budget_gb, "a number with policy=auto, and none without")
         if self.budget_gb is not None:
