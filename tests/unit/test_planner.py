@@ -39,7 +39,10 @@ def peaks(made: graphshard.Compiled, key: str = "peak_bytes") -> list[int]:
     return [rank[key] for rank in made.report()["ranks"]]
 
 
-PLANS = ["accum2", *(pytest.param(plan, marks=pytest.mark.full) for plan in ("zero3+pp2", "pp2:schedule=gpipe"))]
+SWEEPS = [
+    ("accum2", 4),
+    *(pytest.param(plan, 10, marks=pytest.mark.full) for plan in ("accum2", "zero3+pp2", "pp2:schedule=gpipe")),
+]
 
 
 def asked(plan: str, nbytes: float) -> str:
@@ -53,13 +56,13 @@ def least(plan: str) -> int:
     return caught.value.smallest_bytes
 
 
-@pytest.mark.parametrize("plan", PLANS)
-def test_over_a_sweep_of_budgets_the_measured_peak_fits_and_never_grows(plan: str) -> None:
+@pytest.mark.parametrize(("plan", "budgets"), SWEEPS)
+def test_over_a_sweep_of_budgets_the_measured_peak_fits_and_never_grows(plan: str, budgets: int) -> None:
     most, smallest = max(peaks(compiled(asked(plan, 1e12)))), least(plan)
     assert smallest < 0.9 * most
     measured: list[int] = []
-    for step in range(10):
-        budget = most - (most - smallest) * step / 9
+    for step in range(budgets):
+        budget = most - (most - smallest) * step / (budgets - 1)
         made = compiled(asked(plan, math.ceil(budget)), run=True)
         measured.append(max(peaks(made, "measured_peak_bytes")))
         assert max(peaks(made)) <= math.ceil(budget)
@@ -80,6 +83,7 @@ def test_what_a_stage_has_to_do_depends_on_what_it_holds() -> None:
     made = compiled(f"{plan}+recompute:policy=auto,budget_gb={sorted(free)[-2] / 1e9!r}", depth=4)
     (policy,) = (item for item in made.passes if item.name == "memory-policy")
     assert [level > 0 for level in policy.levels] == [peak == max(free) for peak in free]  # type: ignore[attr-defined]
+    assert "memory-policy (policy=cut,levels=" in made.explain()
 
 
 def test_an_impossible_budget_is_refused_with_the_smallest_and_what_it_holds() -> None:
@@ -90,11 +94,6 @@ def test_an_impossible_budget_is_refused_with_the_smallest_and_what_it_holds() -
     assert "for a rank of stage 0 that holds " in message and "optimizer state" in message and "\n" not in message
     fitting = compiled(f"zero3+accum2+memory:budget_gb={math.ceil(caught.value.smallest_bytes / 1e3) / 1e6!r}")
     assert max(peaks(fitting)) <= caught.value.smallest_bytes
-
-
-def test_the_choice_is_an_option_of_the_passes_that_explain_shows() -> None:
-    text = compiled(asked("accum2", 1.05 * least("accum2"))).explain()
-    assert "memory-policy (policy=cut,levels=" in text
 
 
 def test_patterns_that_match_nothing_are_refused() -> None:
@@ -129,7 +128,7 @@ def test_a_call_before_the_first_step_does_not_lift_the_budget() -> None:
         made.step(ids, targets)
 
 
-@pytest.mark.parametrize("plan", ["zero3+accum2", "zero3+pp2"])
+@pytest.mark.parametrize("plan", ["zero3+accum2", pytest.param("zero3+pp2", marks=pytest.mark.full)])
 def test_the_smallest_budget_is_no_more_than_offloading_everything_takes(plan: str, tmp_path: Path) -> None:
     everything = f"{plan}+offload:optimizer=nvme,params=nvme,activations=nvme,path={tmp_path}"
     most = max(peaks(compiled(everything, depth=3)))

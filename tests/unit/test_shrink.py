@@ -137,7 +137,7 @@ class OffByOne:
 
 def test_a_wrong_pass_is_found_in_the_small_program() -> None:
     what = compiled("zero3:size=16")
-    what.passes = [OffByOne() if item.name == "zero" else item for item in what.passes]
+    what.passes[:] = [OffByOne() if item.name == "zero" else item for item in what.passes]
     with pytest.raises(NotEquivalent, match="pass 'zero' does not keep the program's meaning"):
         what.verify()
 
