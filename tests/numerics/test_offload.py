@@ -129,7 +129,7 @@ def test_training_is_the_same_to_the_bit(plan: str, places: str, tmp_path: Path)
     check(plan, places, "adamw", tmp_path)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
 @pytest.mark.parametrize(("plan", "places"), UNCLIPPED)
 def test_an_update_during_the_backward_is_the_same_to_the_bit(
     plan: str, places: str, optimizer: str, tmp_path: Path
