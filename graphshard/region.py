@@ -1,0 +1,67 @@
+"""A region: a group of ATen operators that code generation turns into one kernel. Its graph is its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """The target of a ``call_function`` node: called with tensors, it computes its graph, operator by operator.
+
+    ``graph`` holds a placeholder for each argument, in order, then operations, with the metadata of any Program's nodes
+    (``info``, ``val``), and an output node with a flat tuple of the results. It is never changed once made: copies of a
+    program share it.
+    """
+
+    graph: fx.Graph
+    __name__: str = field(default="region", init=False)  # what fx names the node after
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders."""
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    @property
+    def operations(self) -> list[fx.Node]:
+        """The nodes that compute something."""
+        return [node for node in self.graph.nodes if node.op == "call_function"]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        """The nodes whose values are the results."""
+        values: Any = self.graph.output_node().args[0]
+        return list(values)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The result: one value, or a tuple of several."""
+        known = dict(zip(self.inputs, arguments, strict=True))
+        for node in self.operations:
+            args, kwargs = tree_map_only(fx.Node, known.__getitem__, (node.args, dict(node.kwargs)))
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        results = tuple(known[node] for node in self.outputs)
+        return results[0] if len(results) == 1 else results
+
+
+def region_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Region:
+    """The region that computes ``outputs``, some of ``nodes``, which are in order, from ``inputs``."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        made[node] = graph.placeholder(node.name)
+        made[node].meta = {"val": node.meta["val"], "info": replace(node.meta["info"], made_by="")}
+    for node in nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].meta = dict(node.meta)
+    graph.output(tuple(made[node] for node in outputs))
+    return Region(graph)
+
+
+def is_region(node: fx.Node) -> bool:
+    """Whether the node computes a region."""
+    return isinstance(node.target, Region)
