@@ -10,6 +10,7 @@ from torch import fx
 
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.program import Phase, Program, Role, Section, info, tensors, val
+from graphshard.region import Region
 
 aten = torch.ops.aten
 
@@ -38,6 +39,8 @@ def nbytes(value: Any) -> int:
 
 def flops(node: fx.Node) -> int:
     """Floating-point operations of a node, a multiply-add being two; one per element without products."""
+    if isinstance(node.target, Region):
+        return sum(map(flops, node.target.operations))
     if not isinstance(node.target, torch._ops.OpOverload) or is_view(node):
         return 0
     shapes = [_shape(a) for a in node.args]

@@ -22,6 +22,7 @@ from graphshard.errors import NodeFailed
 from graphshard.loss_scaling import SKIPPED, initial
 from graphshard.program import Level, Program, Role, Section, Slot, info, val
 from graphshard.reference_inputs import Batch, Inputs, members_of
+from graphshard.region import Region
 
 gs = torch.ops.graphshard
 c10d = torch.ops._c10d_functional
@@ -194,7 +195,7 @@ class _Run:
 
             args, kwargs = map_aggregate((node.args, node.kwargs), value)
             try:
-                result[rank] = target(*args, **kwargs)
+                result[rank] = target.run(args, value) if isinstance(target, Region) else target(*args, **kwargs)
             except Exception as error:  # whatever the operator raises
                 raise NodeFailed(node, error) from error
         return result

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
-from torch.utils._pytree import tree_map_only
+from torch.fx.node import map_aggregate
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +40,19 @@ class Region:
 
     def __call__(self, *arguments: Any) -> Any:
         """The result: one value, or a tuple of several."""
+        return self.run(arguments, lambda leaf: leaf)
+
+    def run(self, arguments: Sequence[Any], constant: Callable[[Any], Any]) -> Any:
+        """The result for ``arguments``, with ``constant`` of every argument of an operation that is no node."""
         known = dict(zip(self.inputs, arguments, strict=True))
+
+        def value(leaf: Any) -> Any:
+            return known[leaf] if isinstance(leaf, fx.Node) else constant(leaf)
+
         for node in self.operations:
-            args, kwargs = tree_map_only(fx.Node, known.__getitem__, (node.args, dict(node.kwargs)))
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            target: Any = node.target
+            args, kwargs = map_aggregate((node.args, node.kwargs), value)
+            known[node] = target(*args, **kwargs)
         results = tuple(known[node] for node in self.outputs)
         return results[0] if len(results) == 1 else results
 

@@ -13,6 +13,13 @@
       return output 0 %y
     }
 
+A region holds the operations that become one kernel. Its inputs are known inside by their own names, or by others::
+
+    %z : f32[2,8] = region(%y, %c=%x) {
+      %z = aten.relu.default(%y)
+      return %z
+    } {made_by=fuse}
+
 A node's attributes print where they differ from the default: the phase is ``forward`` in the body and ``update``
 elsewhere, and the origin of an operation that no pass made is its own name. Strides print unless contiguous, devices
 unless the CPU. How long a pass took is not part of the text, so that the same program always prints the same.
@@ -32,6 +39,7 @@ from torch import fx
 from graphshard.errors import TextError, UnreadableConstants
 from graphshard.files import write_atomic
 from graphshard.program import Bucket, NodeInfo, Param, Program, Role, Section
+from graphshard.region import Region
 from graphshard.text_parser import parse_program
 from graphshard.text_spelling import (
     VERSION,
@@ -130,7 +138,9 @@ def header_lines(program: Program) -> list[str]:
 def section_text(name: str, section: Section) -> str:
     """``graph body { ... }``."""
     lines = [f"graph {name} {{"]
-    lines += (f"  {node_text(node, name, section)}" for node in section.graph.nodes if node.op != "output")
+    for node in section.graph.nodes:
+        if node.op != "output":
+            lines += (f"  {line}" for line in node_text(node, name, section).splitlines())
     outputs = [f"{spell_slot(slot)} %{node.name}" for slot, node in section.outputs.items()]
     joined = f"  return {', '.join(outputs)}".rstrip()
     lines.append(joined if len(joined) <= _WIDTH else "  return " + ",\n         ".join(outputs))
@@ -138,16 +148,30 @@ def section_text(name: str, section: Section) -> str:
 
 
 def node_text(node: fx.Node, section_name: str, section: Section) -> str:
-    """One statement: ``%y : f32[2,8] = aten.mm.default(%x, %w) {module=lin}``."""
+    """One statement: ``%y : f32[2,8] = aten.mm.default(%x, %w) {module=lin}``; of a region several lines."""
     if node.op == "placeholder":
         slot = section.inputs.get(node)
         operation = "placeholder" if slot is None else spell_slot(slot)
+    elif isinstance(node.target, Region):
+        operation = _region_text(node, node.target, section_name, section)
     else:
         arguments = [*map(spell, node.args), *(f"{key}={spell(value)}" for key, value in node.kwargs.items())]
         operation = f"{spell_target(node.target)}({', '.join(arguments)})"
     kind = f" : {spell_type(type_of(node.meta['val']))}" if "val" in node.meta else ""
     attributes = _attributes(node, section_name)
     return f"%{node.name}{kind} = {operation}{attributes}"
+
+
+def _region_text(node: fx.Node, region: Region, section_name: str, section: Section) -> str:
+    inputs = [
+        f"%{inner.name}" if inner.name == outer.name else f"%{inner.name}=%{outer.name}"
+        for inner, outer in zip(region.inputs, node.args, strict=True)
+        if isinstance(outer, fx.Node)
+    ]
+    lines = [f"region({', '.join(inputs)}) {{"]
+    lines += (f"  {node_text(inner, section_name, section)}" for inner in region.operations)
+    lines.append(f"  return {', '.join(f'%{output.name}' for output in region.outputs)}")
+    return "\n".join([*lines, "}"])
 
 
 def _attributes(node: fx.Node, section_name: str) -> str:

@@ -14,6 +14,7 @@ from torch import fx
 import graphshard.ops  # noqa: F401  defines the graphshard:: operators
 from graphshard import fake, text_values
 from graphshard.program import MemoryTag, NodeInfo, Phase, Program, Role, Section, Slot
+from graphshard.region import Region
 from graphshard.text_spelling import NUMBERED, TypeText, default_info, first_line, spell_slot, spell_type, type_of
 from graphshard.text_tokens import Cursor, Token
 
@@ -59,7 +60,7 @@ class GraphParser:
         cursor.expect("=", "after the name" if kind is None else "after the type")
         head = cursor.kind("word", 'an operation such as aten.mm.default(...) or an input such as param "w"')
         if cursor.is_mark("("):
-            node = self._operation(head, name)
+            node = self._region(head, name) if head.text == "region" else self._operation(head, name)
             node.meta["val"] = self._checked(node.meta["val"], kind, kind_token, head)
         else:
             node = self._placeholder(head, name, kind, kind_token)
@@ -154,6 +155,48 @@ class GraphParser:
         self.operations_begun = True
         return node
 
+    def _region(self, head: Token, name: str) -> fx.Node:
+        """``region(%x, %b=%y) { ... return %z }``: its operations see nothing of this graph but what it is given."""
+        cursor = self.cursor
+        inner = GraphParser(cursor, self.header, self.mode, self.name)
+        inner.operations_begun = True
+        given: list[fx.Node] = []
+
+        def argument() -> None:
+            token = cursor.kind("node", "a node, such as %x, or %name=%x")
+            label = token.text[1:]
+            if label in inner.nodes:
+                cursor.fail(token, f"{token.text} is given to the region twice")
+            source = self._reference() if cursor.accept("=") else self._known(token)
+            given.append(source)
+            placeholder = inner.section.graph.create_node("placeholder", label, (), {}, label)
+            placeholder.name = label
+            placeholder.meta = {"val": source.meta["val"], "info": replace(source.meta["info"], made_by="")}
+            inner.nodes[label] = placeholder
+
+        cursor.items(argument, "(", ")", "what the region reads")
+        cursor.expect("{", "before the operations of the region")
+        cursor.skip_lines()
+        while cursor.next.kind == "node":
+            inner._statement()
+            cursor.end_line("the statement")
+        if cursor.next.text != "return":
+            cursor.fail(cursor.next, f"expected '%name = ...' or 'return' in the region, not {cursor.next.described}")
+        cursor.take()
+        results = [inner._reference()]
+        while cursor.accept(","):
+            results.append(inner._reference())
+        cursor.skip_lines()
+        cursor.expect("}", "after the return of the region")
+        inner.section.graph.output(tuple(results))
+        if any(result.op == "placeholder" for result in results):
+            cursor.fail(head, "a region returns what it computes, not what it is given")
+        node = self.section.graph.create_node("call_function", Region(inner.section.graph), tuple(given), {}, name)
+        values = [result.meta["val"] for result in results]
+        node.meta["val"] = values[0] if len(values) == 1 else tuple(values)
+        self.operations_begun = True
+        return node
+
     def _operator(self, token: Token) -> Any:
         if token.text == "getitem":
             return operator.getitem
@@ -170,7 +213,9 @@ class GraphParser:
         return found
 
     def _reference(self) -> fx.Node:
-        token = self.cursor.kind("node", "a node, such as %x")
+        return self._known(self.cursor.kind("node", "a node, such as %x"))
+
+    def _known(self, token: Token) -> fx.Node:
         found = self.nodes.get(token.text[1:])
         if found is None:
             self.cursor.unknown(token, f"node in graph {self.name}", token.text, [f"%{name}" for name in self.nodes])

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphshard.program import NodeInfo, Phase, Role, Slot
+from graphshard.region import Region
 
 VERSION = 1
 INLINE_NUMEL = 16
@@ -136,9 +137,11 @@ def spell(value: Any) -> str:
 
 
 def spell_target(target: Any) -> str:
-    """``aten.mm.default``, ``getitem``; for what is no operator of the IR its Python name."""
+    """``aten.mm.default``, ``getitem``, ``region``; for what is no operator of the IR its Python name."""
     if target is operator.getitem:
         return "getitem"
+    if isinstance(target, Region):
+        return "region"
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"

@@ -8,13 +8,14 @@ from collections import Counter
 import torch
 from torch import fx
 
-from graphshard.communication import MOVES
+from graphshard.communication import MOVES, communicates
 from graphshard.errors import IllegalProgram
 from graphshard.homes import home_of, homes
 from graphshard.plan_options import PLACES
 from graphshard.postconditions import require
-from graphshard.program import Level, Phase, Program, Role, Section, Slot, info
-from graphshard.text_spelling import TypeText
+from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
+from graphshard.region import Region
+from graphshard.text_spelling import TypeText, type_of
 
 _NAMESPACES = {
     Level.CAPTURED: {"aten", "prims", "graphshard"},
@@ -97,6 +98,9 @@ def _check_structure(section: Section, where: str) -> None:
 def _check_operator(node: fx.Node, level: Level, where: str) -> None:
     if node.target is operator.getitem:
         return
+    if isinstance(node.target, Region):
+        _check_region(node, node.target, level, where)
+        return
     if not isinstance(node.target, torch._ops.OpOverload):
         _fail("only ATen, functional collective and graphshard operators are part of the IR", node, where)
         return
@@ -107,6 +111,23 @@ def _check_operator(node: fx.Node, level: Level, where: str) -> None:
         _fail(f"{name} does not exist at level {level}", node, where)
     if node.target._schema.is_mutable:
         _fail("graphs are functional; this operator writes to its arguments", node, where)
+
+
+def _check_region(node: fx.Node, region: Region, level: Level, where: str) -> None:
+    """A region computes, on one rank, in one phase and stage, new tensors of the types it says."""
+    place = info(node)
+    for inner, outer in zip(region.inputs, node.args, strict=True):
+        if not isinstance(outer, fx.Node) or type_of(val(inner)) != type_of(val(outer)):
+            _fail(f"the region is given {outer} for %{inner.name} of another type", node, where)
+    for inner in region.operations:
+        within = f"region %{node.name}, {where}"
+        if isinstance(inner.target, Region) or communicates(inner):
+            _fail("a region computes on one rank, with operators alone", inner, within)
+        _check_operator(inner, level, within)
+        if (info(inner).phase, info(inner).stage) != (place.phase, place.stage):
+            _fail(f"an operation is not of the region's phase {place.phase} and stage {place.stage}", inner, within)
+    if any(not isinstance(val(output), torch.Tensor) for output in region.outputs):
+        _fail("a region returns tensors", node, where)
 
 
 def _check_stage(node: fx.Node, stages: int, where: str) -> None:
