@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import fx
 
 from graphshard.homes import replaced_slots, stored_slot
 from graphshard.program import Role, Section, val
+from graphshard.region import Region, results_of
 
 aten = torch.ops.aten
 
@@ -21,51 +22,60 @@ _STORES = (Role.SHARD, Role.FLAT, Role.PARAM, Role.MASTER)
 
 @dataclass(frozen=True)
 class FusedAdam:
-    """The nodes of one Adam update and what the kernel needs to know of them."""
+    """One Adam update in a region: its own nodes, and what the kernel needs to know."""
 
-    nodes: frozenset[fx.Node]
-    param: fx.Node
-    gradient: fx.Node
-    exp_avg: fx.Node
-    exp_avg_sq: fx.Node
-    new_param: fx.Node
-    new_exp_avg: fx.Node
-    new_exp_avg_sq: fx.Node
-    step: fx.Node  # the number of this step, a scalar
+    nodes: frozenset[fx.Node]  # of the region
+    gradient: fx.Node  # of the region: an input or an operation
+    stores: tuple[fx.Node, fx.Node, fx.Node]  # inputs of the region: parameter, exp_avg, exp_avg_sq
+    results: tuple[fx.Node, fx.Node, fx.Node]  # of the region: what becomes of them
+    step: fx.Node  # of the section: the number of this step, a scalar
     lr: fx.Node
     beta1: float
     beta2: float
     eps: float
     weight_decay: float  # decoupled
 
+    @property
+    def replaced(self) -> tuple[tuple[fx.Node, fx.Node], ...]:
+        """Each of ``stores`` with what becomes of it."""
+        return tuple(zip(self.stores, self.results, strict=True))
 
-def find_adam(nodes: Sequence[fx.Node], section: Section) -> FusedAdam | None:
-    """The Adam update among pointwise ``nodes`` whose parameter and state are the section's own and replaced by it."""
-    inside = set(nodes)
-    slots = replaced_slots(section)
-    for node in nodes:
-        slot = slots.get(node)
+
+def find_adam(region: fx.Node, section: Section) -> FusedAdam | None:
+    """The Adam update in ``region`` whose parameter and state are the section's own and replaced by it."""
+    assert isinstance(region.target, Region)
+    results = results_of(region)
+    outer = dict(zip(region.target.inputs, region.all_input_nodes, strict=True))
+    written, inside = replaced_slots(section), region.target.outputs
+    for index, node in enumerate(inside):
+        slot = written.get(results[index]) if index in results else None
         if slot is None or slot.role not in _STORES or val(node).dtype is not torch.float32:
             continue
-        found = _match(node)
-        if found is None:
+        found = _match(node, outer)
+        if found is None or any(
+            result not in inside or inside.index(result) not in results for result in found.results
+        ):
             continue
-        pairs = (
-            (found.param, found.new_param),
-            (found.exp_avg, found.new_exp_avg),
-            (found.exp_avg_sq, found.new_exp_avg_sq),
+        kept = [results[inside.index(result)] for result in found.results]
+        old = [outer[store] for store in found.stores]
+        replaced = all(
+            written.get(new) == stored_slot(section, o) is not None for new, o in zip(kept, old, strict=True)
         )
-        replaced = all(slots.get(new) == stored_slot(section, old) is not None for old, new in pairs)
-        results = (found.new_param, found.new_exp_avg, found.new_exp_avg_sq)
-        private = all(set(n.users) <= found.nodes or n in results for n in found.nodes)
-        dead = all(set(old.users) <= found.nodes for old, _ in pairs)
-        if replaced and private and dead and found.nodes <= inside:
+        private = all(set(n.users) <= found.nodes or n in found.results for n in found.nodes)
+        dead = all(set(store.users) <= found.nodes for store in found.stores)
+        dead = dead and all(set(o.users) == {region} for o in old)
+        if replaced and private and dead:
             return found
     return None
 
 
-def _match(new_param: fx.Node) -> FusedAdam | None:
-    """``p*(1 - lr*decay) - lr/(1 - b1^t) * m / (sqrt(v)/sqrt(1 - b2^t) + eps)``, as torch.optim computes it."""
+def _match(new_param: fx.Node, outer: Mapping[fx.Node, fx.Node]) -> FusedAdam | None:
+    """``p*(1 - lr*decay) - lr/(1 - b1^t) * m / (sqrt(v)/sqrt(1 - b2^t) + eps)``, as torch.optim computes it; scalars
+    are made outside of the region, whose inputs ``outer`` knows."""
+
+    def _args(node: Any, target: Any, count: int) -> tuple[Any, ...]:
+        return _arguments(outer.get(node, node), target, count)
+
     try:
         decayed, moved = _args(new_param, aten.add.Tensor, 2)
         quotient, minus_step_size = _args(moved, aten.mul.Tensor, 2)
@@ -107,17 +117,16 @@ def _match(new_param: fx.Node) -> FusedAdam | None:
     )
     if not consistent:
         return None
+    stores = (param, exp_avg, exp_avg_sq)
+    if any(store not in outer for store in stores):
+        return None
     return FusedAdam(
         nodes=frozenset(nodes),
-        param=param,
         gradient=gradient,
-        exp_avg=exp_avg,
-        exp_avg_sq=exp_avg_sq,
-        new_param=new_param,
-        new_exp_avg=new_exp_avg,
-        new_exp_avg_sq=new_exp_avg_sq,
-        step=step,
-        lr=lr,
+        stores=stores,
+        results=(new_param, new_exp_avg, new_exp_avg_sq),
+        step=outer.get(step, step),
+        lr=outer.get(lr, lr),
         beta1=beta1,
         beta2=beta2,
         eps=eps,
@@ -129,7 +138,7 @@ class _Differs(Exception):
     """The graph is not this update."""
 
 
-def _args(node: Any, target: Any, count: int) -> tuple[Any, ...]:
+def _arguments(node: Any, target: Any, count: int) -> tuple[Any, ...]:
     if not isinstance(node, fx.Node) or node.target is not target or len(node.args) < count:
         raise _Differs
     return node.args[:count]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.order import order
 from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit
@@ -58,7 +59,8 @@ def lower(program: Program, schedule: Schedule, watch: bool = False) -> Executio
     """The plan of ``program`` run by ``schedule``; shapes, sizes and peers are all fixed here. ``watch``: segments of
     the body show their values, so that what makes a NaN can be told."""
     assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
-    lowered = [_StageLowering(program, stage, schedule, watch) for stage in range(program.stages)]
+    kernels = Kernels()
+    lowered = [_StageLowering(program, stage, schedule, watch, kernels) for stage in range(program.stages)]
     plan = ExecutionPlan(
         mesh=program.mesh,
         stages=tuple(item.run() for item in lowered),
@@ -69,6 +71,7 @@ def lower(program: Program, schedule: Schedule, watch: bool = False) -> Executio
         params=program.params,
         buckets=program.buckets,
         constants=program.constants,
+        kernels=kernels.table,
     )
     peaks = [max(simulate_memory(plan, s, f).peak_bytes for f in variants(plan)) for s in range(program.stages)]
     return replace(plan, peak_bytes=tuple(peaks))
@@ -88,7 +91,8 @@ class _Piece:
 
 
 class _StageLowering:
-    def __init__(self, program: Program, stage: int, schedule: Schedule, watch: bool) -> None:
+    def __init__(self, program: Program, stage: int, schedule: Schedule, watch: bool, kernels: Kernels) -> None:
+        self.kernels = kernels
         self.program, self.stage, self.schedule, self.watch = program, stage, schedule, watch
         self.segments: dict[str, Segment] = {}
         self.storages: dict[str, Storage] = {}
@@ -210,14 +214,15 @@ class _StageLowering:
                 if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
             ]
             watch = self.watch and section is self.program.body
-            code = emit(piece.segment, nodes, outputs, section, accumulators=accumulators, watch=watch)
+            options = {"accumulators": accumulators, "watch": watch}
+            code = emit(piece.segment, nodes, outputs, section, self.kernels, **options)
             self.segments[piece.segment] = code.segment
             self.reused |= code.reused
             piece.inputs = code.inputs
             if code.accumulators:
                 piece.first_segment = f"{piece.segment}_first"
                 name = piece.first_segment
-                first = emit(name, nodes, outputs, section, accumulators=accumulators, first=True, watch=watch)
+                first = emit(name, nodes, outputs, section, self.kernels, first=True, **options)
                 self.segments[piece.first_segment] = first.segment
                 piece.first_inputs = first.inputs
                 self.initialised |= code.accumulators

@@ -8,19 +8,24 @@ memory once more.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphshard.codegen.blocks import blocks_of
+from graphshard.codegen.expressions import arguments_of, spell
 from graphshard.codegen.idioms import FusedAdam, find_adam
-from graphshard.codegen.loops import Loop, block_bytes, find_loops, overwritten, write_loop
+from graphshard.codegen.kernels import Kernels
+from graphshard.codegen.overwrite import dying, overwritten
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
 from graphshard.execution import Segment, type_of
 from graphshard.program import Section, Slot, val
+from graphshard.region import Region, is_region, results_of
 from graphshard.rewrite import list_arg
 
 aten = torch.ops.aten
@@ -60,6 +65,7 @@ def emit(
     nodes: list[fx.Node],
     outputs: list[fx.Node],
     section: Section,
+    kernels: Kernels,
     *,
     accumulators: frozenset[Slot] = frozenset(),
     first: bool = False,
@@ -68,12 +74,10 @@ def emit(
     """Code for ``nodes``, in order, that returns ``outputs``.
 
     ``accumulators``: carries that start at zero. An ``add(carry, value)`` to one that nobody else reads is done in
-    place; ``first``: it overwrites. ``watch``: every floating-point value is shown to a function of that name.
+    place; ``first``: it overwrites. ``kernels`` takes what regions become. ``watch``: every floating-point value is
+    shown to a function of that name.
     """
-    return _Emitter(name, nodes, outputs, section, accumulators, first, watch).run()
-
-
-Item = fx.Node | Loop | FusedAdam
+    return _Emitter(name, nodes, outputs, section, kernels, accumulators, first, watch).run()
 
 
 @dataclass
@@ -92,12 +96,12 @@ class _Emitter:
     nodes: list[fx.Node]
     outputs: list[fx.Node]
     section: Section
+    kernels: Kernels
     accumulators: frozenset[Slot]
     first: bool
     watch: bool
     lines: list[str] = field(default_factory=list)
     reused: dict[fx.Node, fx.Node] = field(default_factory=dict)
-    block: set[fx.Node] = field(default_factory=set)  # inside a loop: the vectors it has a block of
 
     def run(self) -> Code:
         self.inside = set(self.nodes)
@@ -111,7 +115,7 @@ class _Emitter:
                 source = resolve(source)
                 if source not in self.inside and not self._skips(node, source):
                     inputs[source] = None
-        self.items: list[Item] = list(self.nodes) if self.accumulators else self._loops()
+        self.adams = self._updates(inputs)
         self.last_use = self._last_uses()
         self.ledger = Ledger(list(inputs))
         header = [f"def {self.name}(args, coordinates, device):"]
@@ -120,15 +124,10 @@ class _Emitter:
             self._line("args.clear()")
         for node in filter(arrives, inputs):
             self._watch(node)
-        for item in self.items:
-            if isinstance(item, Loop):
-                self._loop(item)
-            elif isinstance(item, FusedAdam):
-                self._adam(item)
-            else:
-                self._node(item)
-                self._watch(item)
-            dead = [n for n in self.last_use.get(item, []) if n in self.defined or n in inputs]
+        for node in self.nodes:
+            self._node(node)
+            self._watch(node)
+            dead = [n for n in self.last_use.get(node, []) if n in self.defined or n in inputs]
             if dead:
                 self._line(f"del {', '.join(n.name for n in dead)}")
                 self.ledger.drop(dead)
@@ -202,40 +201,29 @@ class _Emitter:
         """The first micro-batch does not read the accumulator."""
         return self.first and node in self.accumulated and source is node.args[0]
 
-    def _loops(self) -> list[Item]:
-        """Long pointwise chains as loops, and updates that torch has a kernel for as that."""
-        result: list[Item] = []
-        for item in find_loops(self.nodes):
-            adam = find_adam(item.nodes, self.section) if isinstance(item, Loop) else None
-            if adam is None or not isinstance(item, Loop):
-                result.append(item)
-                continue
-            behind = _readers_within(item.nodes, adam.nodes)
-            before = [node for node in item.nodes if node not in adam.nodes and node not in behind]
-            result += [Loop(item.numel, before)] if before else []
-            result.append(adam)
-            result += [Loop(item.numel, sorted(behind))] if behind else []
-        return result
+    def _updates(self, inputs: Mapping[fx.Node, None]) -> dict[fx.Node, FusedAdam]:
+        """The regions that are an update for which torch has a kernel, where the scalars that it wants are at hand."""
+        found = {node: adam for node in self.nodes if is_region(node) and (adam := find_adam(node, self.section))}
+        return {n: a for n, a in found.items() if all(s in self.inside or s in inputs for s in (a.step, a.lr))}
 
-    def _last_uses(self) -> dict[Item, list[fx.Node]]:
-        """Which values are dead after each item."""
-        last: dict[fx.Node, Item] = {}
+    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+        """Which values are dead after each node."""
+        last: dict[fx.Node, fx.Node] = {}
         self.defined: set[fx.Node] = set()
-        for item in self.items:
-            for node in [item] if isinstance(item, fx.Node) else item.nodes:
-                for source in node.all_input_nodes:
-                    last[resolve(source)] = item
-                    if source in self.folded:
-                        last[resolve(self.folded[source])] = item
-                last.setdefault(node, item)
-            if isinstance(item, FusedAdam):
-                last |= dict.fromkeys((item.step, item.lr), item)
+        for node in self.nodes:
+            for source in node.all_input_nodes:
+                last[resolve(source)] = node
+                if source in self.folded:
+                    last[resolve(self.folded[source])] = node
+            last.setdefault(node, node)
+            if node in self.adams:
+                last |= dict.fromkeys((self.adams[node].step, self.adams[node].lr), node)
         aliases = {n: n.args[0] for n in self.accumulated if not self.first}
         kept = set(self.outputs) | {aliases[n] for n in self.outputs if n in aliases}
-        result: dict[Item, list[fx.Node]] = {}
-        for node, item in last.items():
-            if node not in kept and node not in self.placed:
-                result.setdefault(item, []).append(node)
+        result: dict[fx.Node, list[fx.Node]] = {}
+        for value, node in last.items():
+            if value not in kept and value not in self.placed:
+                result.setdefault(node, []).append(value)
         return result
 
     # Code
@@ -256,6 +244,10 @@ class _Emitter:
             pass
         elif node in self.accumulated:
             self._accumulate(node)
+        elif is_region(node):
+            self._region(node)
+        elif is_getitem(node) and is_region(node.all_input_nodes[0]):
+            pass  # the region has defined it
         elif node.target is gs.local_shard.default:
             flat, _, axis = node.args
             size = val(node).numel()
@@ -280,34 +272,29 @@ class _Emitter:
                 value = self.packs[node].buffer
             self._line(f"watch({node.name!r}, {value})")
 
-    def _loop(self, loop: Loop) -> None:
-        returned = set(self.outputs)
-        self.block = set(loop.nodes) | set(loop.inputs())
-        in_place = overwritten(loop, self.section, returned)
-        self.reused |= in_place
-        self.lines += [f"    {line}" for line in write_loop(loop, in_place, returned, self._name, self._call)]
-        self.block = set()
-        self.ledger.temporary(block_bytes(loop, returned))
-        for node in loop.outputs(returned):
-            self.defined.add(node)
-            if node in in_place:
-                self.ledger.shares(node, resolve(in_place[node]))
+    def _region(self, node: fx.Node) -> None:
+        """A call of the region's kernel."""
+        region: Region = node.target  # type: ignore[assignment]
+        results, adam = results_of(node), self.adams.get(node)
+        given = node.all_input_nodes
+        if adam is not None:
+            given = [*given, adam.step, adam.lr]
+            in_place = {region.outputs.index(new): region.inputs.index(old) for old, new in adam.replaced}
+            kernel = self.kernels.add_update(region, adam, dying(node, self.section, self.outputs))
+        else:
+            in_place = overwritten(node, self.section, self.outputs) if blocks_of(region) else {}
+            kernel = self.kernels.add(region, in_place)
+        names = [results[i].name if i in results else "_" for i in range(len(region.outputs))]
+        arguments = ", ".join([*map(self._name, given), "device"])
+        self._line(f"{', '.join(names)} = kernels.{kernel.name}({arguments})")
+        self.ledger.temporary(kernel.workspace_bytes)
+        for index, result in results.items():
+            self.defined.add(result)
+            if index in in_place:
+                self.reused[result] = node.all_input_nodes[in_place[index]]
+                self.ledger.shares(result, self.reused[result])
             else:
-                self.ledger.makes(node)
-
-    def _adam(self, adam: FusedAdam) -> None:
-        states = ", ".join(f"[{self._name(n)}]" for n in (adam.param, adam.gradient, adam.exp_avg, adam.exp_avg_sq))
-        step, lr = (f"{self._name(n)}.to(torch.float32)" for n in (adam.step, adam.lr))
-        options = f"beta1={adam.beta1}, beta2={adam.beta2}, weight_decay={adam.weight_decay}, eps={adam.eps}"
-        self._line(f"torch._fused_adamw_({states}, [], [{step}], lr={lr}, {options}, amsgrad=False, maximize=False)")
-        for new, old in (
-            (adam.new_param, adam.param),
-            (adam.new_exp_avg, adam.exp_avg),
-            (adam.new_exp_avg_sq, adam.exp_avg_sq),
-        ):
-            self._define(new, self._name(old))
-            self.ledger.shares(new, resolve(old))
-            self.reused[new] = old
+                self.ledger.makes(result)
 
     def _name(self, node: fx.Node) -> str:
         return resolve(node).name
@@ -315,12 +302,11 @@ class _Emitter:
     def _call(self, node: fx.Node) -> str:
         if is_getitem(node):
             return f"{self._expression(node.args[0])}[{node.args[1]}]"
-        arguments = [self._expression(a) for a in node.args]
-        arguments += [f"{k}={self._expression(v)}" for k, v in node.kwargs.items() if k != "pin_memory"]
+        arguments = ", ".join(arguments_of(node, self._name))
         assert isinstance(node.target, torch._ops.OpOverload)
         if _is_large_product(node):
-            return f"products.{node.target._schema.name.removeprefix('aten::')}({', '.join(arguments)})"
-        return f"torch.ops.{node.target}({', '.join(arguments)})"
+            return f"products.{node.target._schema.name.removeprefix('aten::')}({arguments})"
+        return f"torch.ops.{node.target}({arguments})"
 
     def _start(self, destination: _Destination) -> None:
         """Allocate a pack's buffer before the first write; what no part covers is zero."""
@@ -391,25 +377,7 @@ class _Emitter:
         self.ledger.shares(node, carry)
 
     def _expression(self, value: Any) -> str:
-        if isinstance(value, fx.Node):
-            return resolve(value).name + ("_b" if value in self.block else "")
-        if isinstance(value, (list, tuple)):
-            inner = ", ".join(self._expression(v) for v in value)
-            return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
-        if isinstance(value, torch.device):
-            return "device"
-        if isinstance(value, float) and not math.isfinite(value):
-            return f'float("{value}")'
-        return repr(value)
-
-
-def _readers_within(nodes: list[fx.Node], made: frozenset[fx.Node]) -> set[fx.Node]:
-    """Those of ``nodes``, in order, that depend on ``made`` without being part of it: the cast of a master does."""
-    found: set[fx.Node] = set()
-    for node in nodes:
-        if node not in made and any(source in made or source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
+        return spell(value, self._name)
 
 
 def _is_large_product(node: fx.Node) -> bool:

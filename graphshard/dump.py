@@ -44,12 +44,15 @@ def write_plan(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[
     ranks hold over a step. ``title``: of the picture; ``measured``: peaks by stage, in bytes."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "plan.txt", str(plan))
+    kernels = "\n\n".join(f"# By {kernel.how}.\n{kernel.source}" for kernel in plan.kernels.values())
+    write_atomic(folder / "kernels.py", f'"""Kernels that segments call."""\n\nimport torch\n\n\n{kernels}')
     for index, stage in enumerate(plan.stages):
         code = "\n\n".join(
             f"# Holds {human(max(segment.workspace.held))} at most, beside its inputs.\n{segment.source}"
             for segment in stage.segments.values()
         )
-        imports = "import torch\n" + ("\nfrom graphshard.runtime import products\n" if "products." in code else "")
+        imports = "import torch\n" + ("\nimport kernels\n" if "kernels." in code else "")
+        imports += "\nfrom graphshard.runtime import products\n" if "products." in code else ""
         watched = (
             "\n\ndef watch(name, value):\n    pass  # with debug_nan: looks at the value\n" if stage.watched else ""
         )

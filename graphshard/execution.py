@@ -149,6 +149,17 @@ class Segment:
     workspace: Workspace = Workspace()
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """A region as code: Python source of one function ``def <name>(*inputs, device)`` that returns its result, or a
+    tuple of several. Segments call it as ``kernels.<name>``."""
+
+    name: str
+    source: str
+    how: str = ""  # what it became, and why, for people
+    workspace_bytes: int = 0  # what it takes while it runs, beside inputs and results
+
+
 CATEGORIES = (
     "parameters",
     "gathered parameters",
@@ -244,6 +255,7 @@ class ExecutionPlan:
     params: dict[str, Param]
     buckets: dict[str, Bucket]
     constants: dict[str, torch.Tensor]
+    kernels: dict[str, Kernel] = field(default_factory=dict)  # what segments call, by name
     peak_bytes: tuple[int, ...] = ()  # per stage: the most a rank holds in a step, see simulate.py; (): not stated
 
     @property

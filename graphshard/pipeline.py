@@ -32,6 +32,7 @@ PASSES: Mapping[str, str] = {
     "hoist": "graphshard.passes.hoist:Hoist",
     "overlap": "graphshard.passes.overlap:Overlap",
     "offload": "graphshard.passes.offload:Offload",
+    "fuse": "graphshard.passes.fuse:Fuse",
 }
 """The table of passes, name to import path; default_passes gives their order."""
 

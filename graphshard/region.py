@@ -74,3 +74,11 @@ def region_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
 def is_region(node: fx.Node) -> bool:
     """Whether the node computes a region."""
     return isinstance(node.target, Region)
+
+
+def results_of(node: fx.Node) -> dict[int, fx.Node]:
+    """The nodes that have the results of a region's ``node``, by position: itself, if there is one result."""
+    region: Region = node.target  # type: ignore[assignment]
+    if len(region.outputs) == 1:
+        return {0: node}
+    return {user.args[1]: user for user in node.users}  # type: ignore[misc]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,9 @@ from torch import fx
 from torch.utils._pytree import tree_flatten
 
 from graphshard import fake
-from graphshard.program import NodeInfo, Program, Section, Slot, info
+from graphshard.dataflow import is_getitem, is_view
+from graphshard.program import NodeInfo, Program, Section, Slot, info, val
+from graphshard.region import region_of
 
 
 def arg(node: fx.Node, index: int) -> fx.Node:
@@ -108,6 +111,46 @@ def clone(node: fx.Node, remap: Callable[[fx.Node], fx.Node], **changes: Any) ->
     copy.meta = dict(node.meta)
     copy.meta["info"] = replace(info(node), **changes)
     return copy
+
+
+def into_region(
+    section: Section, nodes: Sequence[fx.Node], results: Sequence[fx.Node], made_by: str
+) -> dict[fx.Node, fx.Node]:
+    """Insert, right behind the last of ``nodes``, a region that computes what they do; they stay.
+
+    ``nodes`` are in order, of one phase and stage. Returns each of ``results`` to the new node that has its value.
+    """
+    inside, records = set(nodes), [info(node) for node in nodes]
+    inputs = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside))
+    operations = dict.fromkeys(
+        str(n.target).split(".")[1].strip("_") for n in nodes if not (is_view(n) or is_getitem(n))
+    )
+    module = ".".join(_common_prefix([record.module.split(".") for record in records]))
+    record = replace(records[-1], origin="", forward="", module=module, tag=None, layout="", made_by=made_by)
+    with after(nodes[-1]):
+        node = section.graph.create_node(
+            "call_function",
+            region_of(nodes, inputs, results),
+            tuple(inputs),
+            {},
+            "_".join(["fused", *list(operations)[:4]]),
+        )
+        node.meta = {"val": tuple(val(result) for result in results), "info": record}
+        if len(results) == 1:
+            (result,) = results
+            node.meta = {"val": val(result), "info": replace(info(result), made_by=made_by)}
+            return {result: node}
+        made = {}
+        for index, result in enumerate(results):
+            made[result] = section.graph.call_function(operator.getitem, (node, index))
+            made[result].meta = {"val": val(result), "info": replace(info(result), made_by=made_by)}
+    return made
+
+
+def _common_prefix(paths: Sequence[Sequence[str]]) -> Sequence[str]:
+    """What all paths begin with."""
+    same = [len(set(parts)) == 1 for parts in zip(*paths, strict=False)]
+    return paths[0][: same.index(False) if False in same else len(same)]
 
 
 def retype(nodes: Iterable[fx.Node]) -> None:

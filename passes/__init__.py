@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from graphshard.errors import UnknownPass
 from graphshard.passes.bucket import BucketCollectives
+from graphshard.passes.fuse import Fuse
 from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.normalize import Normalize
@@ -32,7 +33,8 @@ def default_passes(plan: Plan) -> list[Pass]:
         BucketCollectives(),  # merges what zero made
         Hoist(budget_gb=() if plan.budget_gb is None else (plan.budget_gb,)),  # by the sizes of merged buckets
         Overlap(),  # order depends on which collectives are left
-        _offload(plan),  # last: the update in one piece is cut again where state comes and goes
+        _offload(plan),  # the update in one piece is cut again where state comes and goes
+        Fuse(),  # last: what stands between two of an operation's neighbours is known now
     ]
     return [item for item in chosen if item is not None]
 

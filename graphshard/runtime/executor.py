@@ -100,7 +100,7 @@ class Executor(ABC):
                 stage = self.mesh.coordinates(rank)["pp"]
                 watch = Watch(plan.stages[stage].watched) if plan.watched else None
                 if stage not in functions or watch is not None:  # each rank has a watch of its own
-                    functions[stage] = compile_segments(plan.stages[stage].segments, watch)
+                    functions[stage] = compile_segments(plan.stages[stage].segments, plan.kernels, watch)
                 machines[rank] = self._machine(plan, rank, functions[stage], watch)
             constants = {name: value.to(self.device) for name, value in plan.constants.items()}
             loaded = self._loaded[id(plan)] = Loaded(plan, machines, constants, plan.state_keys)

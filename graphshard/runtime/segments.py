@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import linecache
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 import graphshard.ops  # noqa: F401  (segments call torch.ops.graphshard)
-from graphshard.execution import Segment
+from graphshard.execution import Kernel, Segment
 from graphshard.runtime import products
 
 SegmentFunction = Callable[[list[torch.Tensor], Mapping[str, int], torch.device], tuple[torch.Tensor, ...]]
@@ -19,18 +21,21 @@ Watcher = Callable[[str, torch.Tensor], None]
 """Is shown the values of a segment by name, where lowering was asked for that."""
 
 
-def compile_segment(segment: Segment, watch: Watcher | None = None) -> SegmentFunction:
-    """The function that ``segment.source`` defines under the segment's name."""
-    digest = hashlib.sha256(segment.source.encode()).hexdigest()[:8]
-    filename = f"<segment {segment.name} {digest}>"
+def compile_segments(
+    segments: Mapping[str, Segment], kernels: Mapping[str, Kernel], watch: Watcher | None = None
+) -> dict[str, SegmentFunction]:
+    """All functions of a stage by segment name, which call those of ``kernels``."""
+    table = SimpleNamespace(**{name: _function(name, kernel.source, {}) for name, kernel in kernels.items()})
+    known = {"products": products, "kernels": table, "watch": watch}
+    return {name: _function(name, segment.source, known) for name, segment in segments.items()}
+
+
+def _function(name: str, source: str, known: Mapping[str, object]) -> Any:
+    """The function that ``source`` defines under ``name``."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
+    filename = f"<{name} {digest}>"
     # No modification time: linecache keeps the lines for good instead of looking for a file.
-    linecache.cache[filename] = (len(segment.source), None, segment.source.splitlines(keepends=True), filename)
-    namespace: dict[str, object] = {"torch": torch, "products": products, "watch": watch}
-    exec(compile(segment.source, filename, "exec"), namespace)
-    function: SegmentFunction = namespace[segment.name]  # type: ignore[assignment]
-    return function
-
-
-def compile_segments(segments: Mapping[str, Segment], watch: Watcher | None = None) -> dict[str, SegmentFunction]:
-    """All functions of a stage by segment name."""
-    return {name: compile_segment(segment, watch) for name, segment in segments.items()}
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    namespace: dict[str, object] = {"torch": torch, **known}
+    exec(compile(source, filename, "exec"), namespace)
+    return namespace[name]

@@ -1,0 +1,193 @@
+"""A region as Python with torch's operators: block by block, so that what lies between two operators stays in cache,
+where a region makes long values for itself alone; else operator by operator.
+
+Blocks are of rows, or, where nothing looks at rows, of elements in memory order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphshard.codegen.expressions import spell
+from graphshard.codegen.workspace import storage_bytes
+from graphshard.dataflow import is_getitem, is_view
+from graphshard.program import tensors, val
+from graphshard.region import Region
+from graphshard.rows import Extent, Space, is_reduction, space
+
+BLOCK = 65536
+"""Elements per block: a dozen live temporaries of float32 fit a core's second-level cache."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How a region is cut: ``step`` of ``count`` rows at a time, or elements if it has no rows."""
+
+    space: Space
+    rows: bool
+
+    @property
+    def count(self) -> int:
+        return self.space.rows if self.rows else self.space.numel
+
+    @property
+    def step(self) -> int:
+        return max(1, BLOCK // self.space.length) if self.rows else BLOCK
+
+    @property
+    def unit(self) -> str:
+        return f"{self.step} {'rows' if self.rows else 'elements'}"
+
+    def extent(self, node: fx.Node) -> Extent | None:
+        """FULL or ROW for a value that each block has its part of; None for one that every block sees whole."""
+        value = val(node)
+        found = self.space.extent(value) if isinstance(value, Tensor) else None
+        return found if found in (Extent.FULL, Extent.ROW) else None
+
+    def nbytes(self, node: fx.Node) -> int:
+        """Bytes of a block of what an operator makes."""
+        per_step = {Extent.FULL: self.space.length if self.rows else 1, Extent.ROW: 1}
+        extents = [(value, self.space.extent(value)) for value in tensors(val(node))]
+        return sum(self.step * per_step.get(e or Extent.SCALAR, 0) * v.dtype.itemsize for v, e in extents)
+
+
+def blocks_of(region: Region) -> Blocks | None:
+    """How to cut the region; None: it is short, or an operator of it is not computed row by row."""
+    operations = [node for node in region.operations if not is_getitem(node)]
+    spaces = [space(node) for node in operations]
+    if None in spaces:
+        return None
+    whole = max((found for found in spaces if found is not None), key=lambda found: found.numel)
+    values = [value for node in (*region.inputs, *region.operations) if isinstance(value := val(node), Tensor)]
+    extents = [whole.extent(value) for value in values]
+    if whole.numel <= BLOCK or None in extents:
+        return None
+    return Blocks(whole, any(map(is_reduction, operations)) or not {Extent.ROW, Extent.COLUMN}.isdisjoint(extents))
+
+
+def keeps_to_itself(region: Region, blocks: Blocks) -> bool:
+    """Whether it makes a long value that is no result, which computed whole would pass through memory."""
+    results = set(region.outputs)
+    inner = (node for node in region.operations if node not in results and not is_view(node))
+    return any(blocks.extent(node) is Extent.FULL for node in inner)
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines that leave the results in their variables; ``workspace_bytes``: what they take beside those."""
+
+    lines: tuple[str, ...]
+    workspace_bytes: int
+
+
+def whole_code(region: Region, names: Mapping[fx.Node, str]) -> Code:
+    """Operator by operator. ``names``: the variables; the inputs' hold them."""
+    lives = _Lives(region, storage_of=lambda node: sum(map(storage_bytes, tensors(val(node)))))
+    lines: list[str] = []
+    for node in region.operations:
+        lines.append(f"{names[node]} = {_call(node, names.__getitem__)}")
+        lines += _deletes([names[n] for n in lives.ending(node)])
+    kept = sum(storage_bytes(val(node)) for node in region.outputs)
+    return Code(tuple(lines), max(0, lives.peak - kept))
+
+
+def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, in_place: Mapping[int, int]) -> Code:
+    """Block by block; ``in_place``: results to the input, of as many elements of their dtype, that they
+    overwrite, by position."""
+    lines: list[str] = []
+    for index, node in enumerate(region.outputs):
+        value = val(node)
+        made = f"torch.empty({list(value.shape)}, dtype={value.dtype}, device=device)"
+        if index in in_place:
+            old = region.inputs[in_place[index]]
+            made = names[old] + ("" if val(old).shape == value.shape else f".view({list(value.shape)})")
+        lines.append(f"{names[node]} = {made}")
+    inputs = [node for node in region.inputs if blocks.extent(node)]
+    lines += [f"{names[n]}_all = {names[n]}{_flattened(blocks, n)}" for n in (*inputs, *region.outputs)]
+    lines.append(f"for at in range(0, {blocks.count}, {blocks.step}):")
+    part = f"_all[at : at + {blocks.step}]"
+
+    def name(node: fx.Node) -> str:
+        while node.target is torch.ops.aten.view.default:
+            (node,) = node.all_input_nodes  # a block of rows is the same for both
+        return names[node] if node.op == "placeholder" and not blocks.extent(node) else f"{names[node]}_b"
+
+    lives = _Lives(region, storage_of=blocks.nbytes)
+    inside = [f"{name(n)} = {names[n]}{part}" for n in inputs]
+    for node in region.operations:
+        if node.target is not torch.ops.aten.view.default:
+            inside.append(f"{name(node)} = {_call(node, name, blocks.rows)}")
+        inside += _deletes([name(n) for n in lives.ending(node) if n.target is not torch.ops.aten.view.default])
+    inside += [f"{names[n]}{part} = {name(n)}" for n in region.outputs]
+    inside += _deletes([name(n) for n in region.outputs])
+    return Code((*lines, *(f"    {line}" for line in inside)), lives.peak)
+
+
+class _Lives:
+    """Follows, operation by operation, which values a region still needs, and the most bytes they take. Views and
+    picked results live as long as what they are of."""
+
+    def __init__(self, region: Region, storage_of: Callable[[fx.Node], int]) -> None:
+        self._storage_of, self._held, self.peak = storage_of, 0, 0
+        self._members: dict[fx.Node, list[fx.Node]] = {}
+        last: dict[fx.Node, fx.Node] = {}
+        for node in region.operations:
+            self._members.setdefault(_root(node), []).append(node)
+            for source in (node, *node.all_input_nodes):
+                last[_root(source)] = node
+        returned = {_root(node) for node in region.outputs}
+        self._ending: dict[fx.Node, list[fx.Node]] = {}
+        for root, node in last.items():
+            if root not in returned and root.op != "placeholder":
+                self._ending.setdefault(node, []).append(root)
+
+    def ending(self, node: fx.Node) -> list[fx.Node]:
+        """The next operation, ``node``, has run: the values that nothing reads from here on."""
+        if _root(node) is node:
+            self._held += self._storage_of(node)
+            self.peak = max(self.peak, self._held)
+        ended = self._ending.get(node, [])
+        self._held -= sum(map(self._storage_of, ended))
+        return [member for root in ended for member in self._members[root]]
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """The operation, or the input, whose result ``node`` shows or picks."""
+    while node.op != "placeholder" and (is_getitem(node) or is_view(node)):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _flattened(blocks: Blocks, node: fx.Node) -> str:
+    """From a whole value to one whose first dim is cut into blocks."""
+    shape, space = list(val(node).shape), blocks.space
+    if not blocks.rows:
+        wanted = [space.numel]
+    elif blocks.extent(node) is Extent.FULL:
+        wanted = [space.rows, space.length]
+    else:
+        wanted = [space.rows, 1] if len(shape) > 1 and shape[-1] == 1 else [space.rows]
+    return "" if shape == wanted else f".view({wanted})"
+
+
+def _call(node: fx.Node, name: Callable[[fx.Node], str], by_rows: bool = False) -> str:
+    """``node`` as a call of its operator; a block of rows has one dim before the last, however many the whole has."""
+    if is_getitem(node):
+        return f"{name(node.all_input_nodes[0])}[{node.args[1]}]"
+    target: Any = node.target
+    words = []
+    for argument, value in zip(target._schema.arguments, node.args, strict=False):
+        if by_rows and is_reduction(node) and argument.name == "dim":
+            value = [-1] if isinstance(value, (list, tuple)) else -1
+        words.append(spell(value, name))
+    words += [f"{key}={spell(value, name)}" for key, value in node.kwargs.items() if key != "pin_memory"]
+    return f"torch.ops.{target}({', '.join(words)})"
+
+
+def _deletes(names: list[str]) -> list[str]:
+    return [f"del {', '.join(names)}"] if names else []

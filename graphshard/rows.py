@@ -1,0 +1,152 @@
+"""The shapes that one kernel can compute together: tensors of the same rows, and what broadcasts to them.
+
+A space is ``rows`` x ``length``: a tensor [..., length] has as many rows as its other dims multiply to. Within a space
+a value is *full* (an element each), *row* (one for each row: [..., 1] or [...]), *column* ([length], for every row) or
+*scalar*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphshard.dataflow import is_getitem, is_pointwise
+from graphshard.program import val
+
+aten = torch.ops.aten
+
+
+class Extent(StrEnum):
+    """What part of its space a value covers."""
+
+    FULL = "full"
+    ROW = "row"
+    COLUMN = "column"
+    SCALAR = "scalar"
+
+
+@dataclass(frozen=True)
+class Space:
+    """So many rows of so many elements."""
+
+    rows: int
+    length: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.length
+
+    def extent(self, value: Tensor) -> Extent | None:
+        """What ``value`` covers; None: it does not fit, or its rows do not lie one after the other in memory."""
+        shape = tuple(value.shape)
+        if value.numel() == 1:
+            return Extent.SCALAR
+        if shape and shape[-1] == self.length and value.numel() == self.numel:
+            return Extent.FULL if value.is_contiguous() else None
+        if value.numel() == self.rows and value.is_contiguous():
+            return Extent.ROW
+        if shape and shape[-1] == value.numel() == self.length and value.is_contiguous():
+            return Extent.COLUMN
+        return None
+
+
+def space_of(value: Tensor) -> Space:
+    """The space in which ``value``, of at least one dim, is full."""
+    return Space(prod(value.shape[:-1]), value.shape[-1])
+
+
+def space(node: fx.Node) -> Space | None:
+    """The space that the operation belongs to, if it is one that a kernel can compute row by row: pointwise, or a
+    reduction along the last dim. Every operand then fits the space, and so does the result."""
+    found = None
+    if is_pointwise(node):
+        found = _pointwise(node)
+    elif (rule := _ALONG_ROWS.get(node.target)) is not None:
+        found = rule(node)
+    elif node.target is aten.view.default:
+        found = _view(node)
+    if found is None or found.numel <= 1 or any(_operand(found, source) is None for source in node.all_input_nodes):
+        return None
+    return found
+
+
+def is_reduction(node: fx.Node) -> bool:
+    """Whether the node reads whole rows of its operands."""
+    return node.target in _ALONG_ROWS
+
+
+def _operand(space: Space, source: fx.Node) -> Extent | None:
+    value = val(source)
+    return space.extent(value) if isinstance(value, Tensor) else None
+
+
+def _pointwise(node: fx.Node) -> Space | None:
+    """All operands have the result's shape, or broadcast along rows or columns as a whole."""
+    value = val(node)
+    if not isinstance(value, Tensor) or value.numel() <= 1 or not value.is_contiguous():
+        return None
+    shape = tuple(value.shape)
+    for source in node.all_input_nodes:
+        other = tuple(val(source).shape)
+        broadcast = other[-1:] == shape[-1:] and prod(other) == shape[-1]  # a column
+        if not (other in (shape, (*shape[:-1], 1)) or prod(other) == 1 or broadcast):
+            return None
+    return space_of(value)
+
+
+def _view(node: fx.Node) -> Space | None:
+    value, source = val(node), val(node.all_input_nodes[0])
+    same_rows = source.dim() and value.dim() and source.shape[-1] == value.shape[-1] and source.is_contiguous()
+    return space_of(value) if same_rows else None
+
+
+def _reduces(node: fx.Node) -> Space | None:
+    value = val(node.all_input_nodes[0])
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    dims = [dims] if isinstance(dims, int) else dims
+    return space_of(value) if dims and value.dim() and [d % value.dim() for d in dims] == [value.dim() - 1] else None
+
+
+def _softmax(position: int) -> Callable[[fx.Node], Space | None]:
+    def rule(node: fx.Node) -> Space | None:
+        value, dim = val(node), node.args[position]
+        return space_of(value) if value.dim() and dim in (-1, value.dim() - 1) else None
+
+    return rule
+
+
+def _layer_norm(node: fx.Node) -> Space | None:
+    value = val(node.all_input_nodes[0])
+    return space_of(value) if node.args[1] == [value.shape[-1]] else None
+
+
+def _nll_backward(node: fx.Node) -> Space | None:
+    """The gradient of a mean or a sum: a row's is its own, given how many rows count."""
+    value = val(node)
+    return space_of(value) if value.dim() == 2 and node.args[3] is None and node.args[4] in (1, 2) else None
+
+
+_ALONG_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {
+    aten.sum.dim_IntList: _reduces,
+    aten.mean.dim: _reduces,
+    aten.amax.default: _reduces,
+    aten.amin.default: _reduces,
+    aten._softmax.default: _softmax(1),
+    aten._log_softmax.default: _softmax(1),
+    aten._softmax_backward_data.default: _softmax(2),
+    aten._log_softmax_backward_data.default: _softmax(2),
+    aten.native_layer_norm.default: _layer_norm,
+    aten.nll_loss_backward.default: _nll_backward,
+}
+"""Operators that compute each row by itself."""
+
+
+def picks(node: fx.Node) -> bool:
+    """Whether the node picks a result of an operator that computes rows."""
+    return is_getitem(node) and is_reduction(node.all_input_nodes[0])

@@ -1,0 +1,204 @@
+"""``fuse``: operations that read and write the same rows become regions, which code generation turns into one kernel.
+
+What one operation of a region makes for another never goes through memory. Matrix products, attention and whatever
+communicates or draws random numbers stay outside, and bound the stretch of a graph in which a region may lie: no value
+waits for a product that it does not need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from graphshard.analysis import has_products, is_random
+from graphshard.communication import communicates
+from graphshard.dataflow import is_getitem, is_view, upstream
+from graphshard.pipeline import Context
+from graphshard.program import Phase, Program, Role, Section, info
+from graphshard.rewrite import clone, into_region
+from graphshard.rows import Space, picks, space
+
+aten = torch.ops.aten
+gs = torch.ops.graphshard
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Make regions of at most ``most`` operations."""
+
+    most: int = 64
+
+    name = "fuse"
+    exact = True  # a region means its operations
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        for section in program.sections().values():
+            for group in _Grouping(section, self.most).run():
+                _make_region(section, group)
+        return program
+
+
+@dataclass(eq=False)
+class _Group:
+    space: Space
+    first: int  # position of the first member
+    nodes: dict[fx.Node, None] = field(default_factory=dict)
+
+    @property
+    def computes(self) -> int:
+        """How many operations do more than show another's result."""
+        return sum(not (is_view(node) or is_getitem(node)) for node in self.nodes)
+
+
+class _Grouping:
+    """Assigns the nodes of one section, in order."""
+
+    def __init__(self, section: Section, most: int) -> None:
+        self.section, self.most = section, most
+        self.position = {node: index for index, node in enumerate(section.graph.nodes)}
+        self.group: dict[fx.Node, _Group] = {}
+        self.open: dict[tuple[Phase, int | None], list[_Group]] = {}  # groups that may grow, by phase and stage
+
+    def run(self) -> list[_Group]:
+        for node in self.section.nodes():
+            place = (info(node).phase, info(node).stage)
+            if communicates(node):
+                self.open.clear()
+            elif has_products(node):
+                self.open.pop(place, None)
+            elif picks(node):
+                source = node.all_input_nodes[0]
+                if source in self.group:
+                    self._add(node, self.group[source])
+            elif (where := space(node)) is not None and self._may_move(node):
+                self._place(node, where, place)
+        found = dict.fromkeys(self.group.values())  # in order of their first nodes
+        return [group for group in found if group.computes > 1]
+
+    def _may_move(self, node: fx.Node) -> bool:
+        """Not what code generation writes in place: sums over micro-batches, and casts of what a bucket takes."""
+        if is_random(node):
+            return False
+        slots = [self.section.inputs.get(source) for source in node.all_input_nodes]
+        if any(slot is not None and slot.role is Role.CARRY for slot in slots) and info(node).phase is not Phase.UPDATE:
+            return False
+        packed = len(node.users) == 1 and next(iter(node.users)).target is gs.pack.default
+        return not (packed and node.target is aten._to_copy.default)
+
+    def _place(self, node: fx.Node, where: Space, place: tuple[Phase, int | None]) -> None:
+        """Join the groups that make what ``node`` reads; with none, begin one."""
+        opened = self.open.setdefault(place, [])
+        makers = dict.fromkeys(self.group[s] for s in reversed(node.all_input_nodes) if s in self.group)
+        joined: _Group | None = None
+        for group in makers:
+            common = _common(group.space, where) if group in opened else None
+            if common is None:
+                continue
+            if joined is None:
+                if len(group.nodes) < self.most and not self._reach(self._outside([node], group), group):
+                    joined, where = group, common
+                    self._add(node, group)
+            elif len(joined.nodes) + len(group.nodes) <= self.most and self._may_merge(joined, group):
+                opened.remove(group)
+                joined.first, where = min(joined.first, group.first), common
+                for member in group.nodes:
+                    self._add(member, joined)
+        if joined is None:
+            joined = _Group(where, self.position[node])
+            opened.append(joined)
+            self._add(node, joined)
+        joined.space = where
+
+    def _add(self, node: fx.Node, group: _Group) -> None:
+        group.nodes[node] = None
+        self.group[node] = group
+
+    def _may_merge(self, one: _Group, other: _Group) -> bool:
+        """No path leads from one to the other through what is in neither."""
+        both = (one, other)
+        around = [
+            source
+            for group in both
+            for source in self._outside(group.nodes, group)
+            if self.group.get(source) not in both
+        ]
+        return not any(self._reach(around, group) for group in both)
+
+    def _outside(self, nodes: Iterable[fx.Node], group: _Group) -> list[fx.Node]:
+        return [s for node in nodes for s in node.all_input_nodes if self.group.get(s) is not group]
+
+    def _reach(self, sources: Iterable[fx.Node], group: _Group) -> bool:
+        """Whether any of ``sources`` depends on ``group``, where groups compute as one."""
+        seen: set[fx.Node] = set()
+        stack = list(sources)
+        while stack:
+            node = stack.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            unit = self.group.get(node)
+            if unit is group:
+                return True
+            if unit is None:
+                # What stands before the group cannot depend on it, unless as part of another group.
+                if self.position[node] > group.first:
+                    stack += node.all_input_nodes
+            else:
+                seen.update(unit.nodes)
+                stack += self._outside(unit.nodes, unit)
+        return False
+
+
+def _common(one: Space, other: Space) -> Space | None:
+    """The space in which both may be computed: values with one element a row fit any of as many rows."""
+    if one == other or (other.length == 1 and one.rows == other.rows):
+        return one
+    return other if one.length == 1 and one.rows == other.rows else None
+
+
+def _make_region(section: Section, group: _Group) -> None:
+    """A region of the group's nodes, where the last of them is."""
+    position = {node: index for index, node in enumerate(section.graph.nodes)}
+    nodes = sorted(group.nodes, key=position.__getitem__)
+    read = [node for node in nodes if any(user not in group.nodes for user in node.users)]
+    results = dict.fromkeys(base for node in read if (base := _shown(node, group)) in group.nodes)
+    # What reads the group before its last node is there has to wait for it.
+    between = [node for node in section.nodes() if position[nodes[0]] < position[node] < position[nodes[-1]]]
+    behind: dict[fx.Node, None] = {}
+    for node in between:
+        if node not in group.nodes and any(s in group.nodes or s in behind for s in node.all_input_nodes):
+            behind[node] = None
+    needed = upstream(results, stop=lambda node: node not in group.nodes)
+    made = into_region(section, [node for node in nodes if node in needed], list(results), "fuse")
+    next_one = list(made.values())[-1].next
+    for node in behind:
+        next_one.prepend(node)
+    before = next(iter(behind), next_one)
+    for node in read:
+        if is_view(node):
+            # As a result of the region a view would be a copy.
+            made[node] = _again(node, made, group, before)
+    for node in read:
+        node.replace_all_uses_with(made[node], lambda user: user not in group.nodes)
+    for node in reversed(nodes):
+        section.graph.erase_node(node)
+
+
+def _shown(node: fx.Node, group: _Group) -> fx.Node:
+    """What ``node``, if it is a view, shows of the group's own, or of what the group reads."""
+    while node in group.nodes and is_view(node):
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _again(view: fx.Node, made: dict[fx.Node, fx.Node], group: _Group, before: fx.Node) -> fx.Node:
+    """The view of the group's ``view``, outside of it."""
+    if view in made or view not in group.nodes:
+        return made.get(view, view)
+    source = _again(view.all_input_nodes[0], made, group, before)
+    with view.graph.inserting_before(before):
+        made[view] = clone(view, lambda _: source)
+    return made[view]
