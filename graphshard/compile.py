@@ -33,6 +33,7 @@ from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, ScalerState, given_state
 from graphshard.passes import default_passes, with_passes
+from graphshard.passes.fuse import Fuse
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context, Pass, Placement, placement_of, run_passes
 from graphshard.plan import Plan
@@ -118,7 +119,7 @@ def compile(
         device=device,
         max_grad_norm=max_grad_norm,
         timeout_s=timeout_s,
-        passes=with_passes(default_passes(parsed), passes or ()),
+        passes=with_passes(_passes_of(parsed, debug_nan), passes or ()),
         dump_dir=None if dump_dir is None else Path(dump_dir),
         debug_nan=debug_nan,
         measure_memory=measure_memory,
@@ -129,6 +130,11 @@ def compile(
         args, kwargs = example_arguments(example_inputs)
         compiled.trace(*args, **kwargs)
     return compiled
+
+
+def _passes_of(plan: Plan, debug_nan: bool) -> list[Pass]:
+    """The plan's passes; a value inside a region could not be looked at."""
+    return with_passes(default_passes(plan), [Fuse(body=False)] if debug_nan else [])
 
 
 def _offload_folder(plan: Plan) -> str | None:

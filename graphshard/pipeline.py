@@ -18,6 +18,7 @@ import torch
 from graphshard.errors import GraphshardError, PassFailed, PassOptionError, UnknownPass
 from graphshard.mesh import Mesh
 from graphshard.program import Bucket, PassRecord, Phase, Program, Role, info
+from graphshard.region import operations_of
 from graphshard.text_spelling import first_line
 from graphshard.verify import verify
 
@@ -58,7 +59,7 @@ def placement_of(program: Program) -> Placement:
             if slot.role is Role.BUFFER:
                 holders.setdefault(slot.name, set()).add(slot.stage)
     stages |= {name: tuple(sorted(held)) for name, held in holders.items()}
-    forward = (info(node) for node in program.body.nodes() if info(node).phase is Phase.FORWARD)
+    forward = (info(node) for node in operations_of(program.body) if info(node).phase is Phase.FORWARD)
     operations = {r.origin: r.stage for r in forward if r.origin and r.stage is not None and not r.made_by}
     return Placement(stages, dict(program.buckets), operations)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 from torch.fx.node import map_aggregate
+
+from graphshard.program import Section
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,12 @@ def region_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
 def is_region(node: fx.Node) -> bool:
     """Whether the node computes a region."""
     return isinstance(node.target, Region)
+
+
+def operations_of(section: Section) -> Iterator[fx.Node]:
+    """All operations of a graph; of a region those in it."""
+    for node in section.nodes():
+        yield from node.target.operations if isinstance(node.target, Region) else (node,)
 
 
 def results_of(node: fx.Node) -> dict[int, fx.Node]:

@@ -140,7 +140,7 @@ def section_text(name: str, section: Section) -> str:
     lines = [f"graph {name} {{"]
     for node in section.graph.nodes:
         if node.op != "output":
-            lines += (f"  {line}" for line in node_text(node, name, section).splitlines())
+            lines += (f"  {line}" for line in node_text(node, name, section).split("\n"))
     outputs = [f"{spell_slot(slot)} %{node.name}" for slot, node in section.outputs.items()]
     joined = f"  return {', '.join(outputs)}".rstrip()
     lines.append(joined if len(joined) <= _WIDTH else "  return " + ",\n         ".join(outputs))

@@ -27,15 +27,18 @@ gs = torch.ops.graphshard
 
 @dataclass(frozen=True)
 class Fuse:
-    """Make regions of at most ``most`` operations."""
+    """Make regions of at most ``most`` operations; ``body``: also of micro-batches, whose values debug_nan shows."""
 
     most: int = 64
+    body: bool = True
 
     name = "fuse"
     exact = True  # a region means its operations
 
     def run(self, program: Program, ctx: Context) -> Program:
-        for section in program.sections().values():
+        for name, section in program.sections().items():
+            if name == "body" and not self.body:
+                continue
             for group in _Grouping(section, self.most).run():
                 _make_region(section, group)
         return program
@@ -165,6 +168,8 @@ def _make_region(section: Section, group: _Group) -> None:
     nodes = sorted(group.nodes, key=position.__getitem__)
     read = [node for node in nodes if any(user not in group.nodes for user in node.users)]
     results = dict.fromkeys(base for node in read if (base := _shown(node, group)) in group.nodes)
+    if not results:
+        return  # nobody reads any of it
     # What reads the group before its last node is there has to wait for it.
     between = [node for node in section.nodes() if position[nodes[0]] < position[node] < position[nodes[-1]]]
     behind: dict[fx.Node, None] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from graphshard import text
+from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.segments import Code, emit
+from graphshard.execution import Kernel
+from graphshard.passes.fuse import Fuse
+from graphshard.pipeline import Context
 from graphshard.program import Role, Section
-from graphshard.runtime.segments import compile_segment
+from graphshard.runtime.segments import compile_segments
 
 c10d = torch.ops._c10d_functional
 CPU = torch.device("cpu")
@@ -23,21 +28,37 @@ def section(lines: str) -> Section:
     return text.parse("graphshard 1\nlevel sharded\ngraph body {\n" + lines + "\n}\n").body
 
 
+def update(lines: str) -> Section:
+    """The epilogue whose text is ``lines``, with what it can have in regions."""
+    head = "graphshard 1\nlevel sharded\ngraph body {\n  return\n}\n"
+    program = text.parse(f"{head}graph epilogue {{\n{lines}\n}}\n")
+    return Fuse().run(program, Context()).epilogue
+
+
+@dataclass
+class Made(Code):
+    """A segment, and the kernels that it calls."""
+
+    kernels: dict[str, Kernel]
+
+
 def returned(graph: Section) -> list[fx.Node]:
     """The operations whose results the graph returns."""
     return list(dict.fromkeys(node for node in graph.outputs.values() if node.op == "call_function"))
 
 
-def code(graph: Section, *, first: bool = False, accumulate: bool = True) -> Code:
+def code(graph: Section, *, first: bool = False, accumulate: bool = True) -> Made:
     """A segment of all operations. Carries are accumulated in place, as in a body, or read like anything else."""
     carries = frozenset(slot for slot in graph.input_slots if slot.role is Role.CARRY and accumulate)
-    return emit("f", list(graph.nodes()), returned(graph), graph, accumulators=carries, first=first)
+    kernels = Kernels()
+    made = emit("f", list(graph.nodes()), returned(graph), graph, kernels, accumulators=carries, first=first)
+    return Made(**vars(made), kernels=kernels.table)
 
 
-def run(made: Code, values: Mapping[str, Tensor], coordinates: Mapping[str, int] | None = None) -> tuple[Tensor, ...]:
+def run(made: Made, values: Mapping[str, Tensor], coordinates: Mapping[str, int] | None = None) -> tuple[Tensor, ...]:
     """The segment's results for inputs by name."""
     args = [values[name] for name in made.segment.inputs]
-    results = compile_segment(made.segment)(args, coordinates or {}, CPU)
+    results = compile_segments({"f": made.segment}, made.kernels)["f"](args, coordinates or {}, CPU)
     assert not args, "a segment takes its arguments out of the list, so that nothing else holds them"
     return results
 

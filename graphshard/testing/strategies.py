@@ -131,6 +131,7 @@ def pass_lists(draw: st.DrawFn, level: Level | str = Level.SHARDED) -> str:
         "offload": st.sampled_from(
             ["offload:optimizer=cpu,params=nvme", "offload:optimizer=nvme", "offload:params=cpu"]
         ),
+        "fuse": st.sampled_from(["fuse", "fuse:most=3"]),
     }
     passes += [draw(choice) for choice in optional.values() if draw(st.booleans())]
     return ";".join(passes)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graphshard.codegen import segments
+from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.segments import emit
 from segment_code import code, evaluate, run, section
 
@@ -160,7 +161,7 @@ def test_a_wait_is_the_collectives_buffer() -> None:
   return output 0 %y
 """)
     compute = [n for n in graph.nodes() if n.name == "y"]
-    made = emit("f", compute, compute, graph)
+    made = emit("f", compute, compute, graph, Kernels())
     assert made.segment.inputs == ("g",)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphshard.codegen import loops
+from graphshard.codegen import blocks
 from graphshard.execution import Workspace
 from graphshard.program import Section
 from graphshard.runtime.meter import LiveStorages
-from graphshard.runtime.segments import compile_segment
-from segment_code import CPU, code, run, section
+from graphshard.runtime.segments import compile_segments
+from segment_code import CPU, code, run, section, update
 
 X = 4 * 64 * 64  # bytes of an f32[64,64]
 
@@ -19,7 +19,7 @@ X = 4 * 64 * 64  # bytes of an f32[64,64]
 def measured(graph: Section, accumulate: bool = True, first: bool = False) -> tuple[Workspace, list[int]]:
     """The account, and the most that is held while it runs: by the segment alone, and with inputs that go."""
     made = code(graph, accumulate=accumulate, first=first)
-    function = compile_segment(made.segment)
+    function = compile_segments({"f": made.segment}, made.kernels)["f"]
     peaks = []
     for keep in (True, False):
         values: list[Tensor] = [
@@ -106,8 +106,8 @@ def test_gradients_cost_nothing_where_they_belong() -> None:
 
 
 def test_a_loop_holds_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loops, "BLOCK", 1024)
-    graph = section("""
+    monkeypatch.setattr(blocks, "BLOCK", 1024)
+    graph = update("""
   %m : f32[4096] = state "w" m
   %g : f32[4096] = batch 0
   %a = aten.mul.Tensor(%m, 0.9)

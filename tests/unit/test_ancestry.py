@@ -120,7 +120,7 @@ def test_a_forward_node(dump: Path) -> None:
     found = ancestry(dump, "%addmm")
     assert found.text.startswith("%addmm : f32[1,8] = aten.addmm.default(")
     assert (found.graph, found.section, found.module, found.phase, found.stage) == (
-        "06-overlap",
+        "07-fuse",
         "body",
         "first",
         "forward",

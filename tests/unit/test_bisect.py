@@ -23,7 +23,7 @@ from graphshard.rewrite import after, call
 from graphshard.runtime.local import LocalExecutor
 
 aten = torch.ops.aten
-NAMES = ["normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap"]
+NAMES = ["normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap", "fuse"]
 
 
 class Logarithm(nn.Module):

@@ -377,9 +377,10 @@ def test_traceback_shows_where_an_error_was_raised(capsys: pytest.CaptureFixture
 def test_verify_checks_every_pass_and_the_plan(capsys: pytest.CaptureFixture[str], model: str, plan: str) -> None:
     assert main(["verify", f"{model}:make", "--plan", plan]) == 0
     *lines, proved = capsys.readouterr().out.splitlines()
-    passes, evaluation, graphs = lines[:6], lines[6], lines[7:]
+    passes, evaluation, graphs = lines[:7], lines[7], lines[8:]
     assert evaluation == "evaluation       the same after every pass"
-    assert [line.split()[0] for line in passes] == ["normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap"]
+    names = ["normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap", "fuse"]
+    assert [line.split()[0] for line in passes] == names
     assert "graphs           every gradient is reduced exactly once" in graphs
     assert all(line.startswith("graphs  ") for line in graphs)
     assert re.fullmatch(r"plan +proved: \d+ instructions on .*dp=2.*", proved)

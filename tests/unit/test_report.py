@@ -95,6 +95,7 @@ def test_the_report_has_what_was_promised_and_is_json() -> None:
         "bucket",
         "hoist",
         "overlap",
+        "fuse",
     ]
     assert all(item["seconds"] >= 0 and item["nodes"] > 0 for item in report["passes"])
     assert len(report["ranks"]) == 4

@@ -36,7 +36,7 @@ def order(*passes: Pass) -> list[str]:
 def test_a_pass_goes_behind_the_one_it_names_or_normalize() -> None:
     passes = [given("first", "hoist"), given("early"), given("second", "hoist"), given("last", "overlap")]
     before, after = ["normalize", "early", "pipeline-cut", "zero", "bucket"], ["first", "second", "overlap", "last"]
-    assert order(*passes) == [*before, "hoist", *after]
+    assert order(*passes) == [*before, "hoist", *after, "fuse"]
 
 
 def test_a_pass_of_a_name_that_is_there_takes_its_place() -> None:

@@ -1,4 +1,4 @@
-"""Strip-mined loops give what plain evaluation gives, whatever the chain, and update state where it lies."""
+"""Regions cut into blocks give what plain evaluation gives, whatever the chain, and update state where it lies."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphshard.codegen import loops
-from graphshard.codegen.loops import Loop, find_loops, overwritten
+from graphshard.codegen import blocks
+from graphshard.codegen.blocks import blocks_of, keeps_to_itself
 from graphshard.program import Section
-from segment_code import code, evaluate, run, section
+from graphshard.region import Region
+from segment_code import code, evaluate, run, update
 
 BLOCK = 8
-SMALL = patch.object(loops, "BLOCK", BLOCK)
+SMALL = patch.object(blocks, "BLOCK", BLOCK)
 
 MOMENTUM = """
   %w : f64[{n}] = shard "w"
@@ -46,22 +47,22 @@ def both(graph: Section, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
     return list(run(code(graph, accumulate=False), values)), expected
 
 
-def loops_of(graph: Section) -> list[Loop]:
-    return [item for item in find_loops(list(graph.nodes())) if isinstance(item, Loop)]
+def regions(graph: Section) -> list[Region]:
+    return [node.target for node in graph.nodes() if isinstance(node.target, Region)]
 
 
 @SMALL
-def test_an_update_is_one_loop_with_its_scalars_ahead() -> None:
-    graph = section(MOMENTUM.format(n=20, more=""))
-    scalar, loop = find_loops(list(graph.nodes()))
-    assert getattr(scalar, "name", "") == "down"
-    assert isinstance(loop, Loop)
-    assert [node.name for node in loop.nodes] == ["old", "m1", "d", "w1"]
+def test_an_update_is_one_region_with_its_scalars_ahead() -> None:
+    graph = update(MOMENTUM.format(n=20, more=""))
+    scalar, region, *_ = graph.nodes()
+    assert scalar.name == "down"
+    assert isinstance(region.target, Region)
+    assert [node.name for node in region.target.operations] == ["old", "m1", "d", "w1"]
 
 
 @SMALL
 def test_state_is_updated_in_place() -> None:
-    graph = section(MOMENTUM.format(n=20, more=""))
+    graph = update(MOMENTUM.format(n=20, more=""))
     values = values_of(graph)
     expected = evaluate(graph, values)
     w1, m1 = run(code(graph, accumulate=False), values)
@@ -72,21 +73,22 @@ def test_state_is_updated_in_place() -> None:
 
 @SMALL
 def test_what_somebody_else_reads_is_not_overwritten() -> None:
-    graph = section(
+    graph = update(
         MOMENTUM.format(n=20, more=", output 0 %m, output 1 %total").replace(
             "  return", "  %total = aten.sum.default(%w)\n  return"
         )
     )
-    (loop,) = loops_of(graph)
-    taken = set(overwritten(loop, graph, set(graph.outputs.values())).values())
-    assert {node.name for node in taken}.isdisjoint({"m", "w"})
+    values = values_of(graph)
+    before = {name: value.clone() for name, value in values.items()}
+    run(code(graph, accumulate=False), values)
+    torch.testing.assert_close([values["m"], values["w"]], [before["m"], before["w"]], rtol=0, atol=0)
     results, expected = both(graph)
     torch.testing.assert_close(results, expected)
 
 
 @SMALL
 def test_a_state_of_another_dtype_gets_storage_of_its_own() -> None:
-    graph = section("""
+    graph = update("""
   %m : f32[20] = state "w" m
   %g : f64[20] = batch 0
   %m1 = aten.add.Tensor(%m, %g)
@@ -99,20 +101,40 @@ def test_a_state_of_another_dtype_gets_storage_of_its_own() -> None:
 
 
 @SMALL
-def test_short_vectors_and_matrices_stay_out() -> None:
-    short = section(MOMENTUM.format(n=BLOCK, more=""))
-    matrix = section("""
-  %x : f32[5,5] = batch 0
-  %a = aten.neg.default(%x)
-  %b = aten.exp.default(%a)
-  return output 0 %b
-""")
-    assert not loops_of(short) and not loops_of(matrix)
+def test_what_is_short_is_not_cut() -> None:
+    (short,) = regions(update(MOMENTUM.format(n=BLOCK, more="")))
+    assert blocks_of(short) is None
+
+
+SOFTMAX = """
+  %x : f64[6,2,5] = batch 0
+  %row : f64[6,2,1] = batch 1
+  %column : f64[5] = batch 2
+  %a = aten.mul.Tensor(%x, %row)
+  %b = aten.add.Tensor(%a, %column)
+  %p = aten._softmax.default(%b, 2, False)
+  %m = aten.mean.dim(%p, [-1])
+  %v = aten.view.default(%p, [12, 5])
+  %s = aten.sum.dim_IntList(%v, [1], True)
+  %d = aten.div.Tensor(%v, %s)
+  return output 0 %d, output 1 %m
+"""
 
 
 @SMALL
-def test_chains_that_share_nothing_are_loops_of_their_own() -> None:
-    graph = section("""
+def test_rows_are_cut_and_not_the_elements_of_one() -> None:
+    graph = update(SOFTMAX)
+    (region,) = regions(graph)
+    cut = blocks_of(region)
+    assert cut is not None and cut.rows and (cut.count, cut.step) == (12, 1) and keeps_to_itself(region, cut)
+    results, expected = both(graph)
+    assert [tuple(result.shape) for result in results] == [(12, 5), (6, 2)]
+    torch.testing.assert_close(results, expected)
+
+
+@SMALL
+def test_regions_that_share_nothing_are_kernels_of_their_own_and_equal_ones_are_one() -> None:
+    graph = update("""
   %a : f32[20] = batch 0
   %b : f32[20] = batch 1
   %a1 = aten.neg.default(%a)
@@ -121,7 +143,8 @@ def test_chains_that_share_nothing_are_loops_of_their_own() -> None:
   %b2 = aten.exp.default(%b1)
   return output 0 %a2, output 1 %b2
 """)
-    assert [[n.name for n in loop.nodes] for loop in loops_of(graph)] == [["a1", "a2"], ["b1", "b2"]]
+    assert [[n.name for n in region.operations] for region in regions(graph)] == [["a1", "a2"], ["b1", "b2"]]
+    assert len(code(graph, accumulate=False).kernels) == 1
     results, expected = both(graph)
     torch.testing.assert_close(results, expected)
 
@@ -182,5 +205,5 @@ def chains(draw: st.DrawFn) -> str:
 @settings(max_examples=60, deadline=None)
 def test_loops_mean_what_the_graph_means(lines: str, seed: int) -> None:
     with SMALL:
-        results, expected = both(section(lines), seed)
+        results, expected = both(update(lines), seed)
     torch.testing.assert_close(results, expected, rtol=1e-12, atol=0, equal_nan=True)
