@@ -7,9 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import fx
 
+from graphshard.communication import communicates
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.homes import replaced_slots, stored_slot
-from graphshard.program import Role, Section, val
+from graphshard.program import Phase, Role, Section, info, val
 from graphshard.region import is_region, results_of
 
 aten = torch.ops.aten
@@ -22,8 +23,19 @@ def dying(region: fx.Node, section: Section, returned: Collection[fx.Node]) -> d
     return {
         position: source
         for position, source in enumerate(region.all_input_nodes)
-        if set(source.users) == {region} and source not in returned and _owns_storage(source, section)
+        if source not in returned and _owns_storage(source, section) and all(_over(u, region) for u in source.users)
     }
+
+
+def _over(user: fx.Node, region: fx.Node) -> bool:
+    """Whether ``user`` is the region, or has run before it and keeps nothing of what it read. In an update, order is
+    code generation's to choose."""
+    if user is region:
+        return True
+    if user.op != "call_function" or is_view(user) or is_getitem(user) or communicates(user):
+        return False
+    before, now = info(user).phase, info(region).phase
+    return (before is Phase.FORWARD and now is not before) or (before is now is not Phase.UPDATE and user < region)
 
 
 def overwritten(region: fx.Node, section: Section, returned: Collection[fx.Node]) -> dict[int, int]:

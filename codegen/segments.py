@@ -25,7 +25,8 @@ from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
 from graphshard.execution import Segment, type_of
 from graphshard.program import Section, Slot, val
-from graphshard.region import Region, is_region, results_of
+from graphshard.region import Region, is_region, region_of, results_of
+from graphshard.rows import space
 from graphshard.rewrite import list_arg
 
 aten = torch.ops.aten
@@ -244,8 +245,8 @@ class _Emitter:
             pass
         elif node in self.accumulated:
             self._accumulate(node)
-        elif is_region(node):
-            self._region(node)
+        elif isinstance(node.target, Region):
+            self._region(node, node.target)
         elif is_getitem(node) and is_region(node.all_input_nodes[0]):
             pass  # the region has defined it
         elif node.target is gs.local_shard.default:
@@ -257,6 +258,8 @@ class _Emitter:
             self._define(node, f"{self._call(node)}.clone()")
             self.ledger.temporary(storage_bytes(val(node.args[0])))  # type: ignore[arg-type]
             self.ledger.result(node)
+        elif self._frees(node):
+            self._region(node, region_of([node], node.all_input_nodes, [node]))
         else:
             self._define(node, self._call(node))
             self.ledger.result(node)
@@ -272,9 +275,15 @@ class _Emitter:
                 value = self.packs[node].buffer
             self._line(f"watch({node.name!r}, {value})")
 
-    def _region(self, node: fx.Node) -> None:
+    def _frees(self, node: fx.Node) -> bool:
+        """Whether the operator may write its result over a long operand, block by block, and so needs no other memory."""
+        if self.watch or not isinstance(val(node), torch.Tensor) or is_view(node) or space(node) is None:
+            return False
+        region = region_of([node], node.all_input_nodes, [node])
+        return bool(blocks_of(region) and overwritten(node, self.section, self.outputs))
+
+    def _region(self, node: fx.Node, region: Region) -> None:
         """A call of the region's kernel."""
-        region: Region = node.target  # type: ignore[assignment]
         results, adam = results_of(node), self.adams.get(node)
         given = node.all_input_nodes
         if adam is not None:

@@ -85,8 +85,7 @@ def operations_of(section: Section) -> Iterator[fx.Node]:
 
 
 def results_of(node: fx.Node) -> dict[int, fx.Node]:
-    """The nodes that have the results of a region's ``node``, by position: itself, if there is one result."""
-    region: Region = node.target  # type: ignore[assignment]
-    if len(region.outputs) == 1:
-        return {0: node}
-    return {user.args[1]: user for user in node.users}  # type: ignore[misc]
+    """The nodes that have the results of ``node``, a region's, by position: itself, if there is one result."""
+    if isinstance(node.meta["val"], tuple):
+        return {user.args[1]: user for user in node.users}  # type: ignore[misc]
+    return {0: node}

@@ -85,6 +85,15 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
             }
             for b in plan.buckets.values()
         ],
+        "kernels": [
+            {
+                "name": kernel.name,
+                "how": kernel.how,
+                "workspace_bytes": kernel.workspace_bytes,
+                "calls": sum(f"kernels.{kernel.name}(" in s.source for p in plan.stages for s in p.segments.values()),
+            }
+            for kernel in plan.kernels.values()
+        ],
         "stored": sorted({str(b.store) for b in plan.buckets.values()}),
         "machine": {} if executor is None else executor.choices(),
     }
@@ -183,6 +192,15 @@ def _memory(rank: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _kernels(kernels: list[dict[str, Any]]) -> list[str]:
+    """What each region became, and in how many segments."""
+    if not kernels:
+        return []
+    width = max(len(kernel["name"]) for kernel in kernels)
+    rows = [f"  {kernel['calls']:3} x {kernel['name']:{width}}  {kernel['how']}" for kernel in kernels]
+    return ["", "kernels (what regions became, with the segments that call each)", *rows]
+
+
 def _kept_to(budget: dict[str, int]) -> list[str]:
     line = f"budget {human(budget['bytes'])} a rank: the fullest one holds {human(budget['peak_bytes'])} by simulation"
     if "measured_peak_bytes" in budget:
@@ -230,6 +248,7 @@ def explain(data: dict[str, Any]) -> str:
     for bucket in data["buckets"]:
         size = f"{human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters"
         lines.append(f"  stage {bucket['stage']}  {size}  {bucket['name']}")
+    lines += _kernels(data["kernels"])
     if data["machine"]:
         lines += ["", "this machine", *(f"  {what}: {choice}" for what, choice in data["machine"].items())]
     return "\n".join(lines) + "\n"

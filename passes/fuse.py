@@ -7,7 +7,7 @@ waits for a product that it does not need.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -165,29 +165,32 @@ def _common(one: Space, other: Space) -> Space | None:
 def _make_region(section: Section, group: _Group) -> None:
     """A region of the group's nodes, where the last of them is."""
     position = {node: index for index, node in enumerate(section.graph.nodes)}
-    nodes = sorted(group.nodes, key=position.__getitem__)
-    read = [node for node in nodes if any(user not in group.nodes for user in node.users)]
+    members = sorted(group.nodes, key=position.__getitem__)
+    for node in reversed(members):
+        if not node.users:
+            section.graph.erase_node(node)
+            members.remove(node)
+    read = [node for node in members if any(user not in group.nodes for user in node.users)]
     results = dict.fromkeys(base for node in read if (base := _shown(node, group)) in group.nodes)
     if not results:
-        return  # nobody reads any of it
-    # What reads the group before its last node is there has to wait for it.
-    between = [node for node in section.nodes() if position[nodes[0]] < position[node] < position[nodes[-1]]]
-    behind: dict[fx.Node, None] = {}
-    for node in between:
-        if node not in group.nodes and any(s in group.nodes or s in behind for s in node.all_input_nodes):
-            behind[node] = None
+        return
     needed = upstream(results, stop=lambda node: node not in group.nodes)
-    made = into_region(section, [node for node in nodes if node in needed], list(results), "fuse")
+    nodes = [node for node in members if node in needed]
+    inside = set(nodes)
+    # What reads the region, views of its results too, waits until the last of its nodes is there.
+    behind: dict[fx.Node, None] = {}
+    for node in [node for node in section.nodes() if position[nodes[0]] < position[node] < position[nodes[-1]]]:
+        if node not in inside and any(source in inside or source in behind for source in node.all_input_nodes):
+            behind[node] = None
+    made = into_region(section, nodes, list(results), "fuse")
     next_one = list(made.values())[-1].next
     for node in behind:
         next_one.prepend(node)
-    before = next(iter(behind), next_one)
-    for node in read:
-        if is_view(node):
-            # As a result of the region a view would be a copy.
-            made[node] = _again(node, made, group, before)
-    for node in read:
-        node.replace_all_uses_with(made[node], lambda user: user not in group.nodes)
+    for node in nodes:
+        if is_view(node) and any(user not in inside for user in node.users):
+            made[node] = _again(node, made, inside, next(iter(behind), next_one))
+    for old, new in made.items():
+        old.replace_all_uses_with(new, lambda user: user not in inside)
     for node in reversed(nodes):
         section.graph.erase_node(node)
 
@@ -199,11 +202,11 @@ def _shown(node: fx.Node, group: _Group) -> fx.Node:
     return node
 
 
-def _again(view: fx.Node, made: dict[fx.Node, fx.Node], group: _Group, before: fx.Node) -> fx.Node:
-    """The view of the group's ``view``, outside of it."""
-    if view in made or view not in group.nodes:
+def _again(view: fx.Node, made: dict[fx.Node, fx.Node], inside: Collection[fx.Node], before: fx.Node) -> fx.Node:
+    """A view that the region itself reads, once more outside of it: as a result it would be a copy."""
+    if view in made or view not in inside:
         return made.get(view, view)
-    source = _again(view.all_input_nodes[0], made, group, before)
+    source = _again(view.all_input_nodes[0], made, inside, before)
     with view.graph.inserting_before(before):
         made[view] = clone(view, lambda _: source)
     return made[view]
