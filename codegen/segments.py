@@ -26,8 +26,8 @@ from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
 from graphshard.execution import Segment, type_of
 from graphshard.program import Section, Slot, val
 from graphshard.region import Region, is_region, region_of, results_of
-from graphshard.rows import space
 from graphshard.rewrite import list_arg
+from graphshard.rows import space
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -276,7 +276,7 @@ class _Emitter:
             self._line(f"watch({node.name!r}, {value})")
 
     def _frees(self, node: fx.Node) -> bool:
-        """Whether the operator may write its result over a long operand, block by block, and so needs no other memory."""
+        """Whether the operator may write its result over a long operand, block by block."""
         if self.watch or not isinstance(val(node), torch.Tensor) or is_view(node) or space(node) is None:
             return False
         region = region_of([node], node.all_input_nodes, [node])

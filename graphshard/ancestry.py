@@ -18,7 +18,8 @@ from graphshard.diff import diff
 from graphshard.difference import Kind
 from graphshard.dump import SOURCES
 from graphshard.errors import AmbiguousNode, NotADump, UnknownNode
-from graphshard.program import Phase, Program, info, source_line
+from graphshard.program import NodeInfo, Phase, Program, Section, info, source_line
+from graphshard.region import Region, is_region, results_of
 
 _BODY_FIRST = ("body", "prologue", "epilogue", "first_epilogue")
 _PREFIX = {"body": "", "prologue": "p.", "epilogue": "e.", "first_epilogue": "e1."}
@@ -132,11 +133,10 @@ class _Search:
     def run(self, name: str) -> Ancestry:
         at, section, node = self._find(name)
         earlier = list(self._before(at, section, node))[::-1]
-        later, (at, section, node) = self._after(at, section, node)
+        later, (at, section, node), record = self._after(at, section, node)
         program = self.program(at)
         graph = program.sections()[section]
         final = next(n for n in graph.graph.nodes if n.name == node)
-        record = info(final)
         source = source_line(self.sources, record)
         file, _, line = source.rpartition(":")
         forward = next((n for n in program.body.nodes() if record.forward and _is_forward(n, record.forward)), None)
@@ -151,7 +151,7 @@ class _Search:
             phase=record.phase,
             stage=record.stage,
             touches=(*earlier, *later),
-            places=tuple(_places(self.folder, section, node, _pack_of(final))) if at == len(self.names) - 1 else (),
+            places=tuple(_places(self.folder, section, _defined(final), _pack_of(final))) if at == len(self.names) - 1 else (),
         )
 
     def _find(self, given: str) -> tuple[int, str, str]:
@@ -193,20 +193,27 @@ class _Search:
         item = next(i for i in alignment.after if (i.section, i.node.name) == (section, name))
         return alignment.partner.get(item.node) or alignment.copied.get(item.node)
 
-    def _after(self, at: int, section: str, name: str) -> tuple[list[Touch], tuple[int, str, str]]:
-        """What changed the node after graph ``at``; index, section and name of its last form."""
+    def _after(self, at: int, section: str, name: str) -> tuple[list[Touch], tuple[int, str, str], NodeInfo]:
+        """What changed the node after graph ``at``; index, section and name of its last form, which may be the region
+        that it is part of; its own record."""
         touches: list[Touch] = []
+        record = info(next(n for n in self.program(at).sections()[section].graph.nodes if n.name == name))
         for index in range(at + 1, len(self.names)):
             alignment = Alignment(self.program(index - 1), self.program(index))
             item = next(i for i in alignment.before if (i.section, i.node.name) == (section, name))
             new = alignment.successor.get(item.node)
+            region = _region_with(self.program(index).sections()[section], item.node)
+            if region is not None:
+                touches.append(Touch(self.names[index], f"made part of region %{region.name}", section, name))
+                name = region.name
+                continue
             if new is None:
                 touches.append(Touch(self.names[index], "removed", section, name))
-                return touches, (index - 1, section, name)
-            section, name = new.section, new.node.name
+                return touches, (index - 1, section, name), record
+            section, name, record = new.section, new.node.name, info(new.node)
             touch = self._touch(index, section, name, item)
             touches += [touch] if touch is not None else []
-        return touches, (len(self.names) - 1, section, name)
+        return touches, (len(self.names) - 1, section, name), record
 
     def _touch(self, index: int, section: str, name: str, old: Item | None) -> Touch | None:
         """What pass ``index`` did to what is ``name`` afterwards and was ``old``; None: nothing."""
@@ -232,6 +239,16 @@ class _Search:
         return Touch(self.names[index], "; ".join(did), section, name) if did else None
 
 
+def _region_with(section: Section, node: fx.Node) -> fx.Node | None:
+    """The region of ``section`` that ``node``, of the graph before, has become part of."""
+    for found in section.nodes():
+        if isinstance(found.target, Region) and not isinstance(node.target, Region):
+            for inner in found.target.operations:
+                if (inner.name, inner.target, info(inner)) == (node.name, node.target, info(node)):
+                    return found
+    return None
+
+
 def _is_forward(node: fx.Node, origin: str) -> bool:
     record = info(node)
     return record.origin == origin and record.phase is Phase.FORWARD
@@ -248,12 +265,17 @@ def _names(path: Path) -> dict[str, set[str]]:
     """The nodes of each graph in a file of graph text. To read a large one as a program takes seconds."""
     found: dict[str, set[str]] = {}
     names = set[str]()
-    for section, name in re.findall(r"^graph (\w+)|^\s*%(\w+)", path.read_text(), re.MULTILINE):
+    for section, name in re.findall(r"^graph (\w+)|^  %(\w+)", path.read_text(), re.MULTILINE):
         if section:
             names = found.setdefault(section, set())
         else:
             names.add(name)
     return found
+
+
+def _defined(node: fx.Node) -> str:
+    """The variable that code which computes the node defines: of a region with several results one of those."""
+    return next(iter(results_of(node).values())).name if is_region(node) else node.name
 
 
 def _pack_of(node: fx.Node) -> str:
@@ -295,5 +317,5 @@ def _segments(path: Path, section: str, name: str) -> Iterator[str]:
     for line in path.read_text().splitlines():
         if line.startswith("def "):
             segment = line.removeprefix("def ").partition("(")[0]
-        elif re.match(rf"\s+{re.escape(name)}(?:_b)? = ", line) and re.match(rf"s\d+_{kinds[section]}_", segment):
+        elif re.match(rf"\s+(?:\w+, )*{re.escape(name)}(?:, \w+)* = ", line) and re.match(rf"s\d+_{kinds[section]}_", segment):
             yield segment
