@@ -218,6 +218,7 @@ class Body:
                 return self._of_row(source, index, tiles[int(node.args[1])])  # type: ignore[index, arg-type]
             if source.target in SPLITS:
                 return self.value(*_split_source(source, int(node.args[1]), index))  # type: ignore[arg-type]
+            raise _refusal(source.target)
         if target in VIEWS:
             source = node.args[0]
             assert isinstance(source, fx.Node)
@@ -237,7 +238,7 @@ class Body:
         found = pointwise(target)
         if found is not None:
             return self._pointwise(node, found, index)
-        raise Unsupported(f"{target} is no operator that kernels have")
+        raise _refusal(target)
 
     def _load(self, name: str, buffer: Buffer, index: Index) -> Tile:
         address = linear(index, buffer.strides)
@@ -422,6 +423,13 @@ def _broadcast(index: Index, shape: Sequence[int]) -> Index:
 def first_value(node: fx.Node) -> Tensor:
     value = node.meta["val"]
     return value[0] if isinstance(value, tuple) else value
+
+
+def _refusal(target: Any) -> Unsupported:
+    name = str(target)
+    if name.startswith("graphshard.") and any(argument.name == "key" for argument in target._schema.arguments):
+        return Unsupported(f"{name} draws from torch's generator, whose numbers a kernel cannot reproduce")
+    return Unsupported(f"{name} is no operator that kernels have")
 
 
 def _packet(target: Any) -> str:

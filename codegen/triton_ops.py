@@ -101,7 +101,7 @@ def power(x, y):
     size = tl.exp(b * tl.log(tl.abs(a)))
     signed = tl.where(b - 2 * tl.floor(b / 2) == 1, -size, size)
     result = tl.where(a < 0, tl.where(b == tl.floor(b), signed, float("nan")), size)
-    return tl.where((b == 0) | (a == 1), 1.0, result).to(x.dtype)
+    return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, result)).to(x.dtype)
 ''',
     "log1p": '''
 @triton.jit
@@ -247,7 +247,7 @@ def _abs(node: fx.Node, dtype: torch.dtype) -> str:
 
 def _neg_one_to_one(node: fx.Node, dtype: torch.dtype) -> str:
     one = constant(1, dtype)
-    return f"tl.where({{0}} > 0, {one}, tl.where({{0}} < 0, -{one}, {{0}} * 0))"
+    return f"tl.where({{0}} > 0, {one}, tl.where({{0}} < 0, -{one}, 0))"
 
 
 def _not(node: fx.Node, dtype: torch.dtype) -> str:
