@@ -137,6 +137,7 @@ class Body:
         self.helpers: set[str] = set()
         self.reduced: dict[fx.Node, Tile | tuple[Tile, ...]] = {}  # of the rows, by now
         self.row: Expr = Integer(0)
+        self.anchor: Expr = Integer(0)  # 0 in every valid place: gives a stored block its shape
         self._values: dict[tuple[fx.Node, Index], Tile] = {}
         self._names = {*taken, *HELPERS, *_RESERVED, *keyword.kwlist}
 
@@ -187,7 +188,7 @@ class Body:
 
     def store(self, buffer: Buffer, index: Index, tile: Tile, offset: int = 0) -> Access:
         """Write a value to ``buffer`` at ``index``."""
-        address = linear(index, buffer.strides) + offset
+        address = linear(index, buffer.strides) + offset + self.anchor
         mask = self.mask(address)
         value = self.cast(tile, buffer.dtype)
         pointer = f"{buffer.name} + {self.spell(address)}" if address != 0 else buffer.name
@@ -200,6 +201,8 @@ class Body:
             return tile.text
         if dtype is torch.bool:
             return f"({tile.text} != 0)"
+        if tile.dtype is torch.float64 and compute_type(dtype) is not dtype:  # as ATen: by way of float32
+            return f"{tile.text}.to(tl.float32).to({TYPES[dtype]})"
         return f"{tile.text}.to({TYPES[dtype]})"
 
     def _evaluate(self, node: fx.Node, index: Index) -> Tile:
@@ -254,7 +257,7 @@ class Body:
     def _of_row(self, node: fx.Node, index: Index, tile: Any) -> Tile:
         value = first_value(node)
         at = linear(index, contiguous([self.sizes.of(n) for n in value.shape]))
-        if at != self.row:
+        if at not in (self.row, self.row - self.anchor):
             raise Unsupported(f"{node.target}, a reduction, is read at another row than the one that computes it")
         assert isinstance(tile, Tile)
         return tile
@@ -288,7 +291,7 @@ class Body:
         tile = self._operand(node, node.args[0], index)
         sizes: Any = node.args[1]
         count = self.spell(product([self.sizes.of(size) for size in sizes]))
-        return self.emit(node.name, divided(tile.text, f"{count} * 1.0", tile.dtype), tile.dtype, tile.inner)
+        return self.emit(node.name, divided(tile.text, f"tl.cast({count}, {TYPES[tile.dtype]})", tile.dtype), tile.dtype, tile.inner)
 
     def _select(self, node: fx.Node, index: Index) -> Tile:
         dtype = compute_type(node.meta["val"].dtype)

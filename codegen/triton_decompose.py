@@ -74,8 +74,16 @@ class _Decomposer:
                 else:
                     made[node] = self.graph.call_function(node.target, args, kwargs)
                     made[node].meta["val"] = _typed(node.meta["val"])
-        self.graph.output(tuple(made[node] for node in region.outputs))
+        self.graph.output(tuple(self.result(made[node], node) for node in region.outputs))
         return self.graph
+
+    def result(self, made: fx.Node | None, node: fx.Node) -> fx.Node | None:
+        """The result with the strides that the region gives it."""
+        if made is None or made.op == "placeholder":
+            return made
+        copied = made if made.meta["val"].stride() == node.meta["val"].stride() else self(aten.clone.default, made)
+        copied.meta["val"] = _typed(node.meta["val"])
+        return copied
 
     def __call__(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A new node, its value computed from those of its arguments."""

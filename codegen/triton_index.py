@@ -60,7 +60,12 @@ class Rem(sympy.Function):  # type: ignore[misc]
 
 def position(name: str, bound: Expr) -> Expr:
     """A variable of the kernel, from 0 to ``bound`` - 1."""
-    return Integer(0) if bound == 1 else At(sympy.Symbol(name), bound)
+    return Integer(0) if bound == 1 else variable(name, bound)
+
+
+def variable(name: str, bound: Expr) -> Expr:
+    """A position that is one even where ``bound`` is 1."""
+    return At(sympy.Symbol(name), bound)
 
 
 def product(sizes: Iterable[Expr]) -> Expr:

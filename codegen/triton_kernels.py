@@ -14,7 +14,7 @@ from torch import fx
 from graphshard.codegen.triton_body import Access, Body, Buffer
 from graphshard.codegen.triton_index import Sizes, positions_of, product, symbols_of, text
 from graphshard.codegen.triton_ops import HELPERS, compute_type
-from graphshard.codegen.triton_sections import REGISTER_ELEMENTS, Emitted, Places, emit_elements, emit_rows
+from graphshard.codegen.triton_sections import REGISTER_ELEMENTS, Emitted, Places, emit_elements, emit_rows, is_wide
 from graphshard.codegen.triton_split import Section, Split
 
 BLOCK = 1024  # elements a program: 8 a thread, so that loads and stores are 16 bytes wide or more
@@ -222,10 +222,13 @@ class Writer:
         warps: int,
     ) -> Launch:
         body = "\n".join(lines)
+        numel = max(int(self.sizes.value(one.counts[0] * one.counts[1])) for one in emitted)
         needed = [e for one in emitted for e in one.body.expressions]
         pointers = [name for name in self._pointers(places) if re.search(rf"\b{name}\b", body)]
         symbols = [symbol.name for symbol in symbols_of([*needed, *expressions])]
         self.helpers |= {name for one in emitted for name in one.body.helpers}
+        if is_wide(places, numel):  # a product of sizes then needs more bits than each has
+            body = "\n".join([*(f"    {name} = tl.cast({name}, tl.int64)" for name in symbols), body])
         parameters = [*pointers, *symbols, *(f"{option}: tl.constexpr" for option in options)]
         text = f"@triton.jit\ndef {kernel}({', '.join(parameters)}):\n{body}\n"
         launch = Launch(text, [], "")

@@ -17,7 +17,7 @@ from torch import fx
 
 from graphshard.codegen.triton_body import Access, Body, Buffer, Tile, start_index
 from graphshard.codegen.triton_decompose import softmax_stats
-from graphshard.codegen.triton_index import Index, position, positions_of, product, reshaped
+from graphshard.codegen.triton_index import Index, position, positions_of, product, reshaped, variable
 from graphshard.codegen.triton_ops import TYPES, Unsupported, compute_type, constant
 from graphshard.codegen.triton_split import Section, Work, row_reductions
 
@@ -52,7 +52,7 @@ def emit_elements(body: Body, section: Section, places: Places, first: str) -> E
     shape_of = section.works[0].node.meta["val"]
     count = _sizes(body, shape_of.shape)
     x = position("x", count)
-    wide = _is_wide(places, shape_of.numel())
+    wide = is_wide(places, shape_of.numel())
     if count != 1:
         body.masks["x"] = "x_ok"
         body.columns.add("x")
@@ -60,15 +60,16 @@ def emit_elements(body: Body, section: Section, places: Places, first: str) -> E
         body.out(f"x_ok = x < {body.spell(count)}")
     index = start_index(x, shape_of.shape, shape_of.stride(), body.sizes)
     stores: list[Access] = []
+    sums: dict[fx.Node, list[str]] = {}
     for work in section.works:
         tile = body.value(work.node, index)
         if work.kind == "store":
             stores.append(_store(body, work, places, index, tile))
         else:
-            partial = places.partials[work.into]
-            part = f"tl.where(x_ok, {tile.text}, 0)" if count != 1 else tile.text
-            part = f"tl.sum({part})" if count != 1 else part
-            body.out(f"tl.store({partial.name} + tl.program_id(0), {part})")
+            part = f"tl.sum(tl.where(x_ok, {tile.text}, 0))" if count != 1 else tile.text
+            sums.setdefault(work.into, []).append(part)
+    for node, parts in sums.items():
+        body.out(f"tl.store({places.partials[node].name} + tl.program_id(0), {' + '.join(parts)})")
     return Emitted(body, tuple(stores), len(body.loads) + 1, (Integer(1), count))
 
 
@@ -94,17 +95,18 @@ class _Rows:
         if self.by_columns and not single:
             raise Unsupported(f"a sum over rows of {self.cols} columns: they do not fit one block")
         row_count, col_count = self._counts()
-        self.row, self.col = position("row", row_count), position("col", col_count)
+        self.row, self.col = variable("row", row_count), position("col", col_count)
         body.row = self.row
+        if self.rows == 1:  # no address has it, but the blocks that are stored still do
+            body.anchor = self.row
         self.row_count, self.col_count = row_count, col_count
         self.full: Index = (self.row, self.col)
-        self.sums: dict[Work, str] = {}
+        self.sums: dict[tuple[fx.Node, bool], str] = {}  # by what is summed, and whether over columns too
         self.stores: list[Access] = []
 
     def emit(self) -> Emitted:
         body = self.body
-        if self.rows > 1:
-            body.masks["row"] = "row_ok"
+        body.masks["row"] = "row_ok"
         body.masks["col"] = "col_ok"
         body.columns.add("col")
         if self.single:
@@ -141,10 +143,9 @@ class _Rows:
         return of(self.rows), of(self.cols)
 
     def _row_lines(self, block: str) -> None:
-        if self.rows > 1:
-            wide = ".to(tl.int64)" if _is_wide(self.places, self.rows * self.cols) else ""
-            self.body.out(f"row = ({block} * ROWS + tl.arange(0, ROWS)){wide}[:, None]")
-            self.body.out(f"row_ok = row < {self.body.spell(self.row_count)}")
+        wide = ".to(tl.int64)" if is_wide(self.places, self.rows * self.cols) else ""
+        self.body.out(f"row = ({block} * ROWS + tl.arange(0, ROWS)){wide}[:, None]")
+        self.body.out(f"row_ok = row < {self.body.spell(self.row_count)}")
 
     def _columns(self) -> None:
         """The reductions, level by level, then what is stored."""
@@ -196,12 +197,13 @@ class _Rows:
 
     def _accumulators(self) -> None:
         for work in self.section.works:
-            if work.kind != "store":
+            key = (work.into, self._is_full(work))
+            if work.kind != "store" and key not in self.sums:
                 dtype = TYPES[compute_type(work.node.meta["val"].dtype)]
                 name = self.body.name(f"{work.into.name}_sum")
-                shape = "(ROWS, COLS)" if self._is_full(work) else "(ROWS, 1)"
+                shape = "(ROWS, COLS)" if key[1] else "(ROWS, 1)"
                 self.body.out(f"{name} = tl.zeros({shape}, {dtype})")
-                self.sums[work] = name
+                self.sums[key] = name
 
     def _work(self, work: Work) -> None:
         index = self._index(work)
@@ -209,18 +211,21 @@ class _Rows:
         if work.kind == "store":
             self.stores.append(_store(self.body, work, self.places, index, tile))
             return
-        masks = [*(["row_ok"] if self.rows > 1 else []), *(["col_ok"] if self._is_full(work) else [])]
-        value = f"tl.where({' & '.join(masks)}, {tile.text}, 0)" if masks else tile.text
-        self.body.out(f"{self.sums[work]} += {value}")
+        full = self._is_full(work)
+        mask = "row_ok & col_ok" if full else "row_ok"
+        self.body.out(f"{self.sums[work.into, full]} += tl.where({mask}, {tile.text}, 0)")
 
     def _finish(self) -> None:
-        for work, name in self.sums.items():
-            partial = self.places.partials[work.into]
-            if work.kind == "total":
-                self.body.out(f"tl.store({partial.name} + tl.program_id(0), tl.sum({name}))")
+        kinds = {work.into: work.kind for work in self.section.works if work.kind != "store"}
+        for node, kind in kinds.items():
+            partial = self.places.partials[node]
+            names = [name for (into, _), name in self.sums.items() if into is node]
+            if kind == "total":
+                summed = " + ".join(f"tl.sum({name})" for name in names)
+                self.body.out(f"tl.store({partial.name} + tl.program_id(0), {summed})")
             else:
                 at = f"{partial.name} + tl.program_id(0) * {self.body.spell(self.col_count)} + col"
-                self.body.out(f"tl.store({at}, tl.sum({name}, 0, keep_dims=True), col_ok)")
+                self.body.out(f"tl.store({at}, tl.sum({names[0]}, 0, keep_dims=True), col_ok)")
 
     def source(self, node: fx.Node) -> Tile:
         """What a reduction reduces, at each column."""
@@ -353,7 +358,7 @@ def _sizes(body: Body, shape: Sequence[int]) -> Expr:
     return product([body.sizes.of(size) for size in shape])
 
 
-def _is_wide(places: Places, numel: int) -> bool:
+def is_wide(places: Places, numel: int) -> bool:
     """Whether offsets exceed 32 bits."""
     buffers = (*places.buffers.values(), *places.results.values())
     return max(numel, *(buffer.extent for buffer in buffers)) >= 1 << 31
