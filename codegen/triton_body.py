@@ -291,7 +291,9 @@ class Body:
         tile = self._operand(node, node.args[0], index)
         sizes: Any = node.args[1]
         count = self.spell(product([self.sizes.of(size) for size in sizes]))
-        return self.emit(node.name, divided(tile.text, f"tl.cast({count}, {TYPES[tile.dtype]})", tile.dtype), tile.dtype, tile.inner)
+        return self.emit(
+            node.name, divided(tile.text, f"tl.cast({count}, {TYPES[tile.dtype]})", tile.dtype), tile.dtype, tile.inner
+        )
 
     def _select(self, node: fx.Node, index: Index) -> Tile:
         dtype = compute_type(node.meta["val"].dtype)

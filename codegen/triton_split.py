@@ -84,6 +84,15 @@ def split(graph: fx.Graph) -> Split:
     waves: dict[fx.Node, int] = {}
     for node in nodes:
         waves[node] = max((waves.get(a, 0) + (a in materialised) for a in node.all_input_nodes), default=0)
+    # Results that nothing reads may wait: those of one shape are then stored by one launch, which reads inputs once.
+    late: dict[tuple[int, ...], int] = {}
+    waiting = [n for n in outputs if n not in materialised and not row_reductions([n], materialised)]
+    for node in waiting:
+        shape = tuple(node.meta["val"].shape)
+        late[shape] = max(late.get(shape, 0), waves[node])
+    for node in waiting:
+        if node.meta["val"].numel() > 1:
+            waves[node] = late[tuple(node.meta["val"].shape)]
     works: dict[int, list[Work]] = {}
     for node in nodes:
         if node in materialised or node in outputs:

@@ -89,7 +89,9 @@ def programs(draw: st.DrawFn) -> tuple[Callable[..., Any], list[Tensor]]:
     while math.prod(shape) > 5000:
         shape = shape[1:]
     arguments = [draw(tensors(shape)) for _ in range(draw(st.integers(2, 3)))]
-    steps = draw(st.lists(st.tuples(st.sampled_from("ubbv"), st.integers(0, 99), st.integers(0, 9)), min_size=2, max_size=8))
+    steps = draw(
+        st.lists(st.tuples(st.sampled_from("ubbv"), st.integers(0, 99), st.integers(0, 9)), min_size=2, max_size=8)
+    )
     results = draw(st.integers(1, 3))
 
     def function(*values: Tensor) -> list[Tensor]:
@@ -121,7 +123,9 @@ def test_expressions(interpreter: Interpreter, program: tuple[Callable[..., Any]
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_formula(interpreter: Interpreter, dtype: torch.dtype) -> None:
-    x = torch.cat([torch.linspace(-6, 6, 301), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-4])]).to(dtype)
+    x = torch.cat([torch.linspace(-6, 6, 301), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-4])]).to(
+        dtype
+    )
     y = x.roll(11)
     positive = (x.abs() + 0.01).nan_to_num(1, 1)
 

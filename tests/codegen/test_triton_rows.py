@@ -44,7 +44,9 @@ def drawn(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: flo
 
 @quick
 @given(shapes(), st.sampled_from(DTYPES), st.integers(0, 9), st.booleans())
-def test_layer_norm(interpreter: Interpreter, shape: tuple[int, ...], dtype: torch.dtype, seed: int, half: bool) -> None:
+def test_layer_norm(
+    interpreter: Interpreter, shape: tuple[int, ...], dtype: torch.dtype, seed: int, half: bool
+) -> None:
     x, grad = (drawn(seed + i, *shape, dtype=dtype) for i in range(2))
     weight, bias = (drawn(i, shape[-1], dtype=dtype) for i in (2, 4))
     size = list(shape[-1:])
@@ -164,7 +166,14 @@ def test_sums_and_extremes(interpreter: Interpreter, shape: tuple[int, ...], dty
     x = drawn(seed, *shape, dtype=dtype)
 
     def rows(x: Tensor) -> list[Tensor]:
-        return [x.sum(-1), x.mean(-1, keepdim=True), x.amax(-1), x.amin(-1), x - x.amax(-1, keepdim=True), (x > 0).sum(-1)]
+        return [
+            x.sum(-1),
+            x.mean(-1, keepdim=True),
+            x.amax(-1),
+            x.amin(-1),
+            x - x.amax(-1, keepdim=True),
+            (x > 0).sum(-1),
+        ]
 
     def columns(x: Tensor) -> list[Tensor]:
         first = list(range(x.dim() - 1))
@@ -222,6 +231,8 @@ def test_refusals(function: Callable[[Tensor], Tensor], reason: str) -> None:
 
 def test_a_choice_names_blocks_and_warps() -> None:
     region = region_from(lambda x: torch.softmax(x, -1), torch.empty(64, 4096))
-    assert write_kernel(region, "rows").choice == "rows_kernel: a row of 4096 in one block, 64 rows, 1 a program, 8 warps"
+    assert (
+        write_kernel(region, "rows").choice == "rows_kernel: a row of 4096 in one block, 64 rows, 1 a program, 8 warps"
+    )
     tuned = write_kernel(region, "rows", autotune=True)
     assert "@triton.autotune(" in tuned.source and "autotuned" in tuned.choice

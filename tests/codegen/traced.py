@@ -60,13 +60,18 @@ def check(
         source = (in_place or {}).get(at)
         assert got.dtype == want.dtype and got.shape == want.shape, label
         if source is not None:
-            assert torch.equal(got, left[source]), label
+            assert torch.allclose(got, left[source], 0, 0, equal_nan=True), label
         elif want.numel() and not _overlaps(want):
             assert _strides(got) == _strides(region.outputs[at].meta["val"]), label
         exact = not want.dtype.is_floating_point
         rtol, atol = (0.0, 0.0) if exact else max(TOLERANCE[dtype] for dtype in (want.dtype, *inexact))
         torch.testing.assert_close(
-            got, want, rtol=rtol * scale, atol=atol * scale, equal_nan=True, msg=lambda m: f"{m}\n{label}"  # noqa: B023
+            got,
+            want,
+            rtol=rtol * scale,
+            atol=atol * scale,
+            equal_nan=True,
+            msg=lambda m: f"{m}\n{label}",  # noqa: B023
         )
     for at, (before, after) in enumerate(zip(arguments, left, strict=True)):
         if at not in (in_place or {}).values():
