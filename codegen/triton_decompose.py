@@ -77,9 +77,9 @@ class _Decomposer:
         self.graph.output(tuple(self.result(made[node], node) for node in region.outputs))
         return self.graph
 
-    def result(self, made: fx.Node | None, node: fx.Node) -> fx.Node | None:
+    def result(self, made: fx.Node, node: fx.Node) -> fx.Node:
         """The result with the strides that the region gives it."""
-        if made is None or made.op == "placeholder":
+        if made.op == "placeholder":
             return made
         copied = made if made.meta["val"].stride() == node.meta["val"].stride() else self(aten.clone.default, made)
         copied.meta["val"] = _typed(node.meta["val"])

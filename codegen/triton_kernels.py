@@ -375,9 +375,7 @@ class Writer:
         results = []
         for node in self.outputs:
             home = self.overwritten.get(node)
-            if node is None:
-                results.append("None")
-            elif node.op == "placeholder":
+            if node.op == "placeholder":
                 results.append(self.names[node])
             elif home is not None and self.results[node].name == self.names[home]:
                 results.append(self.names[home])

@@ -76,7 +76,7 @@ def split(graph: fx.Graph) -> Split:
         Unsupported: it reduces in a way that no kernel does.
     """
     outputs = list(dict.fromkeys(graph.output_node().args[0]))  # type: ignore[arg-type]
-    outputs = [node for node in outputs if node is not None and node.op != "placeholder"]
+    outputs = [node for node in outputs if node.op != "placeholder"]
     needed = _reachable(outputs)
     nodes = [node for node in graph.nodes if node in needed and node.op == "call_function"]
     materialised = {node for node in nodes if _kind(node) in ("total", "column", "pack")}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from traced import region_from
 
 import graphshard.ops  # noqa: F401 - defines graphshard::pack
 from graphshard.codegen.triton import write_kernel
 from graphshard.codegen.triton_compile import compile_for, load_kernel
 from graphshard.region import Region
+from traced import region_from
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard

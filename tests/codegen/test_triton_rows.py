@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreted import Interpreter
 from torch import Tensor
 from torch.nn import functional as F
-from traced import check, region_from
 
 import graphshard.ops  # noqa: F401 - defines graphshard::sq_norm
 from graphshard.codegen.triton import supports, write_kernel
+from interpreted import Interpreter
+from traced import check, region_from
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import Interpreter
 from torch import fx, nn
-from traced import check
 
 import graphshard
 from graphshard.codegen.triton import supports
 from graphshard.region import Region, region_of
+from interpreted import Interpreter
+from traced import check
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "adamw": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
