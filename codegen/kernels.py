@@ -11,25 +11,56 @@ from torch import fx
 
 from graphshard.codegen.blocks import Code, blocked_code, blocks_of, keeps_to_itself, whole_code
 from graphshard.codegen.idioms import FusedAdam
-from graphshard.codegen.overwrite import fits
+from graphshard.codegen.overwrite import fits, overwritten
+from graphshard.codegen.triton import supports, write_kernel
 from graphshard.codegen.workspace import storage_bytes
 from graphshard.dataflow import is_getitem, is_view
-from graphshard.execution import Kernel
-from graphshard.program import val
+from graphshard.execution import Kernel, type_of
+from graphshard.program import Section, val
 from graphshard.region import Region, region_of
 
 
 @dataclass
 class Kernels:
-    """The kernels of a plan, by name."""
+    """The kernels of a plan, by name, for a CPU or a GPU."""
 
+    on_gpu: bool = False
     table: dict[str, Kernel] = field(default_factory=dict)
+
+    def overwrites(
+        self, node: fx.Node, region: Region, section: Section, returned: Collection[fx.Node]
+    ) -> dict[int, int]:
+        """Which results of ``node``, as a region, its kernel can write over which operands, by position."""
+        able = not supports(region) if self.on_gpu else blocks_of(region) is not None
+        found = overwritten(node, section, returned) if able else {}
+        if self.on_gpu:  # its kernels take memory of the same shape
+            shapes = [val(n).shape for n in region.outputs], [val(n).shape for n in region.inputs]
+            found = {index: at for index, at in found.items() if shapes[0][index] == shapes[1][at]}
+        return found
 
     def add(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
         """The kernel that computes ``region``; ``in_place``: results to the inputs they overwrite, by position."""
         names = _names(region)
-        code, how = _code(region, names, in_place)
+        if self.on_gpu:
+            code, reason = whole_code(region, names), supports(region)
+            if not reason:
+                return self._written(region, names, code.lines, in_place)
+            how = f"torch operators, one after the other, since Triton takes no {reason}"
+        else:
+            code, how = _code(region, names, in_place)
         return self._known(region, names, (), code.lines, code.workspace_bytes, how)
+
+    def _written(
+        self, region: Region, names: Mapping[fx.Node, str], lines: tuple[str, ...], in_place: Mapping[int, int]
+    ) -> Kernel:
+        """In Triton; named after what it computes, types included."""
+        types = [str(type_of(val(node))) for node in region.inputs]
+        digest = hashlib.sha256(repr((lines, types, sorted(in_place.items()))).encode()).hexdigest()[:8]
+        name = f"{title(region)}_{digest}"
+        if name not in self.table:
+            made = write_kernel(region, name, in_place)
+            self.table[name] = Kernel(name, made.source, "triton", f"Triton: {made.choice}")
+        return self.table[name]
 
     def add_update(self, region: Region, adam: FusedAdam, dying: Collection[int]) -> Kernel:
         """The kernel of an Adam update: it takes the step and the learning rate as well, and overwrites parameter and
@@ -59,11 +90,12 @@ class Kernels:
         workspace_bytes: int,
         how: str,
     ) -> Kernel:
-        parameters = ", ".join([*(names[node] for node in region.inputs), *scalars, "device"])
-        body = [*lines, f"return {', '.join(names[node] for node in region.outputs)}"]
+        parameters = ", ".join([*(names[node] for node in region.inputs), *scalars])
+        place = [f"device = {names[region.inputs[0]]}.device"] if any("device" in line for line in lines) else []
+        body = [*place, *lines, f"return {', '.join(names[node] for node in region.outputs)}"]
         source = "".join([f"({parameters}):\n", *(f"    {line}\n" for line in body)])
         name = f"{title(region)}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
-        return self.table.setdefault(name, Kernel(name, f"def {name}{source}", how, workspace_bytes))
+        return self.table.setdefault(name, Kernel(name, f"def {name}{source}", "torch", how, workspace_bytes))
 
 
 def _code(region: Region, names: Mapping[fx.Node, str], in_place: Mapping[int, int]) -> tuple[Code, str]:

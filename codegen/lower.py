@@ -55,11 +55,11 @@ _STAGE_COLLECTIVES = (gs.stage_sum.default, gs.stage_broadcast.default)
 _PER_MICROBATCH = (Role.BATCH, Role.RNG, Role.OUTPUT)
 
 
-def lower(program: Program, schedule: Schedule, watch: bool = False) -> ExecutionPlan:
+def lower(program: Program, schedule: Schedule, watch: bool = False, on_gpu: bool = False) -> ExecutionPlan:
     """The plan of ``program`` run by ``schedule``; shapes, sizes and peers are all fixed here. ``watch``: segments of
-    the body show their values, so that what makes a NaN can be told."""
+    the body show their values, so that what makes a NaN can be told. ``on_gpu``: regions become Triton kernels."""
     assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
-    kernels = Kernels()
+    kernels = Kernels(on_gpu)
     lowered = [_StageLowering(program, stage, schedule, watch, kernels) for stage in range(program.stages)]
     plan = ExecutionPlan(
         mesh=program.mesh,

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphshard.codegen.blocks import blocks_of
 from graphshard.codegen.expressions import arguments_of, spell
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.kernels import Kernels
-from graphshard.codegen.overwrite import dying, overwritten
+from graphshard.codegen.overwrite import dying
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
@@ -204,6 +203,8 @@ class _Emitter:
 
     def _updates(self, inputs: Mapping[fx.Node, None]) -> dict[fx.Node, FusedAdam]:
         """The regions that are an update for which torch has a kernel, where the scalars that it wants are at hand."""
+        if self.kernels.on_gpu:
+            return {}  # its own kernel is one, and takes what goes before and behind the update with it
         found = {node: adam for node in self.nodes if is_region(node) and (adam := find_adam(node, self.section))}
         return {n: a for n, a in found.items() if all(s in self.inside or s in inputs for s in (a.step, a.lr))}
 
@@ -277,10 +278,16 @@ class _Emitter:
 
     def _frees(self, node: fx.Node) -> bool:
         """Whether the operator may write its result over a long operand, block by block."""
-        if self.watch or not isinstance(val(node), torch.Tensor) or is_view(node) or space(node) is None:
+        if (
+            self.watch
+            or self.kernels.on_gpu
+            or not isinstance(val(node), torch.Tensor)
+            or is_view(node)
+            or space(node) is None
+        ):
             return False
         region = region_of([node], node.all_input_nodes, [node])
-        return bool(blocks_of(region) and overwritten(node, self.section, self.outputs))
+        return bool(self.kernels.overwrites(node, region, self.section, self.outputs))
 
     def _region(self, node: fx.Node, region: Region) -> None:
         """A call of the region's kernel."""
@@ -291,10 +298,10 @@ class _Emitter:
             in_place = {region.outputs.index(new): region.inputs.index(old) for old, new in adam.replaced}
             kernel = self.kernels.add_update(region, adam, dying(node, self.section, self.outputs))
         else:
-            in_place = overwritten(node, self.section, self.outputs) if blocks_of(region) else {}
+            in_place = self.kernels.overwrites(node, region, self.section, self.outputs)
             kernel = self.kernels.add(region, in_place)
         names = [results[i].name if i in results else "_" for i in range(len(region.outputs))]
-        arguments = ", ".join([*map(self._name, given), "device"])
+        arguments = ", ".join(map(self._name, given))
         self._line(f"{', '.join(names)} = kernels.{kernel.name}({arguments})")
         self.ledger.temporary(kernel.workspace_bytes)
         for index, result in results.items():

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graphshard.codegen.triton import Kernel
-from graphshard.files import write_atomic
 from graphshard.region import Region
+from graphshard.source_files import imported
 
 
 @dataclass(frozen=True)
@@ -36,9 +33,9 @@ def load_kernel(kernel: Kernel, cache_dir: Path | str) -> Callable[..., Any]:
     """The kernel's function, imported from a file in ``cache_dir`` named after what it contains.
 
     Raises:
-        OSError: the directory does not exist or cannot be written.
+        OSError: the directory cannot be made or written to.
     """
-    return getattr(_module(kernel, Path(cache_dir)), kernel.name)  # type: ignore[no-any-return]
+    return getattr(imported(kernel.name, kernel.source, Path(cache_dir)), kernel.name)  # type: ignore[no-any-return]
 
 
 def compile_for(kernel: Kernel, region: Region, target: Any, cache_dir: Path | str) -> list[Compiled]:
@@ -74,23 +71,10 @@ def compile_for(kernel: Kernel, region: Region, target: Any, cache_dir: Path | s
     return results
 
 
-def _module(kernel: Kernel, cache_dir: Path) -> ModuleType:
-    digest = hashlib.sha256(kernel.source.encode()).hexdigest()[:16]
-    path = cache_dir / f"{kernel.name}_{digest}.py"
-    if not path.exists():
-        write_atomic(path, kernel.source)
-    name = f"graphshard_kernels.{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def _launches(kernel: Kernel, region: Region, cache_dir: Path) -> list[tuple[Any, tuple[Any, ...], dict[str, Any]]]:
     """What the launcher would launch: it runs on tensors without data, with functions that only take notes."""
     noted: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-    module = _module(kernel, cache_dir)
+    module = imported(kernel.name, kernel.source, cache_dir)
 
     class Note:
         def __init__(self, function: Any) -> None:

@@ -151,7 +151,9 @@ class _Search:
             phase=record.phase,
             stage=record.stage,
             touches=(*earlier, *later),
-            places=tuple(_places(self.folder, section, _defined(final), _pack_of(final))) if at == len(self.names) - 1 else (),
+            places=tuple(_places(self.folder, section, _defined(final), _pack_of(final)))
+            if at == len(self.names) - 1
+            else (),
         )
 
     def _find(self, given: str) -> tuple[int, str, str]:
@@ -317,5 +319,7 @@ def _segments(path: Path, section: str, name: str) -> Iterator[str]:
     for line in path.read_text().splitlines():
         if line.startswith("def "):
             segment = line.removeprefix("def ").partition("(")[0]
-        elif re.match(rf"\s+(?:\w+, )*{re.escape(name)}(?:, \w+)* = ", line) and re.match(rf"s\d+_{kinds[section]}_", segment):
+        elif re.match(rf"\s+(?:\w+, )*{re.escape(name)}(?:, \w+)* = ", line) and re.match(
+            rf"s\d+_{kinds[section]}_", segment
+        ):
             yield segment

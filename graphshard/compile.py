@@ -342,7 +342,7 @@ class Compiled:
             self.passes = passes if first else self.passes
         program = run_passes(captured.program, passes, Context(self.mesh, placement), observer)
         watch = self.debug_nan and mode == "train"
-        plan = lower(program, self._schedule(mode, microbatches), watch)
+        plan = lower(program, self._schedule(mode, microbatches), watch, self._on_gpu())
         build = self._builds[key] = _Build(program, plan, captured, mode, example, passes, placement, source)
         if first:
             self._main, self._placement = build, placement_of(program)
@@ -512,7 +512,7 @@ class Compiled:
         """Write every pass's graph, the plan, the code of each stage and a picture of memory into folder ``path``."""
         build = self._built()
         program = run_passes(*self._before_passes(build), dump.writer(Path(path)))
-        plan = lower(program, self._schedule(build.mode, program.microbatches))
+        plan = lower(program, self._schedule(build.mode, program.microbatches), on_gpu=self._on_gpu())
         measured = {} if self._runtime is None else report.measured_peaks(build.plan, self._runtime)
         dump.write_plan(Path(path), plan, self._title(), measured)
 

@@ -151,11 +151,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A region as code: Python source of one function ``def <name>(*inputs, device)`` that returns its result, or a
-    tuple of several. Segments call it as ``kernels.<name>``."""
+    """A region as code: Python source that defines a function ``name``, which takes the inputs and returns the result,
+    or a tuple of several. Segments call it as ``kernels.<name>``."""
 
     name: str
     source: str
+    language: str = "torch"  # what the source is written in: torch's operators, or "triton"
     how: str = ""  # what it became, and why, for people
     workspace_bytes: int = 0  # what it takes while it runs, beside inputs and results
 

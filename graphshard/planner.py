@@ -60,7 +60,7 @@ def fit(
         return passes
 
     def measure(program: Program) -> list[MemoryUse]:
-        lowered = lower(program, schedule)
+        lowered = lower(program, schedule, on_gpu=on_gpu)
         uses = [[simulate_memory(lowered, s, first) for first in variants(lowered)] for s in range(program.stages)]
         return [max(of_stage, key=_peak) for of_stage in uses]
 

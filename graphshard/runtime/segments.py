@@ -13,6 +13,7 @@ import torch
 import graphshard.ops  # noqa: F401  (segments call torch.ops.graphshard)
 from graphshard.execution import Kernel, Segment
 from graphshard.runtime import products
+from graphshard.source_files import CACHE, imported
 
 SegmentFunction = Callable[[list[torch.Tensor], Mapping[str, int], torch.device], tuple[torch.Tensor, ...]]
 
@@ -25,9 +26,15 @@ def compile_segments(
     segments: Mapping[str, Segment], kernels: Mapping[str, Kernel], watch: Watcher | None = None
 ) -> dict[str, SegmentFunction]:
     """All functions of a stage by segment name, which call those of ``kernels``."""
-    table = SimpleNamespace(**{name: _function(name, kernel.source, {}) for name, kernel in kernels.items()})
+    table = SimpleNamespace(**{name: _kernel(kernel) for name, kernel in kernels.items()})
     known = {"products": products, "kernels": table, "watch": watch}
     return {name: _function(name, segment.source, known) for name, segment in segments.items()}
+
+
+def _kernel(kernel: Kernel) -> Any:
+    if kernel.language == "triton":
+        return getattr(imported(kernel.name, kernel.source, CACHE), kernel.name)
+    return _function(kernel.name, kernel.source, {})
 
 
 def _function(name: str, source: str, known: Mapping[str, object]) -> Any:
