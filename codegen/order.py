@@ -257,10 +257,13 @@ def _wait_for_offloads(instructions: list[Instruction]) -> list[Instruction]:
     What is reloaded must have left before.
     """
     outstanding: list[Instruction] = []
+    awaited: set[tuple[Ref, ...]] = set()
     result: list[Instruction] = []
     for ins in instructions:
         if ins.op is Op.WAIT:
             outstanding = [other for other in outstanding if other.outputs != ins.inputs]
+            if ins.inputs in awaited:  # here it comes too late
+                continue
         own = _owner(ins) if ins.op in MOVES else ""
         late = dict.fromkeys(_owner(other) for other in outstanding)
         excess = [owner for owner in late if owner != own][:-1] if own else []
@@ -268,6 +271,7 @@ def _wait_for_offloads(instructions: list[Instruction]) -> list[Instruction]:
         for other in done:
             result.append(Instruction(Op.WAIT, inputs=other.outputs, action=ins.action, made_by=other.made_by))
             outstanding.remove(other)
+            awaited.add(other.outputs)
         if ins.op is Op.OFFLOAD:
             outstanding.append(ins)
         result.append(ins)

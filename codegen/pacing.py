@@ -39,8 +39,9 @@ def pace(turns: Sequence[Turn], begin: int, end: int, room: Sequence[int] | None
         starts = [begin, *(beat for beat in beats if beat > begin)]
         choices = [_started(turn, start, begin, beats) for start in starts]
         chosen = next((c for c in choices if spare is None or _fits(turn, c, spare)), Pace(end, end, end))
-        for at in range(chosen.begin, end) if spare is not None else ():
-            spare[at] -= _taken(turn, chosen, at)
+        if spare is not None:
+            for at in range(chosen.begin, end):
+                spare[at] -= _taken(turn, chosen, at)
         found.append(chosen)
         begin = chosen.run
     return found

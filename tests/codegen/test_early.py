@@ -198,6 +198,7 @@ def test_early_updates_raise_no_peak(plan: str, rows: int, monkeypatch: pytest.M
     late = late_peaks(monkeypatch, plan, rows=rows, layers=8)
     assert all(mine <= other for mine, other in zip(early.peak_bytes, late, strict=True))
     assert early_updates(early) > 0
+    prove(early)
 
 
 def test_where_gradients_replace_activations_one_bucket_more_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +207,7 @@ def test_where_gradients_replace_activations_one_bucket_more_is_held(monkeypatch
     (late,) = late_peaks(monkeypatch, OFFLOADED, rows=8, layers=8)
     assert late < early.peak_bytes[0] <= late + STATE_BYTES
     assert early_updates(early) >= 8 * 3 // 2
+    prove(early)
 
 
 def actions(plan: ExecutionPlan) -> list[str]:
