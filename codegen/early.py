@@ -1,41 +1,55 @@
 """Moves the update of each bucket to where its gradient is final, so that what it transfers overlaps the last backward.
 
 The epilogue keeps its order: bucket after bucket as gradients become final, the reloads of the next one ahead of an
-update. That paces it: the state of one bucket arrives and that of the one before leaves while the backward of a bucket
-runs. What needs all gradients (clipping, loss scaling) leaves everything where it is.
+update. Where there is room, the state of one bucket arrives and that of the one before leaves while the backward of a
+bucket runs; where there is not, updates come later (pacing.py). What needs all gradients (clipping, loss scaling)
+leaves everything where it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
+from graphshard.codegen.pacing import Pace, Turn, pace
 from graphshard.execution import Instruction, Op, Ref, Storage, match_waits
 
 _STARTS = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV, Op.RELOAD)
 Part = list[Instruction]
 
 
-def update_early(body: Part, epilogues: Sequence[Part], storages: Mapping[str, Storage]) -> tuple[Part, list[Part]]:
+@dataclass(frozen=True)
+class _Places:
+    """How many instructions of the body each one of the epilogue comes behind; one more than there are: it is left
+    where it is. ``left``: the same of WAITs for what has been offloaded, which come ahead of what else comes there."""
+
+    places: list[int]
+    left: dict[int, Part] = field(default_factory=dict)
+
+
+def update_early(
+    body: Part, epilogues: Sequence[Part], storages: Mapping[str, Storage], room: Sequence[Sequence[int]] | None = None
+) -> tuple[Part, list[Part]]:
     """The body until the first update begins, and its rest merged into each epilogue: they differ in what they reload.
 
-    ``storages`` by the name of a value: an update may write where the body reads.
+    ``storages`` by the name of a value: an update may write where the body reads. ``room``, for each epilogue: the
+    bytes that may be held in addition while each instruction of the body runs; None: any number.
     """
-    places = [_places(body, epilogue, storages) for epilogue in epilogues]
-    begin = min(place for found in places for place in (*found, len(body)))
+    rooms = [None] * len(epilogues) if room is None else room
+    every = [_places(body, epilogue, storages, bytes_) for epilogue, bytes_ in zip(epilogues, rooms, strict=True)]
+    begin = min(place for found in every for place in (*found.places, len(body)))
     merged = []
-    for epilogue, found in zip(epilogues, places, strict=True):
-        moved: dict[int, Part] = {}
-        for place, ins in zip(found, epilogue, strict=True):
+    for epilogue, found in zip(epilogues, every, strict=True):
+        moved = {place: list(waits) for place, waits in found.left.items()}
+        for place, ins in zip(found.places, epilogue, strict=True):
             moved.setdefault(place, []).append(ins)
         rest = [ins for at in range(begin, len(body)) for ins in (*moved.get(at, ()), body[at])]
         merged.append([*rest, *moved.get(len(body), ()), *moved.get(len(body) + 1, ())])
     return body[:begin], merged
 
 
-def _places(body: Part, epilogue: Part, storages: Mapping[str, Storage]) -> list[int]:
-    """How many instructions of the body each one of the epilogue comes behind; one more than there are: it is left
-    where it is."""
+def _places(body: Part, epilogue: Part, storages: Mapping[str, Storage], room: Sequence[int] | None) -> _Places:
     stays = len(body) + 1
     late: set[int] = set()
     while True:
@@ -46,26 +60,81 @@ def _places(body: Part, epilogue: Part, storages: Mapping[str, Storage]) -> list
         late |= useless
     first = next((place for place, ins in zip(places, epilogue, strict=True) if ins.op is Op.OFFLOAD), stays)
     if first >= len(body):
-        return [stays] * len(epilogue)
+        return _Places([stays] * len(epilogue))
     # A reload needs nothing: the first ones begin with the action that makes the first gradient.
     action = body[first - 1].action
-    floor = next((at for at, ins in enumerate(body) if ins.action == action and ins.op is Op.RUN), first)
+    floor = begin = next((at for at, ins in enumerate(body) if ins.action == action and ins.op is Op.RUN), first)
     moving = [index for index, place in enumerate(places) if place < stays]
-    begin = floor
     for index in moving:
         places[index] = floor = _behind_starts(body, max(places[index], floor))
-    reloads: dict[Ref, int] = {}
-    for index in moving:  # a reload comes with the update before the one that reads it
-        if epilogue[index].op is Op.RUN:
-            reloads = dict.fromkeys(epilogue[index].inputs, begin) | reloads
-            begin = places[index]
+    runs = [index for index in moving if epilogue[index].op is Op.RUN]
+    turns = _turns(body, epilogue, runs, places, storages)
+    paces = pace(turns, begin, len(body), room)
+    _follow(epilogue, moving, places, dict(zip(runs, paces, strict=True)))
+    if room is None:
+        return _Places(places)
+    return _Places(places, _departures(epilogue, runs, paces, len(body)))
+
+
+def _turns(
+    body: Part, epilogue: Part, runs: Sequence[int], places: Sequence[int], storages: Mapping[str, Storage]
+) -> list[Turn]:
+    """One for each segment that may come early."""
+    reloaded = {ref for ins in epilogue if ins.op is Op.RELOAD for ref in ins.outputs}
+    offloaded = {ref for ins in epilogue if ins.op is Op.OFFLOAD for ref in ins.inputs}
+    made = {ref for ins in body for ref in _roots(ins.outputs, storages)}
+    last = {root: at for at, ins in enumerate(epilogue) for root in _roots((*ins.inputs, *ins.outputs), storages)}
+    turns = []
+    for index in runs:
+        inputs, outputs = epilogue[index].inputs, epilogue[index].outputs
+        turns.append(
+            Turn(
+                ready=places[index],
+                arriving_bytes=_nbytes(reloaded.intersection(inputs), storages),
+                leaving_bytes=_nbytes(offloaded.intersection(outputs), storages),
+                freed_bytes=sum(
+                    _nbytes((ref,), storages)
+                    for ref in inputs
+                    for root in _roots((ref,), storages)
+                    if root in made and last[root] == index
+                ),
+            )
+        )
+        reloaded -= set(inputs)
+    return turns
+
+
+def _nbytes(refs: Iterable[Ref], storages: Mapping[str, Storage]) -> int:
+    return sum(storages[ref.name].nbytes for ref in refs if ref.name in storages)
+
+
+def _follow(epilogue: Part, moving: Sequence[int], places: list[int], paces: Mapping[int, Pace]) -> None:
+    """Move ``places`` to where the segments are paced."""
+    floor = 0
+    begins: dict[Ref, int] = {}
+    for index in moving:
+        if index in paces:
+            places[index] = paces[index].run
+            begins = dict.fromkeys(epilogue[index].inputs, paces[index].begin) | begins
+        places[index] = floor = max(places[index], floor)
     for index, following in reversed(list(pairwise(moving))):
         ins = epilogue[index]
         if ins.op is Op.RELOAD:
-            places[index] = reloads.get(ins.outputs[0], places[index])
+            places[index] = begins.get(ins.outputs[0], places[index])
         elif ins.op is Op.WAIT:  # with what it is for
             places[index] = max(places[index], places[following])
-    return places
+
+
+def _departures(epilogue: Part, runs: Sequence[int], paces: Sequence[Pace], end: int) -> dict[int, Part]:
+    """WAITs for what is offloaded, by their places in the body."""
+    left = {ref: pace.left for index, pace in zip(runs, paces, strict=True) for ref in epilogue[index].outputs}
+    waits: dict[int, Part] = {}
+    for ins in epilogue:
+        place = left.get(ins.inputs[0], end) if ins.op is Op.OFFLOAD else end
+        if place < end:
+            wait = Instruction(Op.WAIT, inputs=ins.outputs, action=ins.action, made_by=ins.made_by)
+            waits.setdefault(place, []).append(wait)
+    return waits
 
 
 def _behind_starts(body: Part, place: int) -> int:

@@ -8,7 +8,7 @@ Liveness is computed last, over the finished list, so that a value is handed ove
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphshard.codegen.kernels import Kernels
-from graphshard.codegen.order import order
+from graphshard.codegen.order import Memory, Parts, order
 from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit
 from graphshard.codegen.storages import category, saved_roots, storage_root
@@ -41,7 +41,7 @@ from graphshard.execution import (
 )
 from graphshard.homes import homes
 from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
-from graphshard.simulate import simulate_memory
+from graphshard.simulate import simulate_memory, simulated
 
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
@@ -61,9 +61,18 @@ def lower(program: Program, schedule: Schedule, watch: bool = False, on_gpu: boo
     assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
     kernels = Kernels(on_gpu)
     lowered = [_StageLowering(program, stage, schedule, watch, kernels) for stage in range(program.stages)]
-    plan = ExecutionPlan(
+    plan = _plan(program, schedule, lowered, [item.run() for item in lowered])
+    peaks = [max(simulate_memory(plan, s, f).peak_bytes for f in variants(plan)) for s in range(program.stages)]
+    return replace(plan, peak_bytes=tuple(peaks))
+
+
+def _plan(
+    program: Program, schedule: Schedule, lowered: Sequence[_StageLowering], stages: Sequence[StagePlan]
+) -> ExecutionPlan:
+    """A plan of these stages, which may be some of the program's."""
+    return ExecutionPlan(
         mesh=program.mesh,
-        stages=tuple(item.run() for item in lowered),
+        stages=tuple(stages),
         microbatches=program.microbatches,
         schedule=str(schedule),
         reads=tuple(item.reads for item in lowered),
@@ -71,10 +80,8 @@ def lower(program: Program, schedule: Schedule, watch: bool = False, on_gpu: boo
         params=program.params,
         buckets=program.buckets,
         constants=program.constants,
-        kernels=kernels.table,
+        kernels=lowered[0].kernels.table,
     )
-    peaks = [max(simulate_memory(plan, s, f).peak_bytes for f in variants(plan)) for s in range(program.stages)]
-    return replace(plan, peak_bytes=tuple(peaks))
 
 
 @dataclass
@@ -110,8 +117,11 @@ class _StageLowering:
         if self.program.first_epilogue is not None:
             first = self._once(self.program.first_epilogue, "epilogue", "e1.")
         # A step that is watched is judged between its backward and its update.
-        storages = None if self.watch else self.storages
-        prologue, body, epilogue, first = order(prologue, body, epilogue, first, storages)
+        memory = None if self.watch else Memory(self.storages, self._held)
+        return self._stage_plan(order(prologue, body, epilogue, first, memory))
+
+    def _stage_plan(self, parts: Parts) -> StagePlan:
+        prologue, body, epilogue, first = parts
         return StagePlan(
             prologue=tuple(prologue),
             body=tuple(body),
@@ -122,6 +132,11 @@ class _StageLowering:
             homes={slot_ref(s): home for s, home in self.homes.items() if s in {*self.reads, *self.results}},
             watched=watched(self.program, self.stage, self._mine(self.program.body)) if self.watch else {},
         )
+
+    def _held(self, parts: Parts) -> list[list[int]]:
+        """Bytes at each instruction of a later step, and of the first one if it ends otherwise."""
+        plan = _plan(self.program, self.schedule, [self], [self._stage_plan(parts)])
+        return [[sum(now.values()) for now in simulated(plan, 0, first)] for first in variants(plan)]
 
     # Streams
 

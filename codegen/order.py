@@ -5,8 +5,9 @@ Only here is the interleaving of micro-batches known: 1F1B runs F3, B1, F4, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from graphshard.codegen.early import update_early
@@ -16,18 +17,33 @@ from graphshard.program import Role
 _PERSISTENT = tuple(f"{role}:" for role in Role if role not in (Role.CARRY, Role.BATCH, Role.RNG))
 """What names of values that outlive a step, or that the executor keeps, begin with."""
 
+_ATTEMPTS = 4
+"""How often updates are paced for one limit; a plan that still holds more does not take it."""
+
+Part = list[Instruction]
+Parts = tuple[Part, Part, Part, Part | None]
+"""Prologue, body, epilogue and, if it differs, the first step's epilogue."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What is known of the memory of a stage: where values live, by name, and the bytes held at each instruction of a
+    step that consists of ``Parts``, for each of its epilogues."""
+
+    storages: Mapping[str, Storage]
+    held: Callable[[Parts], list[list[int]]]
+
 
 def order(
     prologue: list[Instruction],
     body: list[Instruction],
     epilogue: list[Instruction],
     first_epilogue: list[Instruction] | None,
-    storages: Mapping[str, Storage] | None = None,
-) -> tuple[list[Instruction], list[Instruction], list[Instruction], list[Instruction] | None]:
+    memory: Memory | None = None,
+) -> Parts:
     """The same instructions in the order they are issued in, with WAITs of sends, hand-overs and FREEs in place.
 
-    With ``storages``, by the name of a value, updates may come before the end of the body: its rest is then part of the
-    epilogues.
+    With ``memory``, updates may come before the end of the body: its rest is then part of the epilogues.
     """
     body, epilogue, first_epilogue = _reduce_early(body, epilogue, first_epilogue)
     actions = _by_action(body)
@@ -37,12 +53,75 @@ def order(
     _post_receives_early(actions)
     body = _wait_for_sends([ins for action in actions for ins in action])
     ends = [_wait_for_sends(end) for end in (epilogue, first_epilogue) if end is not None]
-    if storages is not None:
-        body, ends = update_early(body, ends, storages)
+    parts = _finished(prologue, body, ends)
+    if memory is None or not any(ins.op is Op.OFFLOAD for end in ends for ins in end):
+        return parts
+    return _updated_early(prologue, body, ends, parts, memory)
+
+
+def _finished(prologue: Part, body: Part, ends: list[Part]) -> Parts:
+    """Everything in place that is put where values are used last."""
     before = _wait_for_offloads(prologue) + _wait_for_offloads(body)
     before, ends = _with_last_uses(before, [_wait_for_offloads(end) for end in ends])
     cut = _boundary(before)
-    return before[:cut], before[cut:], ends[0], ends[1] if first_epilogue is not None else None
+    return before[:cut], before[cut:], ends[0], ends[1] if len(ends) > 1 else None
+
+
+def _updated_early(prologue: Part, body: Part, ends: list[Part], late: Parts, memory: Memory) -> Parts:
+    """Updates during the last backward, such that a step holds no more than with all of them at its end.
+
+    Where that leaves most of them for the end, as when gradients take the place of activations one by one, it may hold
+    the state of one bucket more: transfers would overlap nothing.
+    """
+    timelines = memory.held(late)
+    peak_bytes = max(map(max, timelines))
+    held = [_while_running(body, _step(late, end), line) for end, line in zip(late[2:], timelines, strict=False)]
+    for limit_bytes in (peak_bytes, peak_bytes + _largest_bucket_bytes(ends, memory.storages)):
+        aim_bytes = limit_bytes  # turns are paced by an estimate
+        for _ in range(_ATTEMPTS):
+            room = [[aim_bytes - taken for taken in line] for line in held]
+            parts = _finished(prologue, *update_early(body, ends, memory.storages, room))
+            excess = max(map(max, memory.held(parts))) - limit_bytes
+            if excess <= 0:
+                break
+            aim_bytes -= excess
+        if excess <= 0 and (limit_bytes > peak_bytes or _mostly_early(parts[2])):
+            return parts
+    return late
+
+
+def _step(parts: Parts, end: Part | None) -> Part:
+    return parts[0] + parts[1] + (end or [])
+
+
+def _while_running(body: Part, step: Part, held: Sequence[int]) -> list[int]:
+    """What is ``held`` at each instruction of the body, and at those that come in between in ``step``."""
+    result: list[int] = []
+    taken = 0
+    for ins, nbytes in zip(step, held, strict=True):
+        if len(result) == len(body):
+            break
+        taken = max(taken, nbytes)
+        if replace(ins, last=frozenset()) == body[len(result)]:
+            result.append(taken)
+            taken = 0
+    return result
+
+
+def _largest_bucket_bytes(ends: list[Part], storages: Mapping[str, Storage]) -> int:
+    """What the update of one bucket offloads at most."""
+    sizes: Counter[str] = Counter()
+    for ins in ends[0]:
+        if ins.op is Op.OFFLOAD:
+            sizes[_owner(ins)] += storages[ins.inputs[0].name].nbytes
+    return max(sizes.values(), default=0)
+
+
+def _mostly_early(end: Part) -> bool:
+    """Whether more than half of the values that the updates offload leave while there is work beside it."""
+    body = max((at for at, ins in enumerate(end) if ins.action != "epilogue"), default=-1)
+    offloads = [at for at, ins in enumerate(end) if ins.op is Op.OFFLOAD]
+    return 2 * sum(at < body for at in offloads) > len(offloads)
 
 
 def _boundary(instructions: list[Instruction]) -> int:
@@ -178,8 +257,13 @@ def _wait_for_offloads(instructions: list[Instruction]) -> list[Instruction]:
     What is reloaded must have left before.
     """
     outstanding: list[Instruction] = []
+    awaited: set[tuple[Ref, ...]] = set()
     result: list[Instruction] = []
     for ins in instructions:
+        if ins.op is Op.WAIT:
+            outstanding = [other for other in outstanding if other.outputs != ins.inputs]
+            if ins.inputs in awaited:  # here it comes too late
+                continue
         own = _owner(ins) if ins.op in MOVES else ""
         late = dict.fromkeys(_owner(other) for other in outstanding)
         excess = [owner for owner in late if owner != own][:-1] if own else []
@@ -187,6 +271,7 @@ def _wait_for_offloads(instructions: list[Instruction]) -> list[Instruction]:
         for other in done:
             result.append(Instruction(Op.WAIT, inputs=other.outputs, action=ins.action, made_by=other.made_by))
             outstanding.remove(other)
+            awaited.add(other.outputs)
         if ins.op is Op.OFFLOAD:
             outstanding.append(ins)
         result.append(ins)

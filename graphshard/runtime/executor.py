@@ -22,7 +22,7 @@ from graphshard.offloaded import offloaded
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.machine import Machine, Value
-from graphshard.runtime.memory import keep_freed_memory
+from graphshard.runtime.memory import keep_freed_memory, return_freed_memory
 from graphshard.runtime.meter import Measured, make_meter
 from graphshard.runtime.offload import Homes, Offloaded
 from graphshard.runtime.products import onednn_is_faster
@@ -58,8 +58,10 @@ class Executor(ABC):
         measure_memory: bool = False,
         path: str | None = None,
     ) -> None:
-        if device.type == "cpu":
+        if device.type == "cpu" and path is None:
             keep_freed_memory()
+        elif device.type == "cpu":  # who moves values to files has no memory for gaps
+            return_freed_memory()
         self.mesh = mesh
         self.ranks = tuple(ranks)
         self.device = device

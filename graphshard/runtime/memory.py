@@ -6,12 +6,14 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 2**31 - 1  # the largest value mallopt takes
+_RETURNED_BYTES = 2**20  # blocks from this size on are the system's again as soon as they are freed
 
 
 def keep_freed_memory() -> bool:
@@ -21,13 +23,27 @@ def keep_freed_memory() -> bool:
     to the system, and every page of the next ones is a fault: up to 100,000 a step of a model of 34 million parameters,
     4% of its time and more. What the environment says of malloc is left as it is.
     """
+    return _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BYTES, _M_TRIM_THRESHOLD: _KEPT_BYTES})
+
+
+def return_freed_memory() -> bool:
+    """Let this process give back what it frees, for a run that takes time to need less memory; False where the C
+    library is not glibc.
+
+    A heap that blocks of several sizes come from and go to has gaps: up to twice of what is live stays resident.
+    By default glibc also keeps blocks up to 32 MB once it has seen one freed. What the environment says of malloc is
+    left as it is.
+    """
+    return _set_malloc({_M_MMAP_THRESHOLD: _RETURNED_BYTES})
+
+
+def _set_malloc(settings: Mapping[int, int]) -> bool:
     if not sys.platform.startswith("linux") or any(name.startswith("MALLOC_") for name in os.environ):
         return False
     if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    settings = (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD)
-    return mallopt is not None and all(mallopt(setting, _KEPT_BYTES) for setting in settings)
+    return mallopt is not None and all(mallopt(name, value) for name, value in settings.items())
 
 
 def peak_rss_bytes() -> int:

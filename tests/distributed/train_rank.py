@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import graphshard
 from distributed.processes import report
 from graphshard.errors import GraphshardError
+from graphshard.runtime.nvme import ALIGN
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 ROWS = 16
@@ -154,10 +156,54 @@ def short_read(plan: str) -> dict[str, Any]:
     return {}
 
 
+def wide() -> nn.Module:
+    """Layers whose state takes several blocks of a disk."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 3)).double()
+
+
+def killed_writing(plan: str) -> dict[str, Any]:
+    """The last rank is killed in the second step, with a value half written to its file and others on their way."""
+    c = compiled(plan, "distributed", model=wide(), max_grad_norm=None)
+    c.step(*part(c, batch()))
+    write = os.pwritev
+
+    def half(file: int, buffers: list[memoryview], offset: int) -> int:
+        (memory,) = buffers
+        if len(memory) > 2 * ALIGN:
+            assert write(file, [memory[:ALIGN]], offset) == ALIGN
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(file, buffers, offset)
+
+    if RANK == WORLD_SIZE - 1:
+        os.pwritev = half  # type: ignore[assignment]
+    for _ in range(2):
+        c.step(*part(c, batch()))
+    return {"finished": True}
+
+
+def against_resident(plan: str) -> dict[str, Any]:
+    """Whether the same training without offloading gives the same weights and optimizer state."""
+    found = []
+    for given in (plan, plan.partition("+offload")[0]):
+        c = compiled(given, "distributed", model=wide(), max_grad_norm=None)
+        losses = [c.step(*part(c, batch())).item() for _ in range(3)]
+        found.append((losses, listed(c.state_dict()), listed(c.optimizer.state_dict()["state"])))
+    return {"same": found[0] == found[1], "losses": found[0][0]}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     scenario, plan = sys.argv[1:]
-    scenarios = {"train": train, "meta": meta, "mixed": mixed, "mismatch": mismatch, "short_read": short_read}
+    scenarios = {
+        "train": train,
+        "meta": meta,
+        "mixed": mixed,
+        "mismatch": mismatch,
+        "short_read": short_read,
+        "killed_writing": killed_writing,
+        "against_resident": against_resident,
+    }
     report(scenarios[scenario], plan)
 
 
