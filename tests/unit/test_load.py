@@ -122,12 +122,18 @@ def written(tmp_path_factory: pytest.TempPathFactory, two_layers: nn.Module) -> 
 
 
 def compiled_of(model: nn.Module, **more: Any) -> Compiled:
-    arguments = {"loss_fn": F.mse_loss, "optimizer": adamw, "executor": "local", "example_inputs": BATCH}
+    arguments: dict[str, Any] = {
+        "loss_fn": F.mse_loss,
+        "optimizer": adamw,
+        "executor": "local",
+        "example_inputs": BATCH,
+    }
     return graphshard.compile(copy.deepcopy(model), "zero3+pp2:microbatches=2", **(arguments | more))
 
 
 def loaded(folder: Path, model: nn.Module | None = None, **more: Any) -> graphshard.Loaded:
-    return graphshard.load(folder, copy.deepcopy(model), **({"trust_code": True, "executor": "local"} | more))
+    arguments: dict[str, Any] = {"trust_code": True, "executor": "local"}
+    return graphshard.load(folder, copy.deepcopy(model), **(arguments | more))
 
 
 @pytest.fixture
@@ -217,7 +223,12 @@ def test_accounts_are_the_same(written: Path, two_layers: nn.Module) -> None:
 
 
 def test_what_takes_the_passes_is_refused(written: Path, tmp_path: Path) -> None:
-    for call in (lambda c: c.dump(tmp_path), lambda c: c.verify(), lambda c: c.bisect("loss")):
+    calls: list[Callable[[Compiled], object]] = [
+        lambda c: c.dump(tmp_path),
+        lambda c: c.verify(),
+        lambda c: c.bisect("loss"),
+    ]
+    for call in calls:
         with pytest.raises(NeedsCompiling, match="cannot dump, verify or bisect"):
             call(loaded(written))
 
