@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_unflatten
 
-from graphshard import dump, report, trace
+from graphshard import dump, plan_directory, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.bisect import Seen, Until, bisect
+from graphshard.built import Built, assemble
 from graphshard.check import require_fits
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
@@ -31,12 +31,15 @@ from graphshard.errors import (
 )
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
-from graphshard.optim import CompiledOptimizer, ScalerState, given_state
+from graphshard.model_record import describe, unsaved_buffers
+from graphshard.optim import CompiledOptimizer, ScalerState, given_state, spell_options
+from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.fuse import Fuse
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context, Pass, Placement, placement_of, run_passes
 from graphshard.plan import Plan
+from graphshard.plan_directory import Manifest
 from graphshard.planner import fit
 from graphshard.program import Program
 from graphshard.reference_inputs import Inputs, random_inputs
@@ -44,13 +47,13 @@ from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.nvme import check_folder
 from graphshard.runtime.storage import Storage
-from graphshard.trace import Captured
+from graphshard.trace import Captured, Mode
 from graphshard.update import add_update, check_elementwise, make_optimizer
 from graphshard.verification import CHECK_GB, Subject, sized, verify_all
+from graphshard.version import __version__
 
 logger = logging.getLogger("graphshard")
 
-Mode = Literal["train", "evaluate", "call"]
 OptimizerLike = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
@@ -104,11 +107,11 @@ def compile(
         GraphshardError: a subclass that names the mistake.
     """
     parsed = plan if isinstance(plan, Plan) else Plan.parse(plan)
-    kind = _executor_kind(executor)
-    if kind != "none" and (folder := _offload_folder(parsed)) is not None:
+    kind = executor_kind(executor)
+    if kind != "none" and (folder := offload_folder(parsed)) is not None:
         check_folder(folder)
     if world_size is None and kind == "distributed":
-        world_size = _distributed_world_size()
+        world_size = distributed_world_size()
     compiled = Compiled(
         model=model,
         plan=parsed,
@@ -137,12 +140,17 @@ def _passes_of(plan: Plan, debug_nan: bool) -> list[Pass]:
     return with_passes(default_passes(plan), [Fuse(body=False)] if debug_nan else [])
 
 
-def _offload_folder(plan: Plan) -> str | None:
+def offload_folder(plan: Plan) -> str | None:
     """Where the plan lets ranks keep files."""
     return next((given.path for given in (plan.offload, plan.memory) if given is not None), None)
 
 
-def _executor_kind(executor: str) -> str:
+def executor_kind(executor: str) -> str:
+    """``executor``, with "auto" decided.
+
+    Raises:
+        UnknownExecutor: there is none of that name.
+    """
     if executor not in ("auto", "distributed", "local", "none"):
         raise UnknownExecutor(executor)
     if executor != "auto":
@@ -151,7 +159,8 @@ def _executor_kind(executor: str) -> str:
     return "distributed" if (dist.is_available() and dist.is_initialized()) or launched else "local"
 
 
-def _distributed_world_size() -> int:
+def distributed_world_size() -> int:
+    """The ranks of this job."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -164,14 +173,11 @@ def example_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-@dataclass
-class _Build:
-    """One compiled program: of a mode, for inputs of one signature."""
+@dataclass(kw_only=True)
+class _Build(Built):
+    """One compiled program."""
 
     program: Program
-    plan: ExecutionPlan
-    captured: Captured
-    mode: Mode
     example: MicroBatch
     passes: list[Pass]
     placement: Placement | None  # what the passes were given
@@ -197,8 +203,8 @@ class Compiled:
     measure_memory: bool = False
     init: Callable[[nn.Module], object] | None = None
     optimizer: Any = None
-    _builds: dict[tuple[Any, ...], _Build] = field(default_factory=dict)
-    _main: _Build | None = None
+    _builds: dict[tuple[Any, ...], Built] = field(default_factory=dict)
+    _main: Built | None = None
     _placement: Placement | None = None
     _runtime: Executor | None = None
     _storage: Storage | None = None
@@ -241,7 +247,7 @@ class Compiled:
     @property
     def program(self) -> Program:
         """The training program after the last pass."""
-        return self._built().program
+        return self._compiled().program
 
     @property
     def execution_plan(self) -> ExecutionPlan:
@@ -297,7 +303,7 @@ class Compiled:
         parts = self._split(batch, kwargs, 1)
         build = self._build("call", parts[0][0], 1)
         outputs = self._run(build, parts, []).outputs
-        return _assemble(build.captured, parts, outputs)
+        return assemble(build, parts, outputs)
 
     def trace(self, *batch: Any, **kwargs: Any) -> None:
         """Compile the training step for arguments like these without running it."""
@@ -308,7 +314,7 @@ class Compiled:
         ranks = 1 if self.executor == "distributed" else self.dp_size
         return split_batch(args, kwargs, ranks, microbatches, dict(self.plan.batch_dims))
 
-    def _run(self, build: _Build, parts: list[list[MicroBatch]], lrs: list[float]) -> Any:
+    def _run(self, build: Built, parts: list[list[MicroBatch]], lrs: list[float]) -> Any:
         runtime, _ = self._start()
         first = self.dp_rank if self.executor == "distributed" else 0
         batches = {first + i: [part.leaves for part in row] for i, row in enumerate(parts)}
@@ -316,17 +322,33 @@ class Compiled:
 
     # Building
 
-    def _built(self) -> _Build:
+    def _built(self) -> Built:
+        """What was built first."""
         if self._main is None:
             raise NeedsExampleInputs()
         return self._main
 
-    def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> _Build:
+    def _compiled(self) -> _Build:
+        """What was built first, with its graphs."""
+        build = self._built()
+        assert isinstance(build, _Build)
+        return build
+
+    def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         args, kwargs = example.arguments()
         hyper = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
         key = (mode, trace.input_signature(args, kwargs), hyper, self.model.training)
-        if key in self._builds:
-            return self._builds[key]
+        if key not in self._builds:
+            self._builds[key] = self._make(key, mode, example, microbatches)
+            if self._storage is not None:
+                self._storage.learn(self._builds[key].plan)
+            if self.dump_dir is not None and self.rank == 0:
+                self._write(self.dump_dir)
+        return self._builds[key]
+
+    def _make(self, key: tuple[Any, ...], mode: Mode, example: MicroBatch, microbatches: int) -> Built:
+        """Compile what ``_builds`` does not hold under ``key``."""
+        args, kwargs = example.arguments()
         if known := [other for other in self._builds if other[0] == mode]:
             logger.warning("graphshard: %s: tracing %s again", self._news(known[-1], key, example), mode)
         captured = self._capture(mode, args, kwargs, microbatches)
@@ -343,13 +365,22 @@ class Compiled:
         program = run_passes(captured.program, passes, Context(self.mesh, placement), observer)
         watch = self.debug_nan and mode == "train"
         plan = lower(program, self._schedule(mode, microbatches), watch, self._on_gpu())
-        build = self._builds[key] = _Build(program, plan, captured, mode, example, passes, placement, source)
+        build = _Build(
+            plan=plan,
+            mode=mode,
+            inputs=trace.spell_signature(args, kwargs),
+            training=self.model.training,
+            options=spell_options(key[2] or ()),
+            out_spec=captured.out_spec,
+            output_leaves=captured.output_leaves,
+            program=program,
+            example=example,
+            passes=passes,
+            placement=placement,
+            source=source,
+        )
         if first:
             self._main, self._placement = build, placement_of(program)
-            if self.dump_dir is not None and self.rank == 0:
-                dump.write_plan(self.dump_dir, plan, self._title())
-        if self._storage is not None:
-            self._storage.learn(plan)
         return build
 
     def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> Captured:
@@ -399,7 +430,7 @@ class Compiled:
             raise ExecutorNone()
         build = self._built()
         self._runtime = self._make_executor()
-        self._storage = Storage(self._runtime, *(b.plan for b in self._builds.values()))
+        self._storage = Storage(self._runtime, *self._plans())
         self._state_names = list(self.model.state_dict(keep_vars=True))
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
@@ -422,9 +453,13 @@ class Compiled:
             self._storage.write_state(state)
         return self._runtime, self._storage
 
+    def _plans(self) -> list[ExecutionPlan]:
+        """All that there are."""
+        return [build.plan for build in self._builds.values()]
+
     def _make_executor(self) -> Executor:
         device = torch.device(self.device) if self.device is not None else _device_of(self.model)
-        path = _offload_folder(self.plan)
+        path = offload_folder(self.plan)
         if self.executor == "distributed":
             from graphshard.runtime.distributed import DistributedExecutor
 
@@ -494,12 +529,17 @@ class Compiled:
     def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._start()[1].write_state(state)
 
-    def _scaler_state(self) -> ScalerState | None:
-        """What there is of loss scaling between steps, if the passes scale the loss."""
+    def _scaler_factors(self) -> dict[str, float]:
+        """The options of loss scaling, if the passes scale the loss."""
         scaled = next((p for p in self.passes if isinstance(p, Precision) and p.dtype == "fp16"), None)
-        if scaled is None:
+        names = () if scaled is None else ("growth_factor", "backoff_factor", "growth_interval")
+        return {name: getattr(scaled, name) for name in names}
+
+    def _scaler_state(self) -> ScalerState | None:
+        """What there is of loss scaling between steps."""
+        factors = self._scaler_factors()
+        if not factors:
             return None
-        factors = {name: getattr(scaled, name) for name in ("growth_factor", "backoff_factor", "growth_interval")}
         return ScalerState(
             factors,
             read=lambda: self._start()[1].read_scaler(),
@@ -509,12 +549,28 @@ class Compiled:
     # Accounts
 
     def dump(self, path: str | Path) -> None:
-        """Write every pass's graph, the plan, the code of each stage and a picture of memory into folder ``path``."""
-        build = self._built()
-        program = run_passes(*self._before_passes(build), dump.writer(Path(path)))
-        plan = lower(program, self._schedule(build.mode, program.microbatches), on_gpu=self._on_gpu())
+        """Write every pass's graph and a picture of memory into folder ``path``, and the plans that were compiled so
+        far, of evaluation and calls too: all that :func:`load` needs."""
+        folder, build = Path(path), self._compiled()
+        run_passes(*self._before_passes(build), dump.writer(folder))
+        self._write(folder)
+
+    def _write(self, folder: Path) -> None:
+        """Write all but the graphs, which are there."""
+        build = self._compiled()
         measured = {} if self._runtime is None else report.measured_peaks(build.plan, self._runtime)
-        dump.write_plan(Path(path), plan, self._title(), measured)
+        dump.write_memory(folder, build.plan, self._title(), measured)
+        manifest = Manifest(
+            graphshard=__version__,
+            torch=torch.__version__,
+            plan=str(self.plan),
+            mesh=self.mesh,
+            seed=self.seed,
+            model=describe(self.model),
+            optimizer=None if self.optimizer is None else record_of(self.optimizer, self._scaler_factors()),
+            program=dump.graph_file(len(build.passes), build.passes[-1].name if build.passes else "capture"),
+        )
+        plan_directory.write(folder, manifest, self._builds.values(), unsaved_buffers(self.model))
 
     def _title(self) -> str:
         return f"{type(self.model).__name__}, plan {self.plan}: memory of a rank over a step"
@@ -544,7 +600,7 @@ class Compiled:
             NotFinite, NodeFailed: the program cannot be run on random inputs.
             PlanError: the plan cannot run.
         """
-        build = self._built()
+        build = self._compiled()
         program, passes, ctx = self._before_passes(build)
         evaluation = self._capture("evaluate", *build.example.arguments(), build.program.microbatches).program
         subject = Subject(program, evaluation, passes, ctx, build.program, build.plan)
@@ -561,7 +617,7 @@ class Compiled:
             steps: how many steps are run on that batch.
             limit_gb: "memory": what a rank may hold, in 10^9 bytes; None: as much as before all passes.
         """
-        build = self._built()
+        build = self._compiled()
         program, passes, ctx = self._before_passes(build)
         if until == "verify":
             program, ctx = sized(program, ctx, build.program, False, CHECK_GB)
@@ -608,22 +664,7 @@ class Compiled:
     def report(self) -> dict[str, Any]:
         """The same as data that json can write."""
         build = self._built()
-        return report.report(build.program, build.plan, self.plan, self._runtime)
-
-
-def _assemble(captured: Captured, parts: list[list[MicroBatch]], outputs: dict[int, dict[str, list[Tensor]]]) -> Any:
-    """The model's output from those of the data-parallel ranks: batch dims are joined, the rest is the first rank's."""
-    ranks = [outputs[rank] for rank in sorted(outputs) if outputs[rank]]
-    if not ranks:
-        return None
-    size = next((t.shape[0] for t in parts[0][0].leaves if isinstance(t, Tensor) and t.dim() > 0), None)
-    leaves: list[Any] = list(captured.output_leaves)
-    for name in ranks[0]:
-        values = [rank[name][0] for rank in ranks]
-        joined = values[0].dim() > 0 and values[0].shape[0] == size and len(values) > 1
-        leaves[int(name)] = torch.cat(values) if joined else values[0]
-    assert captured.out_spec is not None
-    return tree_unflatten(leaves, captured.out_spec)
+        return report.report(self.program, build.plan, self.plan, self._runtime)
 
 
 def _shapes(example: MicroBatch) -> str:

@@ -1,5 +1,5 @@
-"""The dump folder: every pass's graph, the plan, and the code of each stage, as text that can be diffed; and a picture
-of its memory."""
+"""What a dump has for people: every pass's graph, as text that can be diffed, and a picture of memory. The plans are
+beside it; see plan_directory.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from graphshard.files import write_atomic
 from graphshard.memory_picture import stage_memory, to_svg
 from graphshard.pipeline import Observer
 from graphshard.program import Program
-from graphshard.units import human
 
 SOURCES = "sources.json"
 
@@ -27,42 +26,25 @@ def writer(folder: Path) -> Observer:
         if not index:
             lines = {origin: _relative(line) for origin, line in program.sources.items()}
             write_atomic(folder / SOURCES, json.dumps(lines, indent=0) + "\n")
-        text.write(program, folder / f"{index:02}-{name}.graph")
+        text.write(program, folder / graph_file(index, name))
 
     return observe
 
 
-_WATCH = '''
-
-def watch(name, value):
-    """With debug_nan the runtime looks at the value here."""
-'''
+def graph_file(index: int, name: str) -> str:
+    """The file with what the pass ``name``, number ``index`` from 1, made; 0 is the capture."""
+    return f"{index:02}-{name}.graph"
 
 
-def write_plan(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[int, int] | None = None) -> None:
-    """``plan.txt``; ``stage<k>.py`` with the segments of every stage; ``memory.json`` and ``memory.svg`` with what its
-    ranks hold over a step. ``title``: of the picture; ``measured``: peaks by stage, in bytes."""
+def write_memory(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[int, int] | None = None) -> None:
+    """``memory.json`` and ``memory.svg`` with what the ranks of every stage hold over a step.
+
+    Args:
+        title: of the picture.
+        measured: peaks by stage, in bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "plan.txt", str(plan))
-    kernels = "\n\n".join(f"# By {kernel.how}.\n{kernel.source}" for kernel in plan.kernels.values())
-    write_atomic(folder / "kernels.py", f'"""Kernels that segments call."""\n\nimport torch\n\n\n{kernels}')
-    for index, stage in enumerate(plan.stages):
-        code = "\n\n".join(
-            f"# Holds {human(max(segment.workspace.held))} at most, beside its inputs.\n{segment.source}"
-            for segment in stage.segments.values()
-        )
-        imports = "import torch\n" + ("\nimport kernels\n" if "kernels." in code else "")
-        imports += "\nfrom graphshard.runtime import products\n" if "products." in code else ""
-        watched = (
-            "\n\ndef watch(name, value):\n    pass  # with debug_nan: looks at the value\n" if stage.watched else ""
-        )
-        source = f'"""Segments of stage {index}."""\n\n{imports}{watched}\n\n{code}'
-        write_atomic(folder / f"stage{index}.py", source)
-    _write_memory(folder, plan, title, measured or {})
-
-
-def _write_memory(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[int, int]) -> None:
-    stages = stage_memory(plan, measured)
+    stages = stage_memory(plan, measured or {})
     accounts = [
         {
             "stage": item.stage,

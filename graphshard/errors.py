@@ -575,6 +575,54 @@ class NeedsExampleInputs(GraphshardError):
         )
 
 
+class NotAPlanDirectory(GraphshardError):
+    """``load`` of a directory that was not written to the end, or of something else."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}; expected a directory that dump wrote to its end; dump again")
+
+
+class PlanDirectoryChanged(GraphshardError):
+    """``load`` of a directory in which a file is not as it was written."""
+
+    def __init__(self, path: str, file: str) -> None:
+        super().__init__(f"{path}: its {file} has been changed since it was written; nothing of it was run; dump again")
+
+
+class PlanDirectoryMisfit(GraphshardError):
+    """``load`` of a directory for another version, mesh, model or optimizer."""
+
+    def __init__(self, path: str, expected: str, given: str) -> None:
+        super().__init__(f"{path}: compiled for {expected}; given {given}; compile again, or give what it is for")
+
+
+class UntrustedCode(GraphshardError):
+    """``load`` of a directory with Python code that nobody has said to trust."""
+
+    def __init__(self, path: str, files: Iterable[str]) -> None:
+        super().__init__(
+            f"{path}: steps would run the Python code in its {', '.join(files)}; if you trust who wrote it, pass "
+            "trust_code=True"
+        )
+
+
+class NotInPlanDirectory(GraphshardError):
+    """A loaded model is asked for what no plan of its directory does."""
+
+    def __init__(self, path: str, asked: str, there: Iterable[str]) -> None:
+        super().__init__(
+            f"{path}: it has no plan for {asked}; it has {'; '.join(there)}. Nothing is compiled after load: let what "
+            "graphshard.compile returns run such a one, and dump again"
+        )
+
+
+class NeedsCompiling(GraphshardError):
+    """A loaded model is asked for what takes the passes or the model's code."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"{path}: what was loaded cannot dump, verify or bisect; what graphshard.compile returns can")
+
+
 class TextError(GraphshardError):
     """Graph text that is no program, or says a wrong type; ``line`` and ``column`` count from 1."""
 

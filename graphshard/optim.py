@@ -88,6 +88,11 @@ class CompiledOptimizer(Optimizer):
                     raise OptimizerForeignParameter(index, position, parameter.shape)
             self._names.append([param_names[id(p)] for p in group["params"]])
 
+    @property
+    def names(self) -> tuple[tuple[str, ...], ...]:
+        """Canonical names of the parameters of each group."""
+        return tuple(map(tuple, self._names))
+
     def lrs(self) -> list[float]:
         """The learning rate of each parameter group, now."""
         return [float(group["lr"]) for group in self.param_groups]
@@ -180,6 +185,12 @@ class CompiledOptimizer(Optimizer):
             self._scaler.load_state_dict(scaler)
         for group, own_group in zip(groups, self.param_groups, strict=True):
             own_group.update({key: value for key, value in group.items() if key != "params"})
+
+
+def spell_options(key: Any) -> tuple[dict[str, str], ...]:
+    """A :meth:`CompiledOptimizer.hyperparameters_key` as text for another process: by group, each option in Python's
+    spelling."""
+    return tuple({name: repr(value) for name, value in group} for group in key)
 
 
 def given_state(optimizer: Optimizer, param_names: Mapping[int, str]) -> NamedState:

@@ -11,13 +11,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphshard.errors import LossHasParameters, MissingInput, UnsupportedInput
+from graphshard.execution import type_of
 from graphshard.program import Program
 from graphshard.trace_call import LossFn, Mode, Request
 from graphshard.trace_convert import convert
 from graphshard.trace_joint import trace_joint
 from graphshard.trace_model import describe_params, parameter_names, tensors_of
 
-__all__ = ["Captured", "LossFn", "Mode", "capture", "describe_params", "input_signature", "parameter_names"]
+__all__ = [
+    "Captured",
+    "LossFn",
+    "Mode",
+    "capture",
+    "describe_params",
+    "input_signature",
+    "parameter_names",
+    "spell_signature",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,14 @@ def input_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashabl
     """Equal for arguments that one captured program serves: structure, shapes, dtypes, and values of non-tensors."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     return str(spec), tuple(_key(leaf) for leaf in leaves)
+
+
+def spell_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """:func:`input_signature` as text, the structure first and then the arguments in flattening order, for another
+    process: arguments that are no tensors count as equal there if they print the same."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    tensors = (str(type_of(leaf)) if isinstance(leaf, Tensor) else f"{type(leaf).__name__} {leaf!r}" for leaf in leaves)
+    return str(spec), *tensors
 
 
 def _key(leaf: Any) -> Hashable:

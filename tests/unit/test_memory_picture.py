@@ -63,5 +63,5 @@ def test_a_dump_has_both(tmp_path: Path) -> None:
     page = (tmp_path / "memory.svg").read_text()
     ElementTree.fromstring(page)
     assert "MLP, plan zero3+pp2" in page and "measured peak" in page
-    dump.write_plan(tmp_path / "again", made.execution_plan, "no step yet")
+    dump.write_memory(tmp_path / "again", made.execution_plan, "no step yet")
     assert "measured" not in ElementTree.fromstring((tmp_path / "again" / "memory.svg").read_text())[-1].tag

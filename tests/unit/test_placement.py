@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import graphshard
+from graphshard.compile import _Build
 from graphshard.program import Program, info
 from graphshard.testing import nodes
 
@@ -37,7 +38,9 @@ def test_another_shape_is_cut_at_the_same_operations(plan: str) -> None:
     programs = []
     for rows in (16, 48):
         compiled.trace(torch.randn(rows, 16), torch.randn(rows, 16))
-        programs.append(list(compiled._builds.values())[-1].program)
+        latest = list(compiled._builds.values())[-1]
+        assert isinstance(latest, _Build)
+        programs.append(latest.program)
     first, second = programs
     assert stages(first) == stages(second)
     assert nodes(first).op("transfer").count == nodes(second).op("transfer").count

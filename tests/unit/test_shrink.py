@@ -78,8 +78,8 @@ def compiled(plan: str, **changes: Any) -> graphshard.Compiled:
 
 
 def captured(what: graphshard.Compiled) -> Program:
-    built = what._main
-    assert built is not None and built.source is not None
+    built = what._compiled()
+    assert built.source is not None
     return built.source
 
 

@@ -15,7 +15,11 @@ import pytest
 from graphshard.cli import main
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"writing-a-pass.md": {"python", "text", "console", "graph"}, "memory.md": {"python", "text", "console"}}
+PAGES = {
+    "writing-a-pass.md": {"python", "text", "console", "graph"},
+    "memory.md": {"python", "text", "console"},
+    "plan-directory.md": {"python", "text"},
+}
 """Each page, and the kinds of blocks that it has."""
 
 BLOCK = re.compile(r"^```(?P<kind>\w+)(?: (?P<file>\S+))?\n(?P<content>.*?)^```$", re.MULTILINE | re.DOTALL)

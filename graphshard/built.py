@@ -1,0 +1,45 @@
+"""What runs of a compiled model: a plan, and how the model's output is put together from what ranks give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from graphshard.batch import MicroBatch
+from graphshard.execution import ExecutionPlan
+from graphshard.trace import Mode
+
+
+@dataclass(kw_only=True)
+class Built:
+    """A plan, and what it is for."""
+
+    plan: ExecutionPlan
+    mode: Mode
+    inputs: tuple[str, ...]  # of a micro-batch: see trace.spell_signature
+    training: bool  # model.training
+    options: tuple[dict[str, str], ...] = ()  # of "train": by group those of the optimizer, as Python spells them
+    out_spec: TreeSpec | None = None  # of a call
+    output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs
+
+
+def assemble(
+    built: Built, parts: Sequence[Sequence[MicroBatch]], outputs: Mapping[int, Mapping[str, Sequence[Tensor]]]
+) -> Any:
+    """The model's output from those of the data-parallel ranks: batch dims are joined, the rest is the first rank's."""
+    ranks = [outputs[rank] for rank in sorted(outputs) if outputs[rank]]
+    if not ranks:
+        return None
+    size = next((t.shape[0] for t in parts[0][0].leaves if isinstance(t, Tensor) and t.dim() > 0), None)
+    leaves: list[Any] = list(built.output_leaves)
+    for name in ranks[0]:
+        values = [rank[name][0] for rank in ranks]
+        joined = values[0].dim() > 0 and values[0].shape[0] == size and len(values) > 1
+        leaves[int(name)] = torch.cat(values) if joined else values[0]
+    assert built.out_spec is not None
+    return tree_unflatten(leaves, built.out_spec)

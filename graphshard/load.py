@@ -1,0 +1,209 @@
+"""``graphshard.load``: from a plan directory to an object that trains, without tracing, passes or lowering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from graphshard import trace
+from graphshard.batch import MicroBatch
+from graphshard.built import Built
+from graphshard.compile import Compiled, OptimizerLike, distributed_world_size, executor_kind, offload_folder
+from graphshard.errors import (
+    NeedsCompiling,
+    NotAPlanDirectory,
+    NotInPlanDirectory,
+    PlanDirectoryMisfit,
+    UntrustedCode,
+)
+from graphshard.execution import ExecutionPlan
+from graphshard.mesh import Mesh
+from graphshard.model_record import describe, difference, skeleton
+from graphshard.optim import spell_options
+from graphshard.optimizer_record import other_optimizer, other_options, remade
+from graphshard.plan import Plan
+from graphshard.plan_directory import Manifest, PlanDirectory, read, read_manifest
+from graphshard.program import Program
+from graphshard.runtime.executor import Executor
+from graphshard.runtime.nvme import check_folder
+from graphshard.runtime.storage import Storage
+from graphshard.trace import Mode
+from graphshard.update import make_optimizer
+
+_WORDS = {"train": "a training step", "evaluate": "evaluation", "call": "a call"}
+
+
+def load(
+    directory: str | Path,
+    model: nn.Module | None = None,
+    *,
+    optimizer: OptimizerLike | None = None,
+    trust_code: bool = False,
+    executor: str = "auto",
+    device: torch.device | str | None = None,
+    timeout_s: float = 600.0,
+    measure_memory: bool = False,
+    init: Callable[[nn.Module], object] | None = None,
+    seed: int | None = None,
+) -> Loaded:
+    """What :meth:`Compiled.dump` wrote into ``directory``, ready to run; every rank calls it.
+
+    The directory has Python code, which steps run: load only what you would run as a script, and say so by
+    ``trust_code``. Nothing is unpickled.
+
+    Args:
+        model: has the first values, under the names and of the shapes and types of the compiled one; taken over as by
+            :func:`compile`. None: values come from ``load_state_dict`` or ``init``.
+        optimizer: as for :func:`compile`, of the class, groups and options that the plan was compiled for; the learning
+            rate is free. None: such a one, if it is of torch.optim, with the learning rate of the compiled one.
+        trust_code: run the directory's code.
+        executor, device, timeout_s, measure_memory, init: as for :func:`compile`.
+        seed: None: that of the compiled one.
+
+    Raises:
+        NotAPlanDirectory: it is none, or not whole.
+        UntrustedCode: without ``trust_code``; says what would be run.
+        PlanDirectoryChanged: a file is not as it was written.
+        PlanDirectoryMisfit: it is for other versions, ranks, another model or optimizer.
+    """
+    folder = Path(directory)
+    manifest = read_manifest(folder)
+    kind = executor_kind(executor)
+    if kind == "distributed" and (ranks := distributed_world_size()) != manifest.mesh.world_size:
+        raise PlanDirectoryMisfit(str(folder), _ranks(manifest.mesh), f"{ranks} ranks")
+    if not trust_code:
+        raise UntrustedCode(str(folder), manifest.code)
+    found = read(folder, manifest)
+    builds = found.builds()
+    if not builds:
+        raise NotAPlanDirectory(str(folder), "it has no plan")
+    if model is None:
+        model = skeleton(manifest.model)
+        model.train(builds[0].training)
+    elif (other := difference(describe(model), manifest.model)) is not None:
+        raise PlanDirectoryMisfit(str(folder), f"a {manifest.model.kind}", f"a model that differs: {other}")
+    plan = Plan.parse(manifest.plan)
+    if kind != "none" and (path := offload_folder(plan)) is not None:
+        check_folder(path)
+    loaded = Loaded(
+        directory=found,
+        builds=builds,
+        model=model,
+        plan=plan,
+        mesh=manifest.mesh,
+        loss_fn=None,
+        optimizer=_optimizer(folder, manifest, builds, model, optimizer),
+        executor=kind,
+        device=device,
+        max_grad_norm=None,
+        timeout_s=timeout_s,
+        passes=[],
+        dump_dir=None,
+        measure_memory=measure_memory,
+        init=init,
+        seed=manifest.seed if seed is None else seed,
+    )
+    _check_options(folder, loaded)
+    return loaded
+
+
+def _ranks(mesh: Mesh) -> str:
+    return f"{mesh.world_size} ranks ({mesh})" if mesh.axes else "1 rank"
+
+
+def _optimizer(
+    folder: Path, manifest: Manifest, builds: list[Built], model: nn.Module, given: OptimizerLike | None
+) -> Optimizer | None:
+    """The optimizer to run with, which is the one that the plans were compiled for."""
+    record, made = manifest.optimizer, None
+    if given is not None:
+        made = make_optimizer(model, given)
+    elif record is not None:
+        options = next((built.options for built in builds if built.mode == "train"), tuple({} for _ in record.params))
+        made = remade(record, options, model)
+    if (other := other_optimizer(record, made, trace.parameter_names(model))) is not None:
+        raise PlanDirectoryMisfit(str(folder), *other)
+    return made
+
+
+def _check_options(folder: Path, loaded: Loaded) -> None:
+    if loaded.optimizer is None:
+        return
+    given = spell_options(loaded.optimizer.hyperparameters_key())
+    others = [other_options(built.options, given) for built in loaded.builds if built.mode == "train"]
+    if others and all(others):
+        what, expected, found = next(filter(None, others))
+        raise PlanDirectoryMisfit(str(folder), f"{what} = {expected}", found)
+
+
+@dataclass(kw_only=True)
+class Loaded(Compiled):
+    """What :func:`load` returns: it runs the plans of its directory and compiles nothing.
+
+    Inputs of other shapes, or an option of the optimizer that changes, raise NotInPlanDirectory; ``dump``, ``verify``
+    and ``bisect`` raise NeedsCompiling.
+    """
+
+    directory: PlanDirectory
+    builds: list[Built]
+    _program: Program | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._main = self.builds[0]
+
+    @property
+    def program(self) -> Program:
+        """The program after the last pass, read from the directory's text; times that passes took are not in it."""
+        if self._program is None:
+            self._program = self.directory.program()
+        return self._program
+
+    def _make(self, key: tuple[Any, ...], mode: Mode, example: MicroBatch, microbatches: int) -> Built:
+        """The plan of the directory for ``key``."""
+        inputs, options = trace.spell_signature(*example.arguments()), spell_options(key[2] or ())
+        fitting = [built for built in self.builds if built.mode == mode and built.inputs == inputs]
+        for built in fitting:
+            # Without training, nothing depends on the model's flag.
+            if built.options == options and (built.training == self.model.training or mode != "train"):
+                return built
+        asked = f"{_WORDS[mode]} on {_spelled(inputs)}"
+        if fitting:
+            other = other_options(fitting[0].options, options)
+            what, expected, given = other or ("model.training", fitting[0].training, self.model.training)
+            asked += f" with {what} = {given} instead of {expected}"
+        raise NotInPlanDirectory(str(self.directory.path), asked, sorted({_told(built) for built in self.builds}))
+
+    def _compiled(self) -> NoReturn:
+        raise NeedsCompiling(str(self.directory.path))
+
+    def _plans(self) -> list[ExecutionPlan]:
+        return [built.plan for built in self.builds]
+
+    def _scaler_factors(self) -> dict[str, float]:
+        record = self.directory.manifest.optimizer
+        return {} if record is None else record.scaler
+
+    def _start(self) -> tuple[Executor, Storage]:
+        if self._runtime is not None and self._storage is not None:
+            return self._runtime, self._storage
+        empty = {name for name, buffer in self.model.named_buffers() if buffer.is_meta}
+        runtime, storage = super()._start()
+        # No state_dict() has these.
+        storage.write_buffers({name: value for name, value in self.directory.buffers().items() if name in empty})
+        return runtime, storage
+
+
+def _told(built: Built) -> str:
+    return f"{_WORDS[built.mode]} on {_spelled(built.inputs)}"
+
+
+def _spelled(inputs: tuple[str, ...]) -> str:
+    """``micro-batches of float32[2,4], int64[2]``."""
+    return f"micro-batches of {', '.join(inputs[1:])}"
