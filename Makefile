@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-memory clean
+.PHONY: help demo test lint bench bench-memory bench-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -32,6 +32,9 @@ bench: $(READY) ## compare speed with FSDP2, DDP and torch.distributed.pipelinin
 bench-memory: $(READY) ## what recomputation and a file for optimizer state cost and save (DISK=folder)
 	@$(BIN)/python examples/bench/recompute.py
 	@$(BIN)/python examples/bench/offload.py --path $(DISK)
+
+bench-overhead: $(READY) ## what the executor's Python costs for each instruction
+	@$(BIN)/python examples/bench/overhead.py $(ARGS)
 
 clean: ## remove the virtual environment and what runs wrote
 	@rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

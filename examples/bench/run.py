@@ -231,6 +231,7 @@ def summarize(
         "disturbed": not quiet,
         "foreign_cpu_seconds": _median(s["foreign_cpu_seconds"] for s in steps),
         "own_cpu_seconds": _median(s["own_cpu_seconds"] for s in kept),
+        "page_faults": _median(s["page_faults"] for s in steps),
         "peak_rss_bytes": max(max(run["peak_rss_bytes"]) for run in runs),
         "setup_peak_rss_bytes": max(max(run["setup_peak_rss_bytes"]) for run in runs),
         "ready_seconds": _median(run["ready_seconds"] for run in runs),

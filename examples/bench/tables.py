@@ -13,11 +13,11 @@ def row_table(rows: Sequence[dict[str, Any]]) -> Table:
     caption = (
         "MB sent: mean of the ranks, graphshard's as planned, others' as the loopback device counts it. "
         "The minimum is for the gathers a row is meant to do; one at a micro-batch's turning point may be saved. "
-        "Gathers: of a parameter, per micro-batch."
+        "Gathers: of a parameter, per micro-batch. Faults: pages that the system gives a step, of the rank with most."
     )
     table = Table(title="per step", caption=caption)
     table.add_column("row", no_wrap=True)
-    for title in ("ranks", "median s", "kept", "GB RSS", "MB sent", "minimum", "gathers", "loss off"):
+    for title in ("ranks", "median s", "kept", "GB RSS", "faults", "MB sent", "minimum", "gathers", "loss off"):
         table.add_column(title, justify="right", no_wrap=title in ("median s", "loss off"))
     for row in rows:
         sent = row["sent_bytes"] if row["sent_bytes"] is not None else row["loopback_bytes"]
@@ -28,6 +28,7 @@ def row_table(rows: Sequence[dict[str, Any]]) -> Table:
             f"{row['seconds']:.3f}" + ("*" if row["disturbed"] else ""),
             f"{row['steps_kept']}/{row['steps']}",
             f"{row['peak_rss_bytes'] / 1e9:.2f}",
+            f"{row['page_faults']:.0f}",
             f"{sent / 1e6:.1f}" if several else "",
             f"{row['minimum_bytes'] / 1e6:.1f}" if several else "",
             f"{row['gathers_per_microbatch']:.2f}" if row["gathers_per_microbatch"] else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
-    """Per step: seconds, foreign CPU seconds, bytes on the loopback device, loss; and what the run took in memory.
+    """Per step: seconds, foreign CPU seconds, bytes on the loopback device, loss, page faults of the rank with most;
+    and what the run took in memory.
 
     A step is timed between two barriers, so it is the slowest rank's. ``probe_seconds`` is what the same small piece of
     work took the slowest rank right before or right after it: other machines on the same host slow the processors down
@@ -62,10 +64,12 @@ def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
     probes = [_probe_seconds()]
     for index in range(warmup, warmup + steps):
         _barrier()
-        before = _Clock.read(processes)
+        before, faults = _Clock.read(processes), _page_faults()
         losses.append(runner.step(index))
+        faults = _page_faults() - faults
         _barrier()
         taken.append(_Clock.read(processes).since(before))
+        taken[-1]["page_faults"] = max(_gather(faults))
         probes.append(_probe_seconds())
         taken[-1]["probe_seconds"] = max(probes[-2:])
     return {
@@ -127,6 +131,11 @@ def _busy_seconds() -> float:
 def _cpu_seconds(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def _page_faults() -> int:
+    """Pages that the system has given to this process so far, without reading them from a disk."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _loopback_bytes() -> int:

@@ -21,6 +21,7 @@ from graphshard.mesh import Mesh
 from graphshard.offloaded import offloaded
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
+from graphshard.runtime.feed import STORED, Feed, sort_feed
 from graphshard.runtime.machine import Machine, Value
 from graphshard.runtime.memory import keep_freed_memory, return_freed_memory
 from graphshard.runtime.meter import Measured, make_meter
@@ -58,9 +59,8 @@ class Executor(ABC):
         measure_memory: bool = False,
         path: str | None = None,
     ) -> None:
-        if device.type == "cpu" and path is None:
-            keep_freed_memory()
-        elif device.type == "cpu":  # who moves values to files has no memory for gaps
+        self._keeps_freed = device.type == "cpu" and path is None and keep_freed_memory()
+        if device.type == "cpu" and path is not None:  # who moves values to files has no memory for gaps
             return_freed_memory()
         self.mesh = mesh
         self.ranks = tuple(ranks)
@@ -76,7 +76,10 @@ class Executor(ABC):
         """What was chosen on this machine, for ``explain``."""
         if self.device.type != "cpu":
             return self.homes.choices()
-        return self.homes.choices() | {"large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS"}
+        return self.homes.choices() | {
+            "large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS",
+            "freed memory": "kept for the next step, by mallopt" if self._keeps_freed else "as the C library is set",
+        }
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:
         """By rank, the memory that the last step of ``plan`` took; empty unless it was measured."""
@@ -105,7 +108,14 @@ class Executor(ABC):
                     functions[stage] = compile_segments(plan.stages[stage].segments, plan.kernels, watch)
                 machines[rank] = self._machine(plan, rank, functions[stage], watch)
             constants = {name: value.to(self.device) for name, value in plan.constants.items()}
-            loaded = self._loaded[id(plan)] = Loaded(plan, machines, constants, plan.state_keys)
+            feeds = {
+                first: {
+                    rank: sort_feed(self.mesh.dp_rank(rank), machine.reads[first], machine.results)
+                    for rank, machine in machines.items()
+                }
+                for first in (False, True)
+            }
+            loaded = self._loaded[id(plan)] = Loaded(plan, machines, feeds, constants, plan.state_keys)
         return loaded
 
     def _reserve(self, plan: ExecutionPlan) -> None:
@@ -131,11 +141,12 @@ class Executor(ABC):
         loaded = self.load(plan)
         # All ranks decide alike, also those that keep no state: the two epilogues may order collectives differently.
         first = not loaded.state_keys <= self.state_keys
-        fed = {
-            rank: self._values(loaded, rank, first, batches, (seed, step), lrs) for rank in self.ranks
+        feeds = loaded.feeds[first]
+        values = {
+            rank: self._values(loaded, rank, feeds[rank], batches, (seed, step), lrs) for rank in self.ranks
         }  # before anything is taken from a store, so that a missing value leaves all as it was
-        values = {rank: {**fed[rank], **self._take(loaded.machines[rank], first)} for rank in self.ranks}
-        del fed
+        for rank in self.ranks:
+            self._take(loaded.machines[rank], feeds[rank], values[rank])
         try:
             with torch.no_grad():
                 results = self._run(loaded, values, first)
@@ -143,7 +154,7 @@ class Executor(ABC):
             for rank, machine in loaded.machines.items():
                 reads = machine.reads[first]
                 left = machine.abandon() | values[rank]
-                self.stores[rank].update((ref, value) for ref, value in left.items() if reads[ref][0].role in _STORED)
+                self.stores[rank].update((ref, value) for ref, value in left.items() if reads[ref][0].role in STORED)
             raise
         for rank in self.ranks:
             totals = self.sent_bytes[rank]
@@ -195,50 +206,47 @@ class Executor(ABC):
         """Run all ranks here to the end; ``values`` are emptied. ``first``: there is no optimizer state yet."""
 
     def _values(
-        self,
-        loaded: Loaded,
-        rank: int,
-        first: bool,
-        batches: Batches,
-        key: tuple[int, int],
-        lrs: Sequence[float],
-    ) -> dict[Ref, Tensor]:
+        self, loaded: Loaded, rank: int, feed: Feed, batches: Batches, key: tuple[int, int], lrs: Sequence[float]
+    ) -> dict[Ref, Value]:
         """What comes from outside the store; checks that the store has the rest."""
-        dp_rank = self.mesh.dp_rank(rank)
-        values: dict[Ref, Tensor] = {}
-        for ref, (slot, kind) in loaded.machines[rank].reads[first].items():
-            match slot.role:
-                case Role.BATCH:
-                    assert ref.microbatch is not None
-                    values[ref] = self._typed(batches[dp_rank][ref.microbatch][int(slot.name)], kind, slot)
-                case Role.RNG:
-                    values[ref] = torch.tensor([*key, dp_rank, ref.microbatch])
-                case Role.LR:
-                    values[ref] = torch.tensor(lrs[int(slot.name)], dtype=torch.float64, device=self.device)
-                case Role.CONSTANT:
-                    values[ref] = loaded.constants[slot.name]
-                case _:
-                    if ref not in self.stores[rank]:
-                        raise NoValue(str(slot))
+        values: dict[Ref, Value] = {}
+        for part in feed.parts:
+            values[part.ref] = self._typed(batches[feed.dp_rank][part.microbatch][part.index], part.kind, part.slot)
+        for ref, microbatch in feed.keys:
+            values[ref] = torch.tensor([*key, feed.dp_rank, microbatch])
+        for ref, group in feed.lrs:
+            values[ref] = torch.tensor(lrs[group], dtype=torch.float64, device=self.device)
+        for ref, name in feed.constants:
+            values[ref] = loaded.constants[name]
+        store = self.stores[rank]
+        for stored in (feed.kept, feed.taken):
+            for ref, slot in stored:
+                if ref not in store:
+                    raise NoValue(str(slot))
         return values
 
     def _typed(self, value: Tensor, kind: TensorType, slot: Slot) -> Tensor:
         assert tuple(value.shape) == kind.shape and value.dtype == kind.dtype, f"{slot} is {kind}, given {value.shape}"
         # Measured, a part of the batch has storage of its own, which goes when the step is done with it.
-        value = value.detach().to(self.device, non_blocking=True, copy=bool(self.meters))
+        value = value.detach()
+        if self.meters or value.device != self.device:
+            value = value.to(self.device, non_blocking=True, copy=bool(self.meters))
         if value.stride() != kind.stride:
             value = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self.device).copy_(value)
         return value
 
-    def _take(self, machine: Machine, first: bool) -> dict[Ref, Value]:
-        """What the store holds. A value that the step replaces leaves the store, so that its last use frees it."""
+    def _take(self, machine: Machine, feed: Feed, values: dict[Ref, Value]) -> None:
+        """Add to ``values`` what the store holds. A value that the step replaces leaves the store, so that its last use
+        frees it."""
         store = self.stores[machine.rank]
         for ref, home in machine.homes.items():  # it may have been stored before any plan said where
             value = store.get(ref)
             if isinstance(value, Tensor):
                 store[ref] = self.homes.keep(value, home)
-        stored = [ref for ref, (slot, _) in machine.reads[first].items() if slot.role in _STORED]
-        return {ref: store.pop(ref) if ref in machine.results else store[ref] for ref in stored}
+        for ref, _ in feed.kept:
+            values[ref] = store[ref]
+        for ref, _ in feed.taken:
+            values[ref] = store.pop(ref)
 
     def _keep(self, loaded: Loaded, results: Mapping[int, Mapping[Ref, Value]], first: bool) -> StepResult:
         loss: Tensor | None = None
@@ -255,14 +263,11 @@ class Executor(ABC):
                     mine.setdefault(slot.name, []).append(value)  # micro-batches are listed in order
                 elif made or not first or slot.role is not Role.STATE:
                     self.stores[rank][ref] = value
-            at = outputs.setdefault(self.mesh.dp_rank(rank), {})
-            outputs[self.mesh.dp_rank(rank)] = mine | at  # several stages may have it: the first one's counts
+            dp_rank = loaded.feeds[first][rank].dp_rank
+            outputs[dp_rank] = mine | outputs.get(dp_rank, {})  # several stages may have it: the first one's counts
         loaded.steps += 1
         self.state_keys |= loaded.state_keys if made else frozenset()
         return StepResult(loss, outputs)
-
-
-_STORED = frozenset(Role) - {Role.BATCH, Role.RNG, Role.LR, Role.CONSTANT}
 
 
 @dataclass
@@ -271,6 +276,7 @@ class Loaded:
 
     plan: ExecutionPlan
     machines: dict[int, Machine]
+    feeds: dict[bool, dict[int, Feed]]  # by whether it is a first step, then by rank
     constants: dict[str, Tensor]
     state_keys: frozenset[str]  # the optimizer state that its first-step epilogue makes; empty without one
     steps: int = 0  # how often it ran

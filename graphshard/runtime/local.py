@@ -142,8 +142,9 @@ class _Meeting:
 
     def deliver(self) -> None:
         """Copy what the members put in to where they want it."""
-        sources = [source for source, _ in map(self.joined.__getitem__, self.members) if source is not None]
-        outputs = [output for _, output in map(self.joined.__getitem__, self.members)]
+        joined = [self.joined[member] for member in self.members]
+        sources = [source for source, _ in joined if source is not None]
+        outputs = [output for _, output in joined]
         kind, _, detail = self.what.partition(" ")
         match kind:
             case "all_gather":
@@ -151,9 +152,10 @@ class _Meeting:
                     assert output is not None
                     torch.cat(sources, out=output)
             case "reduce_scatter":
+                parts = [source.chunk(len(sources)) for source in sources]
                 for index, output in enumerate(outputs):
                     assert output is not None
-                    _sum([source.chunk(len(sources))[index] for source in sources], output)
+                    _sum([part[index] for part in parts], output)
             case "all_reduce":
                 total = _sum(sources, torch.empty_like(sources[0]))
                 for output in outputs:
@@ -214,9 +216,13 @@ class _Network:
         output: Tensor | None,
     ) -> _Attendance:
         """Put in this rank's end of the next meeting it has not joined on the channel."""
-        queue = self._open.setdefault(channel, deque())
-        meeting = next((m for m in queue if rank not in m.joined), None)
-        if meeting is None:
+        queue = self._open.get(channel)
+        if queue is None:
+            queue = self._open[channel] = deque()
+        for meeting in queue:
+            if rank not in meeting.joined:
+                break
+        else:
             meeting = _Meeting(what, members)
             queue.append(meeting)
         assert meeting.what == what, f"rank {rank} issues {what} where its peers issue {meeting.what}"
@@ -240,6 +246,7 @@ class _Link:
     def __init__(self, network: _Network, mesh: Mesh, rank: int) -> None:
         self._network, self._rank = network, rank
         self._groups = {axis: mesh.group(rank, axis) for axis in mesh.coordinates(rank)}
+        self._channels = {axis: (axis, *group) for axis, group in self._groups.items()}
 
     def all_gather(self, axis: str, output: Tensor, source: Tensor) -> Handle:
         return self._collective(axis, "all_gather", source, output)
@@ -264,5 +271,4 @@ class _Link:
         return self._network.join(channel, channel, self._rank, "transfer", None, wire)
 
     def _collective(self, axis: str, what: str, source: Tensor, output: Tensor) -> Handle:
-        group = self._groups[axis]
-        return self._network.join((axis, *group), group, self._rank, what, source, output)
+        return self._network.join(self._channels[axis], self._groups[axis], self._rank, what, source, output)

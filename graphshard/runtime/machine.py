@@ -168,13 +168,14 @@ class Machine:
         self._environment, self._first = environment, first
         if self.meter is not None:
             self.meter.begin(self._held(environment, places))
+        agreed_at = -1 if council is None else self.update_begins
+        observed = self.meter is not None or self.watch is not None
         for position, action in enumerate(code):
-            if position == self.update_begins and council is not None:
+            if position == agreed_at:
+                assert council is not None
                 yield from self._agree(council)
             self.position = position
-            if self.watch is not None:
-                self.watch.begin(self.instruction)
-            blocked = self._act(action, environment, handles)
+            blocked = self._act(action, environment, handles) if observed else action(environment, handles)
             if blocked is not None:
                 yield blocked
                 blocked = None  # what it kept may go
@@ -191,7 +192,9 @@ class Machine:
         return results
 
     def _act(self, action: Action, environment: Environment, handles: Handles) -> Handle | None:
-        """What ``action`` returns; a meter sees what it makes."""
+        """What ``action`` returns; the watch knows what is coming, and a meter sees what it makes."""
+        if self.watch is not None:
+            self.watch.begin(self.instruction)
         if self.meter is None:
             return action(environment, handles)
         made = {ref: self._place(ref) for ref in self.instruction.outputs}

@@ -20,9 +20,9 @@ PARAMETERS = 1000
 LIMITS = Limits(foreign=0.03, slow=0.25, probes={2: 0.1})
 
 
-def step(seconds: float, foreign: float, probe: float = 0.1) -> dict[str, float]:
+def step(seconds: float, foreign: float, probe: float = 0.1, faults: int = 0) -> dict[str, float]:
     cpu = {"foreign_cpu_seconds": foreign, "own_cpu_seconds": seconds, "probe_seconds": probe}
-    return {"seconds": seconds, "loopback_bytes": 10, **cpu}
+    return {"seconds": seconds, "loopback_bytes": 10, "page_faults": faults, **cpu}
 
 
 def measured(*steps: dict[str, float], losses: list[float]) -> dict[str, Any]:
@@ -38,6 +38,11 @@ def test_disturbed_steps_are_left_out() -> None:
     row = summarize("FSDP2", runs, [1.0, 1.25], SIZES, PARAMETERS, LIMITS)
     assert (row["seconds"], row["steps_kept"], row["disturbed"]) == (2.0, 2, False)
     assert (row["loss_difference"], row["peak_rss_bytes"]) == (0.25, 7)
+
+
+def test_page_faults_of_a_row_are_those_of_its_usual_step() -> None:
+    runs = [measured(step(1.0, 0.0, faults=9), step(1.0, 0.0, faults=2), step(1.0, 0.0, faults=4), losses=[1.0])]
+    assert summarize("DDP", runs, [], SIZES, PARAMETERS, LIMITS)["page_faults"] == 4
 
 
 def test_a_row_without_quiet_steps_counts_all_and_says_so() -> None:
