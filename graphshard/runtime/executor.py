@@ -19,6 +19,7 @@ from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref
 from graphshard.loss_scaling import SKIPPED
 from graphshard.mesh import Mesh
 from graphshard.offloaded import offloaded
+from graphshard.plan_options import PLACES
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.machine import Machine, Value
@@ -107,9 +108,11 @@ class Executor(ABC):
         return loaded
 
     def _reserve(self, plan: ExecutionPlan) -> None:
-        """Room in the file for all that the ranks here ever keep there at once, before the first step needs it."""
-        of_stage = [offloaded(plan, stage, "nvme") for stage in range(len(plan.stages))]
-        self.homes.reserve(sum((of_stage[self.mesh.coordinates(rank)["pp"]] for rank in self.ranks), Counter[int]()))
+        """Room for all that the ranks here ever keep off the device at once, before the first step needs it."""
+        stages = [self.mesh.coordinates(rank)["pp"] for rank in self.ranks]
+        self.homes.reserve(
+            {home: sum((offloaded(plan, stage, home) for stage in stages), Counter[int]()) for home in PLACES}
+        )
 
     def step(
         self, plan: ExecutionPlan, batches: Batches, *, seed: int = 0, step: int = 0, lrs: Sequence[float] = ()
@@ -138,6 +141,7 @@ class Executor(ABC):
             with torch.no_grad():
                 results = self._run(loaded, values, first)
         except BaseException:
+            self.homes.settle()
             for rank, machine in loaded.machines.items():
                 reads = machine.reads[first]
                 left = machine.abandon() | values[rank]
@@ -210,9 +214,10 @@ class Executor(ABC):
                     assert ref.microbatch is not None
                     values[ref] = self._typed(batches[dp_rank][ref.microbatch][int(slot.name)], kind, slot)
                 case Role.RNG:
-                    values[ref] = torch.tensor([*key, dp_rank, ref.microbatch])
+                    values[ref] = torch.tensor([*key, dp_rank, ref.microbatch], device="cpu")
                 case Role.LR:
-                    values[ref] = torch.tensor(lrs[int(slot.name)], dtype=torch.float64, device=self.device)
+                    lr = lrs[int(slot.name)]
+                    values[ref] = torch.full((), lr, dtype=torch.float64, device=self.device)  # a copy would block
                 case Role.CONSTANT:
                     values[ref] = loaded.constants[slot.name]
                 case _:
