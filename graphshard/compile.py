@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_unflatten
 
-from graphshard import dump, report, trace
+from graphshard import dump, fake, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.bisect import Seen, Until, bisect
 from graphshard.check import require_fits
@@ -315,6 +315,7 @@ class Compiled:
             raise NeedsExampleInputs()
         return self._main
 
+    @fake.default_device()
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> _Build:
         args, kwargs = example.arguments()
         hyper = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
@@ -502,6 +503,7 @@ class Compiled:
 
     # Accounts
 
+    @fake.default_device()
     def dump(self, path: str | Path) -> None:
         """Write every pass's graph, the plan, the code of each stage and a picture of memory into folder ``path``."""
         build = self._built()
@@ -513,6 +515,7 @@ class Compiled:
     def _title(self) -> str:
         return f"{type(self.model).__name__}, plan {self.plan}: memory of a rank over a step"
 
+    @fake.default_device()
     def verify(
         self, full_size: bool = False, limit_gb: float = CHECK_GB, report: Callable[[str], object] | None = None
     ) -> list[Pass]:
@@ -599,6 +602,7 @@ class Compiled:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""
         return report.explain(self.report())
 
+    @fake.default_device()
     def report(self) -> dict[str, Any]:
         """The same as data that json can write."""
         build = self._built()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphshard import fake
 from graphshard.errors import LossHasParameters, MissingInput, UnsupportedInput
 from graphshard.program import Program
 from graphshard.trace_call import LossFn, Mode, Request
@@ -34,6 +35,7 @@ class Captured:
     output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs
 
 
+@fake.default_device()
 def capture(
     model: nn.Module,
     loss_fn: LossFn | None,
