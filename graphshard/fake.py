@@ -63,7 +63,7 @@ def tensor(
 def default_device() -> Iterator[None]:
     """The default device is the CPU meanwhile, whatever the user has set: the IR spells every device "cpu", and where
     it runs is known to executors alone."""
-    if torch.get_default_device().type == "cpu":
+    if torch.get_default_device() == torch.device("cpu"):
         yield
     else:
         with torch.device("cpu"):

@@ -56,7 +56,7 @@ class Devices:
 
     def _here(self, value: Any) -> Any:
         if isinstance(value, torch.device):
-            return value if value.type in _HERE else _CPU
+            return value if value.type == "meta" else _CPU
         if isinstance(value, Tensor) and value.device.type not in _HERE:
             return self._constant(value)
         return value
