@@ -317,6 +317,8 @@ class _Emitter:
             return f"{self._expression(node.args[0])}[{node.args[1]}]"
         arguments = [self._expression(a) for a in node.args]
         arguments += [f"{k}={self._expression(v)}" for k, v in node.kwargs.items() if k != "pin_memory"]
+        if _leaves_device_open(node):
+            arguments.append("device=device")
         assert isinstance(node.target, torch._ops.OpOverload)
         if _is_large_product(node):
             return f"products.{node.target._schema.name.removeprefix('aten::')}({', '.join(arguments)})"
@@ -410,6 +412,12 @@ def _readers_within(nodes: list[fx.Node], made: frozenset[fx.Node]) -> set[fx.No
         if node not in made and any(source in made or source in found for source in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _leaves_device_open(node: fx.Node) -> bool:
+    """Whether ``node`` makes a tensor from numbers and does not say where; torch would make it on the CPU."""
+    takes_device = any(argument.name == "device" for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    return takes_device and "device" not in node.kwargs and not node.all_input_nodes
 
 
 def _is_large_product(node: fx.Node) -> bool:

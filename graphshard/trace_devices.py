@@ -51,8 +51,8 @@ class Devices:
             args = (args[0], _named(args[1]), *args[2:])
         if isinstance(kwargs.get("device"), (str, int)):
             kwargs = {**kwargs, "device": _named(kwargs["device"])}
-        args, kwargs = tree_map(self._here, (args, dict(kwargs)))
-        return func, args, kwargs
+        moved: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(self._here, (args, dict(kwargs)))
+        return func, *moved
 
     def _here(self, value: Any) -> Any:
         if isinstance(value, torch.device):

@@ -86,7 +86,8 @@ class CudaStreams(Streams):
         self._side = {lane: torch.cuda.Stream(device) for lane in Lane if lane is not Lane.COMPUTE}
 
     def record(self, lane: Lane) -> torch.cuda.Event:
-        return self._stream(lane).record_event()
+        event: torch.cuda.Event = self._stream(lane).record_event()
+        return event
 
     def hold(self, lane: Lane, event: torch.cuda.Event) -> None:
         self._stream(lane).wait_event(event)
@@ -96,7 +97,8 @@ class CudaStreams(Streams):
             target.copy_(source, non_blocking=True)
 
     def passed(self, event: torch.cuda.Event) -> bool:
-        return event.query()
+        passed: bool = event.query()
+        return passed
 
     def block(self, event: torch.cuda.Event) -> None:
         event.synchronize()

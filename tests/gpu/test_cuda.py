@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +40,10 @@ def test_attention_is_one_of_torchs_kernels(dtype: torch.dtype, kernel: str, cau
     grad = torch.randn(2, 64, 4, 32, dtype=dtype).transpose(1, 2)
     out, lse = torch.ops.graphshard.attention(q, k, v, mask, causal, None, False)
     wide = None if mask is None else mask.double()
-    expected, expected_lse = attention._formula(*exact, attention._bias(wide, exact[0]), causal, None)
-    close = {"rtol": 1e-3, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    expected, expected_lse = attention._formula(
+        exact[0], exact[1], exact[2], attention._bias(wide, exact[0]), causal, None
+    )
+    close: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     torch.testing.assert_close(out.double(), expected, **close)
     torch.testing.assert_close(lse.double(), expected_lse, **close)
     ours, theirs = torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, exact, grad.double())

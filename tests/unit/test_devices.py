@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import graphshard
 from graphshard.compile import Compiled
 from graphshard.errors import UncapturableOperator
+from graphshard.runtime.segments import compile_segment
 from numerics.cases import adamw, maker
 
 
@@ -91,3 +93,25 @@ def test_the_default_device_changes_nothing(name: str, plan: str) -> None:
             assert compiled.report()["ranks"]
     assert torch.equal(*losses)
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, torch.optim.NAdam, functools.partial(torch.optim.SGD, momentum=0.9)]
+)
+def test_segments_make_nothing_without_saying_where(optimizer: Any) -> None:
+    """As on a GPU: what is made without a device would be on the CPU, and here what is made with one is on meta."""
+    model, args, kwargs, loss_fn = maker("mlp", "zero3+pp2")()
+    compiled = graphshard.compile(
+        model,
+        "zero3+pp2",
+        loss_fn=loss_fn,
+        optimizer=optimizer(model.parameters(), lr=0.1),
+        example_inputs=(args, kwargs),
+        executor="none",
+        max_grad_norm=0.5,
+    )
+    for stage in compiled.execution_plan.stages:
+        for segment in stage.segments.values():
+            given = [torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device="meta") for t in segment.input_types]
+            results = compile_segment(segment)(given, {"pp": 0, "shard": 0, "dp": 0}, torch.device("meta"))
+            assert {value.device.type for value in results} <= {"meta"}, segment.source
