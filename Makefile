@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 DISK ?= .
+DEVICE ?= cuda
+GPU_WORKERS ?= 8
 # Ranks share the machine's cores: more threads than cores each only slow the others down.
 export OMP_NUM_THREADS ?= 1
 
@@ -10,7 +12,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-memory bench-overhead clean
+.PHONY: help demo test test-gpu lint bench bench-memory bench-overhead bench-memory-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -20,6 +22,9 @@ demo: $(READY) ## train a small GPT with zero3+pp2 on four local processes
 
 test: $(READY) ## run the test suite
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal $(ARGS)
+
+test-gpu: $(READY) ## run what trains or computes on a CUDA device (DEVICE=cuda:1 for another one)
+	@$(BIN)/python -m pytest -q -n $(GPU_WORKERS) --dist worksteal --device $(DEVICE) $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -35,6 +40,9 @@ bench-memory: $(READY) ## what recomputation and a file for optimizer state cost
 
 bench-overhead: $(READY) ## what the executor's Python costs for each instruction
 	@$(BIN)/python examples/bench/overhead.py $(ARGS)
+
+bench-memory-gpu: $(READY) ## the same on a CUDA device, and whether copies are hidden behind computing (DISK=folder)
+	@$(BIN)/python examples/bench/gpu.py --device $(DEVICE) --path $(DISK) $(ARGS)
 
 clean: ## remove the virtual environment and what runs wrote
 	@rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

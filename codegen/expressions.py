@@ -27,4 +27,11 @@ def spell(value: Any, name: Callable[[fx.Node], str]) -> str:
 def arguments_of(node: fx.Node, name: Callable[[fx.Node], str]) -> list[str]:
     """What ``node`` gives its operator."""
     words = [spell(value, name) for value in node.args]
-    return words + [f"{key}={spell(value, name)}" for key, value in node.kwargs.items() if key != "pin_memory"]
+    words += [f"{key}={spell(value, name)}" for key, value in node.kwargs.items() if key != "pin_memory"]
+    return words + (["device=device"] if _leaves_device_open(node) else [])
+
+
+def _leaves_device_open(node: fx.Node) -> bool:
+    """Whether ``node`` makes a tensor from numbers and does not say where; torch would make it on the CPU."""
+    takes_device = any(argument.name == "device" for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    return takes_device and "device" not in node.kwargs and not node.all_input_nodes

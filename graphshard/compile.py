@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphshard import dump, plan_directory, report, trace
+from graphshard import dump, fake, plan_directory, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.bisect import Seen, Until, bisect
 from graphshard.built import Built, assemble
@@ -334,6 +334,7 @@ class Compiled:
         assert isinstance(build, _Build)
         return build
 
+    @fake.default_device()
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         args, kwargs = example.arguments()
         hyper = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
@@ -548,6 +549,7 @@ class Compiled:
 
     # Accounts
 
+    @fake.default_device()
     def dump(self, path: str | Path) -> None:
         """Write every pass's graph and a picture of memory into folder ``path``, and the plans that were compiled so
         far, of evaluation and calls too: all that :func:`load` needs."""
@@ -575,6 +577,7 @@ class Compiled:
     def _title(self) -> str:
         return f"{type(self.model).__name__}, plan {self.plan}: memory of a rank over a step"
 
+    @fake.default_device()
     def verify(
         self, full_size: bool = False, limit_gb: float = CHECK_GB, report: Callable[[str], object] | None = None
     ) -> list[Pass]:
@@ -661,6 +664,7 @@ class Compiled:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""
         return report.explain(self.report())
 
+    @fake.default_device()
     def report(self) -> dict[str, Any]:
         """The same as data that json can write."""
         build = self._built()

@@ -59,6 +59,17 @@ def tensor(
         return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=device)
 
 
+@contextmanager
+def default_device() -> Iterator[None]:
+    """The default device is the CPU meanwhile, whatever the user has set: the IR spells every device "cpu", and where
+    it runs is known to executors alone."""
+    if torch.get_default_device() == torch.device("cpu"):
+        yield
+    else:
+        with torch.device("cpu"):
+            yield
+
+
 def infer(mode: FakeTensorMode, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The value ``target`` gives; nodes among the arguments stand for their values. Raises what the operator raises.
 

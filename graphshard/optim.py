@@ -227,7 +227,7 @@ def _tensor(what: str, value: object) -> Tensor:
     if isinstance(value, Tensor):
         return value
     if isinstance(value, (int, float)):
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     raise OptimizerStateMismatch(what, type(value).__name__, "a tensor or a number")
 
 

@@ -1,6 +1,8 @@
 """Random operators that take a key: the same key and id draw the same numbers, wherever and however often they run.
 
 ``key`` is int64[4] on the CPU: seed, step, data-parallel rank, micro-batch; ``id`` tells a graph's operators apart.
+That holds for one kind of device: a GPU's generator is another one than the CPU's, and what it draws may depend on the
+model of the GPU, as with torch's own functions.
 """
 
 from __future__ import annotations

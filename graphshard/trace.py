@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphshard import fake
 from graphshard.errors import LossHasParameters, MissingInput, UnsupportedInput
 from graphshard.execution import type_of
 from graphshard.program import Program
@@ -44,6 +45,7 @@ class Captured:
     output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs
 
 
+@fake.default_device()
 def capture(
     model: nn.Module,
     loss_fn: LossFn | None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -18,8 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from graphshard import attention, fake
 from graphshard.errors import UncapturableOperator
+from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
-from graphshard.trace_model import evaluating
+from graphshard.trace_model import Held, evaluating
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
 """Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
@@ -44,9 +45,10 @@ def capturing(model: nn.Module, train: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watching() -> Iterator[None]:
-    """Around a call of the model: nodes are marked with module and line, and attention becomes one operator."""
-    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), _Calls():
+def watching(held: Sequence[Held]) -> Iterator[None]:
+    """Around a call of the model, whose tensors are ``held``: nodes are marked with module and line, attention becomes
+    one operator, and every device the CPU."""
+    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), _Calls(Devices(held)):
         yield
 
 
@@ -112,7 +114,12 @@ def _no_higher_order() -> Iterator[None]:
 
 
 class _Calls(TorchFunctionMode):
-    """Sees every torch function the model calls: notes the line, and makes attention one operator."""
+    """Sees every torch function the model calls: notes the line, makes attention one operator, and has devices
+    replaced."""
+
+    def __init__(self, devices: Devices) -> None:
+        super().__init__()
+        self._devices = devices
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,9 +127,10 @@ class _Calls(TorchFunctionMode):
         custom = torch.fx.traceback.current_meta.get("custom")
         if custom is not None:
             custom[LINE] = calling_line()
+        func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
-            return attention.scaled_dot_product_attention(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return attention.scaled_dot_product_attention(func, *args, **kwargs)
+        return func(*args, **kwargs)
 
 
 _ATTENTION = F.scaled_dot_product_attention

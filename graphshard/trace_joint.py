@@ -15,7 +15,7 @@ from graphshard.errors import GraphshardError
 from graphshard.trace_call import Output, Request, call
 from graphshard.trace_context import capturing, watching
 from graphshard.trace_errors import translate
-from graphshard.trace_model import ModelTensors, device_of, fake_tensors, swapped, unchanged
+from graphshard.trace_model import ModelTensors, fake_tensors, swapped, unchanged
 
 logger = logging.getLogger("graphshard")
 
@@ -81,13 +81,12 @@ class _Step(nn.Module):
         self.changes: set[str] = set()
         self.output = Output()
         self.batch = [i for i, leaf in enumerate(request.leaves) if isinstance(leaf, Tensor)]
-        device = device_of(request.model)
         leaves = [request.leaves[i] for i in self.batch]
         # Contiguous, as executors hand them over.
-        self.batch_values = [fake.tensor(self.mode, v.shape, v.dtype, device=device) for v in leaves]
-        for i, value in enumerate(fake_tensors(tensors.params, self.mode, device, request.train)):
+        self.batch_values = [fake.tensor(self.mode, v.shape, v.dtype) for v in leaves]
+        for i, value in enumerate(fake_tensors(tensors.params, self.mode, request.train)):
             self.register_parameter(f"p{i}", value)  # type: ignore[arg-type]
-        for i, value in enumerate(fake_tensors(tensors.buffers, self.mode, device, request.train)):
+        for i, value in enumerate(fake_tensors(tensors.buffers, self.mode, request.train)):
             self.register_buffer(f"b{i}", value)
 
     def forward(self, *batch: Tensor) -> tuple[Tensor, ...]:
@@ -95,7 +94,7 @@ class _Step(nn.Module):
         for i, value in zip(self.batch, batch, strict=True):
             leaves[i] = value
         values = [v for v in (*self._parameters.values(), *self._buffers.values()) if v is not None]
-        with unchanged(self.request.model, self.changes), swapped(self.held, values), watching():
+        with unchanged(self.request.model, self.changes), swapped(self.held, values), watching(self.held):
             results, self.output = call(self.request, leaves)
         # For a result that is a view or an input AOTAutograd would return something else in its place.
         return tuple(result.clone() for result in results)

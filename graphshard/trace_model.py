@@ -126,23 +126,15 @@ def _check_memory(held: Sequence[Held]) -> None:
                 raise UnsupportedParameter(second.name, problem + "; to tie them, assign the same Parameter to both")
 
 
-def fake_tensors(held: Sequence[Held], mode: FakeTensorMode, device: torch.device, trained: bool) -> list[Tensor]:
+def fake_tensors(held: Sequence[Held], mode: FakeTensorMode, trained: bool) -> list[Tensor]:
     """A contiguous fake tensor for each; parameters require a gradient if the real ones do and ``trained``."""
     made: list[Tensor] = []
     for item in held:
-        value = fake.tensor(mode, item.tensor.shape, item.tensor.dtype, device=device)
+        value = fake.tensor(mode, item.tensor.shape, item.tensor.dtype)
         if isinstance(item.tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=item.tensor.requires_grad and trained)
         made.append(value)
     return made
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device the model's tensors are on; the CPU for a meta model or one without tensors."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type != "meta":
-            return tensor.device
-    return torch.device("cpu")
 
 
 @contextmanager

@@ -239,13 +239,13 @@ def two_stages(dp: int = 2, schedule: tuple[str, str] = ONE_F_ONE_B) -> Executio
 
 def weights() -> dict[str, torch.Tensor]:
     """Initial values of w0 and w1."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     return {name: torch.randn(WIDTH, WIDTH, generator=generator) * 0.5 for name in ("w0", "w1")}
 
 
 def batches(plan: ExecutionPlan, step: int) -> dict[int, list[list[torch.Tensor]]]:
     """(x, t) for each data-parallel rank and micro-batch."""
-    generator = torch.Generator().manual_seed(100 + step)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(100 + step)
     return {
         dp_rank: [[torch.randn(ROWS, WIDTH, generator=generator) for _ in range(2)] for _ in range(plan.microbatches)]
         for dp_rank in range(plan.mesh.dp_size)

@@ -86,8 +86,8 @@ class TorchCouncil:
         Raises:
             RuntimeError: some rank is gone, or does not tell in time.
         """
-        lengths = [int(length) for length in self._gather(torch.tensor([len(self._told)]))]
-        told = torch.zeros(max(lengths), dtype=torch.uint8)
+        lengths = [int(length) for length in self._gather(torch.tensor([len(self._told)], device="cpu"))]
+        told = torch.zeros(max(lengths), dtype=torch.uint8, device="cpu")
         told[: len(self._told)] = torch.frombuffer(bytearray(self._told), dtype=torch.uint8) if self._told else 0
         gathered = self._gather(told) if max(lengths) else [told] * len(lengths)
         self._all = [bytes(part[:n].tolist()) for part, n in zip(gathered, lengths, strict=True)]

@@ -212,7 +212,7 @@ class _Agreement:
     def __init__(self, executor: DistributedExecutor, loaded: Loaded, first: bool) -> None:
         self._mesh = executor.mesh
         self._timeout = timedelta(seconds=executor.timeout_s)
-        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], first])
+        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], first], device="cpu")
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         self._work = dist.all_gather(self._all, mine, group=executor._groups.control, async_op=True)
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)

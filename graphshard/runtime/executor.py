@@ -19,6 +19,7 @@ from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref
 from graphshard.loss_scaling import SKIPPED
 from graphshard.mesh import Mesh
 from graphshard.offloaded import offloaded
+from graphshard.plan_options import PLACES
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.feed import STORED, Feed, sort_feed
@@ -119,9 +120,11 @@ class Executor(ABC):
         return loaded
 
     def _reserve(self, plan: ExecutionPlan) -> None:
-        """Room in the file for all that the ranks here ever keep there at once, before the first step needs it."""
-        of_stage = [offloaded(plan, stage, "nvme") for stage in range(len(plan.stages))]
-        self.homes.reserve(sum((of_stage[self.mesh.coordinates(rank)["pp"]] for rank in self.ranks), Counter[int]()))
+        """Room for all that the ranks here ever keep off the device at once, before the first step needs it."""
+        stages = [self.mesh.coordinates(rank)["pp"] for rank in self.ranks]
+        self.homes.reserve(
+            {home: sum((offloaded(plan, stage, home) for stage in stages), Counter[int]()) for home in PLACES}
+        )
 
     def step(
         self, plan: ExecutionPlan, batches: Batches, *, seed: int = 0, step: int = 0, lrs: Sequence[float] = ()
@@ -151,6 +154,7 @@ class Executor(ABC):
             with torch.no_grad():
                 results = self._run(loaded, values, first)
         except BaseException:
+            self.homes.settle()
             for rank, machine in loaded.machines.items():
                 reads = machine.reads[first]
                 left = machine.abandon() | values[rank]
@@ -213,9 +217,9 @@ class Executor(ABC):
         for part in feed.parts:
             values[part.ref] = self._typed(batches[feed.dp_rank][part.microbatch][part.index], part.kind, part.slot)
         for ref, microbatch in feed.keys:
-            values[ref] = torch.tensor([*key, feed.dp_rank, microbatch])
+            values[ref] = torch.tensor([*key, feed.dp_rank, microbatch], device="cpu")
         for ref, group in feed.lrs:
-            values[ref] = torch.tensor(lrs[group], dtype=torch.float64, device=self.device)
+            values[ref] = torch.full((), lrs[group], dtype=torch.float64, device=self.device)  # a copy would block
         for ref, name in feed.constants:
             values[ref] = loaded.constants[name]
         store = self.stores[rank]

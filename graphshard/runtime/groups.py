@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -65,7 +66,7 @@ def make_groups(mesh: Mesh, device: torch.device, timeout_s: float) -> Groups:
         axes = {name: device_mesh.get_group(name) for name in names}
     pairs = {}
     if device.type == "cuda":
-        # Everybody creates every group in one order: their names are counted. Communicators come at their first use.
+        # Everybody creates every group in one order: their names are counted.
         stages = mesh.size("pp")
         for column in (mesh.group(first, "pp") for first in range(world_size // stages)):
             for source in range(stages):
@@ -73,4 +74,25 @@ def make_groups(mesh: Mesh, device: torch.device, timeout_s: float) -> Groups:
                     group = dist.new_group([column[source], column[target]], timeout=timeout)
                     if rank in (column[source], column[target]):
                         pairs[source, target] = group
+        meet(axes, pairs, mesh.coordinates(rank)["pp"], device)
     return Groups(control, axes, pairs)
+
+
+def meet(
+    axes: Mapping[str, dist.ProcessGroup],
+    pairs: Mapping[tuple[int, int], dist.ProcessGroup],
+    stage: int,
+    device: torch.device,
+) -> None:
+    """Use every group once, in one order. NCCL makes a communicator when it is first used, and the host then waits for
+    the other ranks: within a step, whose ranks come to their transfers in different orders, they could wait in a
+    circle."""
+    one = torch.ones(1, device=device)
+    works = [dist.all_reduce(one.clone(), group=group, async_op=True) for group in axes.values()]
+    for source, target in sorted(pairs):
+        group = pairs[source, target]
+        # Ranks of a column ascend with the stage, and groups sort their ranks.
+        place = int(source < target) if stage == source else int(target < source)
+        works.append(group.send([one], place, 0) if stage == source else group.recv([one.clone()], place, 0))
+    for work in works:
+        work.wait()

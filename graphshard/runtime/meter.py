@@ -126,10 +126,12 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-class DeviceAllocator(Meter):
+class DeviceAllocator(LiveStorages):
     """What torch's allocator gave out on an accelerator, which serves all of a process: one rank. It counts what
-    operators take for themselves and rounds sizes up, and knows of no categories: all is workspace. What was there
-    before a step and is none of the step's is left out."""
+    operators take for themselves, too, and knows of no categories: values of the plan have theirs, and what remains is
+    workspace, a result of an instruction until it ends. What was there before a step and is none of the step's is left
+    out; what a library keeps for good, such as cuBLAS's workspace, counts in the step that it is made in.
+    """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -137,17 +139,26 @@ class DeviceAllocator(Meter):
         self._others = 0
 
     def begin(self, held: Iterable[tuple[Tensor, str]]) -> None:
-        self.rows = []
-        own = {value.untyped_storage()._cdata: value.untyped_storage().nbytes() for value, _ in held}
-        self._others = max(torch.cuda.memory_allocated(self._device) - sum(own.values()), 0)
+        super().begin(held)
+        self._others = max(self._requested("current") - sum(self._live.values()), 0)
 
     def running(self, watched: bool) -> AbstractContextManager[object]:
+        super().running(watched)
         torch.cuda.reset_peak_memory_stats(self._device)
         return nullcontext()
 
     def ran(self, left: Iterable[tuple[Tensor, str]]) -> None:
         # The allocator works in the order in which the host asks: nothing has to be waited for.
-        self.rows.append({"workspace": torch.cuda.max_memory_allocated(self._device) - self._others})
+        total = self._requested("peak") - self._others
+        known = {category: nbytes for category, nbytes in self._row.items() if category != "workspace"}
+        self.rows.append(known | {"workspace": max(total - sum(known.values()), 0)})
+        for value, category in left:
+            self.saw(value, category)
+
+    def _requested(self, when: str) -> int:
+        """Bytes that were asked for, not rounded up."""
+        count: int = torch.cuda.memory_stats(self._device)[f"requested_bytes.all.{when}"]
+        return count
 
 
 def make_meter(device: torch.device, ranks: int) -> Meter:

@@ -16,10 +16,9 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from torch import Tensor
 from graphshard.errors import OffloadFailed, OffloadFileLimit, OffloadPath, OffloadSpace
 from graphshard.execution import TensorType
 from graphshard.offloaded import span
+from graphshard.runtime.streams import Lane, streams_of
 
 ALIGN = 4096
 """What direct access wants offsets, lengths and addresses to be multiples of; of every disk's block."""
@@ -63,7 +63,7 @@ class Disk:
         self._made: dict[int, int] = {}  # by length: how many there are
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="graphshard-nvme")
         self._staging = threading.local()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._streams = streams_of(device)
 
     def describe(self) -> str:
         """How it is accessed."""
@@ -131,20 +131,20 @@ class Disk:
     def _transfer(self, value: Tensor, region: Region, move: Callable[[Tensor, int], None]) -> Pieces:
         whole = value.as_strided((region.nbytes // value.element_size(),), (1,), value.storage_offset())
         flat = whole.view(torch.uint8)
-        ready = None if self._stream is None else torch.cuda.current_stream(self._device).record_event()
+        computed = self._streams.record(Lane.COMPUTE)
 
         def run(at: int) -> None:
-            with _behind(self._stream, ready):
-                move(flat[at : at + PIECE], region.offset + at)
+            self._streams.hold(Lane.FILE, computed)
+            move(flat[at : at + PIECE], region.offset + at)
 
         return Pieces([self._pool.submit(run, at) for at in range(0, region.nbytes, PIECE)], region)
 
     def empty(self, kind: TensorType) -> Tensor:
         """Memory to read a value into. A large one is aligned, to be read, and written again, without a copy."""
         nbytes = span(kind)
-        if nbytes < PIECE or self._stream is not None:
+        if nbytes < PIECE or self._device.type != "cpu":
             return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self._device)
-        whole = torch.empty(nbytes + ALIGN, dtype=torch.uint8)
+        whole = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device="cpu")
         return whole[-whole.data_ptr() % ALIGN :][:nbytes].view(kind.dtype).as_strided(kind.shape, kind.stride)
 
     def _write(self, piece: Tensor, offset: int) -> None:
@@ -152,7 +152,7 @@ class Disk:
             self._all(os.pwritev, "write", _memory(piece), offset)
             return
         buffer, memory = self._buffers()
-        buffer[: piece.numel()].copy_(piece)
+        self._copy(buffer[: piece.numel()], piece)
         self._all(os.pwritev, "write", memory[: _rounded(piece.numel())], offset)
 
     def _read(self, piece: Tensor, offset: int) -> None:
@@ -161,7 +161,12 @@ class Disk:
             return
         buffer, memory = self._buffers()
         self._all(os.preadv, "read", memory[: _rounded(piece.numel())], offset)
-        piece.copy_(buffer[: piece.numel()])
+        self._copy(piece, buffer[: piece.numel()])
+
+    def _copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy now: the one in host memory is this thread's buffer, which is used again at once."""
+        self._streams.copy(Lane.FILE, target, source)
+        self._streams.block(self._streams.record(Lane.FILE))
 
     def _all(self, call: Callable[..., int], what: str, memory: memoryview, offset: int) -> None:
         """A system call may move fewer bytes than asked for, and is made again for the rest; but not for none, and not
@@ -176,12 +181,12 @@ class Disk:
             memory, offset = memory[count:], offset + count
 
     def _is_aligned(self, piece: Tensor) -> bool:
-        return self._stream is None and not (piece.data_ptr() % ALIGN or piece.numel() % ALIGN)
+        return self._device.type == "cpu" and not (piece.data_ptr() % ALIGN or piece.numel() % ALIGN)
 
     def _buffers(self) -> tuple[Tensor, memoryview]:
         """This thread's own: a piece, at an aligned address."""
         if not hasattr(self._staging, "piece"):
-            whole = torch.empty(PIECE + ALIGN, dtype=torch.uint8, pin_memory=self._stream is not None)
+            whole = torch.empty(PIECE + ALIGN, dtype=torch.uint8, device="cpu", pin_memory=self._streams.pins)
             piece = whole[-whole.data_ptr() % ALIGN :][:PIECE]
             self._staging.piece = piece, _memory(piece)
         made: tuple[Tensor, memoryview] = self._staging.piece
@@ -212,14 +217,6 @@ def _memory(piece: Tensor) -> memoryview:
 
 def _rounded(nbytes: int) -> int:
     return -(-nbytes // ALIGN) * ALIGN
-
-
-def _behind(stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None) -> Any:
-    """On CUDA: this thread's copies go to ``stream``, behind ``ready``."""
-    if stream is None or ready is None:
-        return nullcontext()
-    stream.wait_event(ready)
-    return torch.cuda.stream(stream)
 
 
 def check_folder(path: str) -> None:

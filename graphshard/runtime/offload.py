@@ -1,14 +1,13 @@
 """Where a process keeps offloaded values: host memory, or a file (nvme.py); and how they get there and back.
 
-On CUDA the copies run on side streams, one per direction. Each begins behind the work that was issued before it, so
-that memory that is used again is free by then, and the WAIT makes what comes after it wait. Nothing blocks the host but
-file transfers.
+Copies are made beside what is computed, in a lane for each direction (streams.py). Each begins behind what was issued
+before it, and its WAIT holds what is computed after it; the host blocks for files alone.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,6 +18,7 @@ from graphshard.errors import OffloadPath
 from graphshard.execution import TensorType, type_of
 from graphshard.offloaded import span
 from graphshard.runtime.nvme import Disk, Region
+from graphshard.runtime.streams import Lane, Streams, streams_of
 
 
 class Transfer(Protocol):
@@ -33,13 +33,54 @@ class Transfer(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class HostBlock:
+    """Host memory for one value. It is free again when neither a value nor a transfer holds it."""
+
+    memory: Tensor  # uint8
+
+
 @dataclass(frozen=True)
 class Offloaded:
     """A value that is not on the device. What it takes is given back when nobody holds this any more."""
 
     home: str
     kind: TensorType
-    place: Tensor | Region
+    place: HostBlock | Region
+
+
+class HostMemory:
+    """Blocks of host memory by size, each allocated once: page-locking one costs more than many copies."""
+
+    def __init__(self, pinned: bool) -> None:
+        self._pinned = pinned
+        self._free: dict[int, list[Tensor]] = {}
+        self._made: dict[int, int] = {}
+
+    def reserve(self, blocks: Mapping[int, int]) -> None:
+        """Have so many blocks of each number of bytes."""
+        for nbytes, count in blocks.items():
+            missing = count - self._made.get(nbytes, 0)
+            self._free.setdefault(nbytes, []).extend(self._make(nbytes) for _ in range(missing))
+            self._made[nbytes] = max(count, self._made.get(nbytes, 0))
+
+    def allocate(self, nbytes: int) -> HostBlock:
+        """A block of ``nbytes``; a new one if none is free."""
+        if not self._free.get(nbytes):
+            self.reserve({nbytes: self._made.get(nbytes, 0) + 1})
+        free = self._free[nbytes]
+        memory = free.pop()
+        block = HostBlock(memory)
+        weakref.finalize(block, free.append, memory).atexit = False
+        return block
+
+    @property
+    def nbytes(self) -> int:
+        """Of all blocks, in use or not."""
+        return sum(nbytes * count for nbytes, count in self._made.items())
+
+    def _make(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._pinned)
 
 
 class Homes:
@@ -47,13 +88,14 @@ class Homes:
 
     Args:
         path: the folder for files; None: no value is kept in one.
+        streams: the lanes that copies are made in; None: those of the device.
     """
 
-    def __init__(self, device: torch.device, path: str | None = None) -> None:
+    def __init__(self, device: torch.device, path: str | None = None, streams: Streams | None = None) -> None:
         self.device, self.path = device, path
+        self._streams = streams_of(device) if streams is None else streams
+        self._host = HostMemory(self._streams.pins)
         self._disk: Disk | None = None
-        cuda = device.type == "cuda"
-        self._out, self._in = (torch.cuda.Stream(device) if cuda else None for _ in range(2))
 
     @property
     def disk(self) -> Disk:
@@ -69,26 +111,30 @@ class Homes:
         return self._disk
 
     def choices(self) -> dict[str, str]:
-        """How files are accessed, for ``explain``."""
-        return {} if self._disk is None else {"nvme": self._disk.describe()}
+        """How files and host memory are accessed, for ``explain``."""
+        found = {} if self._disk is None else {"nvme": self._disk.describe()}
+        if self._streams.pins and self._host.nbytes:
+            found["offloaded to cpu"] = f"{self._host.nbytes:,} bytes of page-locked memory"
+        return found
 
-    def reserve(self, regions: Mapping[int, int]) -> None:
-        """Have room for so many values of each number of bytes in the file.
+    def reserve(self, wanted: Mapping[str, Mapping[int, int]]) -> None:
+        """Have room, by home, for so many values of each number of bytes.
 
         Raises:
-            OffloadSpace, OffloadPath: there is none.
+            OffloadSpace, OffloadPath: there is none in the file.
         """
-        if regions:
-            self.disk.reserve(regions)
+        self._host.reserve(wanted["cpu"])
+        if wanted["nvme"]:
+            self.disk.reserve(wanted["nvme"])
 
     def offload(self, value: Tensor, home: str, old: Offloaded | None = None) -> tuple[Offloaded, Transfer]:
-        """Start moving ``value`` out, into the place of ``old`` if there is one; ``value`` must stay until then."""
+        """Start moving ``value`` out, into the place of ``old`` if there is one."""
         kept = old if old is not None else self._place(type_of(value), home)
         if isinstance(kept.place, Region):
             return kept, self.disk.write(value, kept.place)
-        with _on(self._out):
-            kept.place.copy_(value, non_blocking=True)
-            return kept, _Copy(self._out)
+        computed = self._streams.record(Lane.COMPUTE)
+        copied = self._streams.behind(Lane.OUT, computed, _host_value(kept.place, kept.kind), value)
+        return kept, _Copy(self._streams, copied, (value, kept))
 
     def reload(self, kept: Offloaded) -> tuple[Tensor, Transfer]:
         """Start bringing a value back; it may be read when that is done."""
@@ -97,9 +143,9 @@ class Homes:
             value = self.disk.empty(kind)
             return value, self.disk.read(kept.place, value)
         value = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self.device)
-        with _on(self._in):
-            value.copy_(kept.place, non_blocking=True)
-            return value, _Copy(self._in)
+        computed = self._streams.record(Lane.COMPUTE)
+        copied = self._streams.behind(Lane.IN, computed, value, _host_value(kept.place, kind))
+        return value, _Copy(self._streams, copied, (value, kept))
 
     def keep(self, value: Tensor, home: str, old: Offloaded | None = None) -> Offloaded:
         """Move ``value`` out and wait for it."""
@@ -113,6 +159,11 @@ class Homes:
         transfer.wait()
         return value
 
+    def settle(self) -> None:
+        """Return when all copies have ended, also those that nobody waits for: after a step that failed."""
+        for lane in (Lane.OUT, Lane.IN):
+            self._streams.block(self._streams.record(lane))
+
     def close(self) -> None:
         """Give the file back."""
         if self._disk is not None:
@@ -120,31 +171,26 @@ class Homes:
             self._disk = None
 
     def _place(self, kind: TensorType, home: str) -> Offloaded:
-        if home == "nvme":
-            return Offloaded(home, kind, self.disk.allocate(span(kind)))
-        # torch keeps freed pinned memory, and hands it out again when the copies on it are complete.
-        pinned = self._out is not None
-        host = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, pin_memory=pinned)
-        return Offloaded(home, kind, host)
+        holder = self.disk if home == "nvme" else self._host
+        return Offloaded(home, kind, holder.allocate(span(kind)))
 
 
-def _on(stream: torch.cuda.Stream | None) -> Any:
-    """Work goes to ``stream``, behind what was issued so far; None: there are no streams."""
-    if stream is None:
-        return nullcontext()
-    stream.wait_stream(torch.cuda.current_stream(stream.device))
-    return torch.cuda.stream(stream)
+def _host_value(block: HostBlock, kind: TensorType) -> Tensor:
+    """The value of that type in a block."""
+    return block.memory.view(kind.dtype).as_strided(kind.shape, kind.stride)
 
 
 class _Copy:
-    """A copy between device and host memory; on the CPU it is made at once."""
+    """A copy between device and host memory. Until somebody has waited for it, ``held`` is in use: memory that was
+    freed before would be written to by what is computed meanwhile, or by another copy."""
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self._event = None if stream is None else stream.record_event()
+    def __init__(self, streams: Streams, event: Any, held: tuple[Tensor, Offloaded]) -> None:
+        self._streams, self._event = streams, event
+        self._held: tuple[Tensor, Offloaded] | None = held
 
     def done(self) -> bool:
-        return self._event is None or self._event.query()
+        return self._streams.passed(self._event)
 
     def wait(self) -> None:
-        if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+        self._streams.hold(Lane.COMPUTE, self._event)
+        self._held = None

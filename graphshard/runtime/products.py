@@ -63,7 +63,7 @@ def onednn_is_faster() -> bool:
     if _linear is None or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     rows, inner, columns = _TRIAL
-    left, right = torch.ones(rows, inner), torch.ones(inner, columns)
+    left, right = torch.ones(rows, inner, device="cpu"), torch.ones(inner, columns, device="cpu")
     try:
         times = [(_seconds(_by_onednn, left, right), _seconds(torch.mm, left, right)) for _ in range(_TRIALS)]
     except RuntimeError:

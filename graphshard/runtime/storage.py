@@ -212,7 +212,7 @@ class Storage:
         """Store what :meth:`read_scaler` gives, on every stage."""
         for place in self._places(Role.SCALER):
             if place.slot.name in values:
-                value = torch.tensor(values[place.slot.name], dtype=place.kind.dtype)
+                value = torch.tensor(values[place.slot.name], dtype=place.kind.dtype, device="cpu")
                 self.executor.write(slot_ref(place.slot), place.stage, value)
 
     # Common
@@ -242,17 +242,14 @@ class Storage:
         if not place.kind.shape or members[0][1] < 0:
             value = tensors[members[0][0]].to(place.kind.dtype)
             if value.stride() != place.kind.stride:
-                value = torch.empty_strided(*_layout(place.kind), dtype=place.kind.dtype).copy_(value)
+                shape, stride = place.kind.shape, place.kind.stride
+                value = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device).copy_(value)
         else:
             parts = self.executor.mesh.size(place.axis) if place.axis else 1
-            value = torch.zeros(place.kind.numel * parts, dtype=place.kind.dtype)
+            value = torch.zeros(place.kind.numel * parts, dtype=place.kind.dtype, device="cpu")
             for name, at in members:
                 value[at : at + self.params[name].numel].copy_(tensors[name].reshape(-1))
         self.executor.write(slot_ref(place.slot), place.stage, value, place.axis, place.home)
-
-
-def _layout(kind: TensorType) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return kind.shape, kind.stride
 
 
 def _contiguous(param: Param) -> TensorType:

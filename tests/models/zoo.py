@@ -129,7 +129,7 @@ class Nested(nn.Module):
 
 
 def _generator(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
 
 
 def _ids(vocabulary: int, *shape: int, seed: int = 1) -> Tensor:

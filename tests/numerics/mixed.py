@@ -25,7 +25,7 @@ class Autocast(Eager):
         assert precision is not None
         self.dtype = DTYPES[precision.dtype]
         self.scaler = torch.amp.GradScaler(
-            "cpu",
+            torch.get_default_device().type,
             init_scale=precision.init_scale,
             growth_factor=precision.growth_factor,
             backoff_factor=precision.backoff_factor,
@@ -34,7 +34,7 @@ class Autocast(Eager):
         )
 
     def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        with torch.autocast("cpu", self.dtype):
+        with torch.autocast(torch.get_default_device().type, self.dtype):
             return super()._loss(args, kwargs)
 
     def _scaled(self, loss: Tensor) -> Tensor:

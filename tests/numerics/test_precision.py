@@ -85,7 +85,7 @@ def test_the_loss_of_200_steps_stays_in_the_band_between_two_orders_of_the_data(
     _, *whole, _ = maker("gpt", plan, rows=4 * ROWS)()
 
     def batches(seed: int) -> list[Any]:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
         order = torch.cat([torch.randperm(4 * ROWS, generator=generator) for _ in range(STEPS // 4)])
         return [tree_map_only(Tensor, partial(torch.index_select, dim=0, index=i), whole) for i in order.split(ROWS)]
 

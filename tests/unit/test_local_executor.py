@@ -38,7 +38,7 @@ STEPS = 4
 
 
 def start(plan: ExecutionPlan, interleaving: int | None = None) -> tuple[LocalExecutor, Storage]:
-    executor = LocalExecutor(plan.mesh, interleaving=interleaving, measure_memory=True)
+    executor = LocalExecutor(plan.mesh, torch.get_default_device(), interleaving=interleaving, measure_memory=True)
     storage = Storage(executor, plan)
     storage.write_params(weights())
     return executor, storage
@@ -91,7 +91,7 @@ def test_a_value_that_got_a_second_name_does_not_stay_under_the_first() -> None:
     made = segment("make", "", "new", "new = torch.ones(256)")
     stage = StagePlan((), (*body, free("kept", "F0")), (), None, {"make": made})
     plan = ExecutionPlan(Mesh(()), (stage,), 4, "", ({},), ({},), {}, {}, {})
-    executor = LocalExecutor(plan.mesh, measure_memory=True)
+    executor = LocalExecutor(plan.mesh, torch.get_default_device(), measure_memory=True)
     executor.step(plan, {0: [[]] * 4})
     assert executor.measured(plan)[0].peak_bytes == 2 * 1024, "the one before, and the new one"
 

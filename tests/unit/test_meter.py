@@ -86,18 +86,50 @@ def test_the_peak_is_the_fullest_instruction() -> None:
     assert Measured((), first=True).peak_bytes == 0
 
 
-def test_an_accelerator_is_asked_after_every_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
+class Allocator:
+    """Stands for torch.cuda's: what it says now, and of the peaks since it was asked to forget the one before."""
+
+    def __init__(self, current: int, *peaks: int) -> None:
+        self.current, self.peaks, self.resets = current, list(peaks), 0
+
+    def memory_stats(self, device: torch.device) -> dict[str, int]:
+        return {"requested_bytes.all.current": self.current, "requested_bytes.all.peak": self.peaks[0]}
+
+    def reset_peak_memory_stats(self, device: torch.device) -> None:
+        self.resets += 1
+        self.peaks.pop(0)
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
     """Others hold 100 bytes there, and the step begins with 1,024."""
-    peaks = iter([1124 + 500, 1124 + 80])
-    asked: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1124)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: next(peaks))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
-    meter = make_meter(torch.device("cuda", 0), ranks=1)
-    meter.begin([(KB, "parameters"), (KB[:3], "parameters")])
-    for _ in range(2):
-        with meter.running(watched=True):
-            pass
-        meter.ran([])
-    assert [sum(row.values()) for row in meter.rows] == [1524, 1104] and len(asked) == 2
-    assert isinstance(make_meter(torch.device("cuda", 0), ranks=2), LiveStorages), "the allocator knows of no ranks"
+    found = Allocator(1124, 0, 1124 + 1024 + 500, 1124 + 1024 + 80, 1124)
+    for name in ("memory_stats", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, getattr(found, name))
+    return found
+
+
+def test_an_accelerator_is_asked_after_every_instruction(allocator: Allocator) -> None:
+    """What has no category is workspace, and a result of an instruction until it ends."""
+    meter, weight = make_meter(torch.device("cuda", 0), ranks=1), KB.clone()
+    meter.begin([(weight, "parameters"), (weight[:3], "parameters")])
+    with meter.running(watched=True):
+        made = KB.clone()
+    meter.ran([(made, "saved activations")])
+    with meter.running(watched=True):
+        pass
+    meter.ran([])
+    del made
+    with meter.running(watched=True):
+        pass
+    meter.ran([])
+    assert meter.rows == [
+        {"parameters": 1024, "workspace": 1524},
+        {"parameters": 1024, "saved activations": 1024, "workspace": 80},
+        {"parameters": 1024, "saved activations": 0, "workspace": 0},
+    ]
+    assert allocator.resets == 3
+
+
+def test_the_allocator_knows_of_no_ranks() -> None:
+    assert type(make_meter(torch.device("cuda", 0), ranks=2)) is LiveStorages

@@ -23,8 +23,10 @@ DRAWS: dict[str, Callable[[Tensor, int], Any]] = {
     "bernoulli": lambda key, id: gs.bernoulli(torch.full((64,), 0.5), key, id),
     "poisson": lambda key, id: gs.poisson(torch.full((64,), 5.0), key, id),
     "multinomial": lambda key, id: gs.multinomial(torch.ones(64), key, 32, False, id),
-    "permutation": lambda key, id: gs.permutation(key, 64, id, dtype=torch.int64, device="cpu"),
-    "sample": lambda key, id: gs.sample(key, [8, 8], "normal", [0.0, 1.0], id, dtype=torch.float32, device="cpu"),
+    "permutation": lambda key, id: gs.permutation(key, 64, id, dtype=torch.int64, device=torch.get_default_device()),
+    "sample": lambda key, id: gs.sample(
+        key, [8, 8], "normal", [0.0, 1.0], id, dtype=torch.float32, device=torch.get_default_device()
+    ),
     "sample_like": lambda key, id: gs.sample_like(torch.ones(64), key, "uniform", [0.0, 1.0], id),
 }
 
@@ -116,6 +118,7 @@ class Noisy(nn.Module):
         return self.after(self.linear(x)).square().sum()
 
 
+@pytest.mark.only_cpu("runs a captured graph node by node")
 @pytest.mark.parametrize("name", RANDOM)
 def test_random_functions_of_torch_take_the_key(name: str) -> None:
     torch.manual_seed(0)

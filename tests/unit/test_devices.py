@@ -1,0 +1,117 @@
+"""Where a model is, and what it says of devices, is nothing that a graph knows; nor is the user's default device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import graphshard
+from graphshard.compile import Compiled
+from graphshard.errors import UncapturableOperator
+from graphshard.runtime.segments import compile_segment
+from numerics.cases import adamw, maker
+
+
+class NamesDevices(nn.Module):
+    """Makes and moves tensors the way code for one GPU does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) * torch.arange(4, device="cuda:0") + torch.ones(4, device=torch.device("cuda", 1))
+        return (y + x.to("cuda") + torch.zeros(4).to(0) + torch.full((4,), 2.0).to(device="cuda")).mean()
+
+
+class NamesNone(NamesDevices):
+    """The same on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * torch.arange(4) + torch.ones(4) + x + torch.zeros(4) + torch.full((4,), 2.0)).mean()
+
+
+def devices(compiled: Compiled) -> set[str]:
+    values = [node.meta.get("val") for s in compiled.program.sections().values() for node in s.nodes()]
+    return {str(value.device) for value in tree_leaves(values) if isinstance(value, Tensor)}
+
+
+def test_devices_that_the_model_names_are_symbolic() -> None:
+    found = []
+    for kind in (NamesDevices, NamesNone):
+        torch.manual_seed(0)
+        sgd = functools.partial(torch.optim.SGD, lr=0.1)
+        compiled = graphshard.compile(kind(), "zero3:size=2", optimizer=sgd, executor="local")
+        found.append([compiled.step(torch.ones(4, 4)) for _ in range(2)])
+        assert devices(compiled) == {"cpu"}
+    assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
+
+
+@pytest.fixture
+def autocast_of_an_accelerator() -> Iterator[None]:
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.usefixtures("autocast_of_an_accelerator")
+def test_autocast_of_an_accelerator_is_not_lost_silently() -> None:
+    with pytest.raises(UncapturableOperator, match=r"torch.autocast\('cuda'\) in .*the plan says .*: bf16 or fp16"):
+        graphshard.compile(NamesNone(), "dp1", example_inputs=torch.ones(4, 4), executor="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("nested", "zero3+pp2"),
+        ("mlp", "zero1:size=2+offload:optimizer=cpu"),
+        ("gpt", "zero3:size=2+accum2+fp16"),
+        ("gpt", "zero3+pp2:schedule=zb-h1+recompute:policy=full"),
+    ],
+)
+def test_the_default_device_changes_nothing(name: str, plan: str) -> None:
+    """Nothing is made on it: on the meta device it would have no value."""
+    losses, states = [], []
+    for default in ("cpu", "meta"):
+        model, args, kwargs, loss_fn = maker(name, plan)()
+        with torch.device(default):
+            compiled = graphshard.compile(
+                model, plan, loss_fn=loss_fn, optimizer=adamw(model), executor="local", max_grad_norm=0.5
+            )
+            losses.append(torch.stack([compiled.step(*args, **kwargs) for _ in range(2)]))
+            losses[-1] = torch.cat([losses[-1], compiled.evaluate(*args, **kwargs)[None]])
+            state, updated = compiled.state_dict(), compiled.optimizer.state_dict()
+            compiled.load_state_dict(state)
+            compiled.optimizer.load_state_dict(updated)
+            states.append([*state.values(), *(t for t in tree_leaves(updated) if isinstance(t, Tensor))])
+            assert compiled.report()["ranks"]
+    assert torch.equal(*losses)
+    assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
+
+
+@pytest.mark.parametrize(
+    "optimizer", [torch.optim.AdamW, torch.optim.NAdam, functools.partial(torch.optim.SGD, momentum=0.9)]
+)
+def test_segments_make_nothing_without_saying_where(optimizer: Any) -> None:
+    """As on a GPU: what is made without a device would be on the CPU, and here what is made with one is on meta."""
+    model, args, kwargs, loss_fn = maker("mlp", "zero3+pp2")()
+    compiled = graphshard.compile(
+        model,
+        "zero3+pp2",
+        loss_fn=loss_fn,
+        optimizer=optimizer(model.parameters(), lr=0.1),
+        example_inputs=(args, kwargs),
+        executor="none",
+        max_grad_norm=0.5,
+    )
+    for stage in compiled.execution_plan.stages:
+        for segment in stage.segments.values():
+            given = [torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device="meta") for t in segment.input_types]
+            results = compile_segment(segment)(given, {"pp": 0, "shard": 0, "dp": 0}, torch.device("meta"))
+            assert {value.device.type for value in results} <= {"meta"}, segment.source
