@@ -354,32 +354,32 @@ class Body:
         return Tile("", dtype or torch.int64, False)  # an option, which the formula reads from the node
 
     def _source_index(self, node: fx.Node, index: Index) -> Index:
-        target: Any = node.target
-        source: Any = node.args[0]
+        arguments: Any = node.args
+        source = arguments[0]
         shape = tuple(source.meta["val"].shape)
         dims = len(shape)
-        name = _packet(target)
+        name = _packet(node.target)
         if name == "permute":
-            order = [d % dims for d in node.args[1]]  # type: ignore[union-attr]
+            order = [d % dims for d in arguments[1]]
             return tuple(index[order.index(d)] for d in range(dims))
         if name in ("transpose", "t"):
             if dims < 2:
                 return index
-            a, b = (0, 1) if name == "t" else (int(node.args[1]) % dims, int(node.args[2]) % dims)  # type: ignore[arg-type]
+            a, b = (0, 1) if name == "t" else (arguments[1] % dims, arguments[2] % dims)
             swapped = list(index)
             swapped[a], swapped[b] = swapped[b], swapped[a]
             return tuple(swapped)
         if name == "expand":
             return _broadcast(index, shape)
         if name == "slice":
-            dim, start, _, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
-            dim, start = int(dim or 0) % dims, int(start or 0)  # type: ignore[arg-type]
+            given = dict(enumerate(arguments))
+            dim, start, step = given.get(1, 0) % dims, given.get(2) or 0, given.get(4, 1)
             start = max(start + shape[dim], 0) if start < 0 else start
             moved = list(index)
-            moved[dim] = moved[dim] * int(step or 1) + start  # type: ignore[arg-type]
+            moved[dim] = moved[dim] * step + start
             return tuple(moved)
         if name == "select":
-            dim, at = int(node.args[1]) % dims, int(node.args[2])  # type: ignore[arg-type]
+            dim, at = arguments[1] % dims, arguments[2]
             return (*index[:dim], Integer(at % shape[dim]), *index[dim:])
         return reshaped(index, tuple(node.meta["val"].shape), shape, self.sizes)
 
@@ -411,11 +411,11 @@ def is_trivial(node: fx.Node) -> bool:
 
 
 def _split_source(split: fx.Node, which: int, index: Index) -> tuple[fx.Node, Index]:
-    source, how, *rest = split.args
-    assert isinstance(source, fx.Node)
+    arguments: Any = split.args
+    source, how, *rest = arguments
     shape = source.meta["val"].shape
-    dim = int(rest[0] if rest else split.kwargs.get("dim", 0)) % len(shape)  # type: ignore[arg-type]
-    start = which * how if isinstance(how, int) else sum(how[:which])  # type: ignore[index, arg-type, call-overload]
+    dim = (rest[0] if rest else 0) % len(shape)
+    start = which * how if isinstance(how, int) else sum(how[:which])
     return source, (*index[:dim], index[dim] + start, *index[dim + 1 :])
 
 
@@ -426,8 +426,9 @@ def _broadcast(index: Index, shape: Sequence[int]) -> Index:
 
 
 def first_value(node: fx.Node) -> Tensor:
-    value = node.meta["val"]
-    return value[0] if isinstance(value, tuple) else value
+    value: Any = node.meta["val"]
+    first: Tensor = value[0] if isinstance(value, tuple) else value
+    return first
 
 
 def _refusal(target: Any) -> Unsupported:

@@ -291,7 +291,8 @@ class Writer:
         self.results[node] = buffer
         value = node.meta["val"]
         if node.target is torch.ops.graphshard.pack.default:
-            packed = sum(part.meta["val"].numel() for part in node.args[0])  # type: ignore[union-attr, misc]
+            parts: Any = node.args[0]
+            packed = sum(part.meta["val"].numel() for part in parts)
             make = "empty" if packed == value.numel() else "zeros"  # gaps are zero
             return [f"{name} = torch.{make}({self._shape(value.shape)}, {self._options(buffer.dtype)})"]
         if value.is_contiguous():

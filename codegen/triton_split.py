@@ -184,13 +184,14 @@ def _shared_scalars(nodes: Sequence[fx.Node], materialised: set[fx.Node]) -> set
 
 def _works(node: fx.Node) -> list[Work]:
     kind = _kind(node)
+    arguments: Any = node.args
     if node.target is total:
-        return [Work(part, "total", node) for part in node.args[0]]  # type: ignore[union-attr, misc]
+        return [Work(part, "total", node) for part in arguments[0]]
     if kind == "pack":
-        parts: Any = zip(node.args[0], node.args[1], strict=True)  # type: ignore[arg-type]
+        parts = zip(arguments[0], arguments[1], strict=True)
         return [Work(part, "store", node, offset) for part, offset in parts if part.meta["val"].numel()]
     if kind in ("total", "column"):
-        return [Work(node.args[0], kind, node)]  # type: ignore[arg-type]
+        return [Work(arguments[0], kind, node)]
     return [Work(node, "store", node)]
 
 
