@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,6 +76,13 @@ def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
         local, loaded, initialised = result["losses"]
         assert loaded == close(local)
         assert initialised == close(local)
+
+
+def test_what_one_rank_dumps_all_ranks_load(tmp_path: Path) -> None:
+    for result in launch("train_rank.py", 2, "loaded", "zero3", str(tmp_path)):
+        assert "error" not in result, result
+        assert result["executor"] == "distributed"
+        assert result["found"] == close(result["expected"])
 
 
 def test_ranks_with_different_plans_say_so_and_do_not_hang() -> None:

@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,6 +120,23 @@ def meta(plan: str) -> dict[str, Any]:
     }
 
 
+def loaded(plan: str, folder: str) -> dict[str, Any]:
+    """What rank 0 compiled and dumped, loaded on all ranks."""
+    torch.distributed.init_process_group("gloo")
+    local = compiled(plan, "local", example_inputs=batch())
+    expected = [local.evaluate(*batch()).item()]
+    if RANK == 0:
+        local.dump(folder)
+    torch.distributed.barrier()
+    c = graphshard.load(folder, model(), trust_code=True, timeout_s=60.0)
+    mine = part(c, batch())
+    found = [c.evaluate(*mine).item()]
+    for _ in range(3):
+        expected.append(local.step(*batch()).item())
+        found.append(c.step(*mine).item())
+    return {"executor": c.executor, "expected": expected, "found": found}
+
+
 def mixed(plan: str) -> dict[str, Any]:
     """Steps in less than float32, the second of which overflows in float16 on the first data-parallel rank."""
     found: dict[str, Any] = {}
@@ -194,9 +212,10 @@ def against_resident(plan: str) -> dict[str, Any]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    scenario, plan = sys.argv[1:]
-    scenarios = {
+    scenario, *arguments = sys.argv[1:]
+    scenarios: dict[str, Callable[..., dict[str, Any]]] = {
         "train": train,
+        "loaded": loaded,
         "meta": meta,
         "mixed": mixed,
         "mismatch": mismatch,
@@ -204,7 +223,7 @@ def main() -> None:
         "killed_writing": killed_writing,
         "against_resident": against_resident,
     }
-    report(scenarios[scenario], plan)
+    report(lambda given: scenarios[scenario](*given), arguments)
 
 
 if __name__ == "__main__":
