@@ -40,9 +40,11 @@ class Exchange:
 
     def complete(self) -> bool:
         """Finish if everything has come; whether it had."""
-        values = [arrival.value for arrival in self._arrivals if arrival.value is not None]
-        if len(values) < len(self._arrivals):
-            return False
+        values = []
+        for arrival in self._arrivals:
+            if arrival.value is None:
+                return False
+            values.append(arrival.value)
         self._finish(values)
         self._link.release(self._arrivals)
         self._arrivals = ()
@@ -123,7 +125,6 @@ class SharedMemoryCommunicator:
             TookTooLong: it is not in time.
         """
         deadline = time.monotonic() + self._timeout_s
-        self._neighbours.listen()
         self._go_on()
         while not exchange.complete():
             self._neighbours.wait_for(exchange.peers, deadline)
