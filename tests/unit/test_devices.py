@@ -27,14 +27,17 @@ class NamesDevices(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x) * torch.arange(4, device="cuda:0") + torch.ones(4, device=torch.device("cuda", 1))
-        return (y + x.to("cuda") + torch.zeros(4).to(0) + torch.full((4,), 2.0).to(device="cuda")).mean()
+        loss: Tensor = (y + x.to("cuda") + torch.zeros(4).to(0) + torch.full((4,), 2.0).to(device="cuda")).mean()
+        return loss
 
 
 class NamesNone(NamesDevices):
     """The same on the CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.linear(x) * torch.arange(4) + torch.ones(4) + x + torch.zeros(4) + torch.full((4,), 2.0)).mean()
+        y = self.linear(x) * torch.arange(4)
+        loss: Tensor = (y + torch.ones(4) + x + torch.zeros(4) + torch.full((4,), 2.0)).mean()
+        return loss
 
 
 def devices(compiled: Compiled) -> set[str]:
