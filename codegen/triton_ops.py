@@ -1,0 +1,407 @@
+"""What each pointwise ATen operator is in Triton.
+
+A formula is text with ``{0}``, ``{1}``, … for the operator's arguments, already of the type it computes in; where it
+depends on that type or on an option, a function of the node and the type returns the text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+
+Formula = str | Callable[[fx.Node, torch.dtype], str]
+
+
+class Unsupported(Exception):
+    """The region cannot become a kernel: why, naming the operator."""
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """``formula`` of the operands in one type: the result's, or, where ``by_operands``, what they promote to."""
+
+    formula: Formula
+    by_operands: bool = False
+
+
+TYPES = {
+    torch.float64: "tl.float64",
+    torch.float32: "tl.float32",
+    torch.float16: "tl.float16",
+    torch.bfloat16: "tl.bfloat16",
+    torch.int64: "tl.int64",
+    torch.int32: "tl.int32",
+    torch.int16: "tl.int16",
+    torch.int8: "tl.int8",
+    torch.uint8: "tl.uint8",
+    torch.bool: "tl.int1",
+}
+"""Triton's name of each dtype that kernels take."""
+
+
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """What values of ``dtype`` are computed and accumulated in: float32 for the half types, else their own."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def constant(value: Any, dtype: torch.dtype) -> str:
+    """A number as Triton, of exactly that type: a bare literal would be rounded to float32 on its way to float64."""
+    if dtype is torch.bool:
+        return f"tl.full((), {bool(value)}, tl.int1)"
+    if dtype.is_floating_point:
+        value = float(value)
+        spelled = repr(value) if math.isfinite(value) else f'float("{value}")'
+        return f"tl.full((), {spelled}, {TYPES[dtype]})"
+    return f"tl.full((), {int(value)}, {TYPES[dtype]})"
+
+
+def literal(value: Any, dtype: torch.dtype) -> str:
+    """A number as Triton beside an operand of that type, whose type it takes."""
+    if dtype is torch.bool or (dtype.is_floating_point and not math.isfinite(value)):
+        return constant(value, dtype)
+    return repr(float(value) if dtype.is_floating_point else int(value))
+
+
+HELPERS = {
+    "tanh": '''
+@triton.jit
+def tanh(x):
+    """Near zero, where 1 - exp(-2|x|) cancels, Lambert's continued fraction cut at the seventh level."""
+    s = x * x
+    small = x * (135135 + s * (17325 + s * (378 + s))) / (135135 + s * (62370 + s * (3150 + s * 28)))
+    e = tl.exp(-2 * tl.abs(x))
+    large = (1 - e) / (1 + e)
+    return tl.where(tl.abs(x) < 0.5, small, tl.where(x < 0, -large, large))
+''',
+    "largest": '''
+@triton.jit
+def largest(a, b):
+    """The larger one; NaN if either is."""
+    return tl.where((a > b) | (a != a), a, b)
+''',
+    "smallest": '''
+@triton.jit
+def smallest(a, b):
+    """The smaller one; NaN if either is."""
+    return tl.where((a < b) | (a != a), a, b)
+''',
+    "power": '''
+@triton.jit
+def power(x, y):
+    """By logarithms in float64, so that a float32 result is rounded once."""
+    a = x.to(tl.float64)
+    b = y.to(tl.float64)
+    size = tl.exp(b * tl.log(tl.abs(a)))
+    signed = tl.where(b - 2 * tl.floor(b / 2) == 1, -size, size)
+    result = tl.where(a < 0, tl.where(b == tl.floor(b), signed, float("nan")), size)
+    return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, result)).to(x.dtype)
+''',
+    "log1p": '''
+@triton.jit
+def log1p(x):
+    """Kahan's: the error of 1 + x cancels in log(u) / (u - 1)."""
+    u = 1 + x
+    return tl.where((u == 1) | (x == float("inf")), x, tl.log(u) * (x / tl.where(u == 1, 1, u - 1)))
+''',
+    "expm1": '''
+@triton.jit
+def expm1(x):
+    """Kahan's: the error of exp(x) cancels in (u - 1) / log(u)."""
+    u = tl.exp(x)
+    small = (u - 1) * (x / tl.where(u == 1, 1, tl.log(u)))
+    return tl.where(u == 1, x, tl.where((u == 0) | (u == float("inf")), u - 1, small))
+''',
+    "nearest": '''
+@triton.jit
+def nearest(x):
+    """Rounded, halves to even."""
+    low = tl.floor(x)
+    rest = x - low
+    up = (rest > 0.5) | ((rest == 0.5) & (low - 2 * tl.floor(low / 2) == 1))
+    return tl.where(up, low + 1, low)
+''',
+    "toward_zero": '''
+@triton.jit
+def toward_zero(x):
+    """Without its fraction."""
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+''',
+    "floor_quotient": '''
+@triton.jit
+def floor_quotient(a, b):
+    """Integer division that rounds down, where ``//`` rounds toward zero."""
+    q = a // b
+    return tl.where((a - q * b != 0) & ((a < 0) != (b < 0)), q - 1, q)
+''',
+}
+"""Functions that a kernel's file gets where a formula calls them."""
+
+
+def divided(a: str, b: str, dtype: torch.dtype) -> str:
+    """The quotient, rounded as IEEE says: ``/`` of float32 is a fast approximation."""
+    return f"tl.div_rn({a}, {b})" if dtype is torch.float32 else f"({a} / {b})"
+
+
+def root(x: str, dtype: torch.dtype) -> str:
+    """The square root, rounded as IEEE says."""
+    return f"tl.sqrt_rn({x})" if dtype is torch.float32 else f"tl.sqrt({x})"
+
+
+def _div(node: fx.Node, dtype: torch.dtype) -> str:
+    return divided("{0}", "{1}", dtype)
+
+
+def _div_mode(node: fx.Node, dtype: torch.dtype) -> str:
+    mode = node.kwargs["rounding_mode"]
+    quotient = divided("{0}", "{1}", dtype)
+    if mode is None:
+        return quotient
+    if dtype.is_floating_point:
+        return f"tl.floor({quotient})" if mode == "floor" else f"toward_zero({quotient})"
+    return "floor_quotient({0}, {1})" if mode == "floor" else "({0} // {1})"
+
+
+def _remainder(node: fx.Node, dtype: torch.dtype) -> str:
+    quotient = f"tl.floor({divided('{0}', '{1}', dtype)})" if dtype.is_floating_point else "floor_quotient({0}, {1})"
+    return f"({{0}} - {{1}} * {quotient})"
+
+
+def _add(node: fx.Node, dtype: torch.dtype) -> str:
+    return _with_alpha(node, "+", dtype)
+
+
+def _sub(node: fx.Node, dtype: torch.dtype) -> str:
+    return _with_alpha(node, "-", dtype)
+
+
+def _rsub(node: fx.Node, dtype: torch.dtype) -> str:
+    alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
+    return "({1} - {0})" if alpha == 1 else f"({{1}} - {{0}} * {literal(alpha, dtype)})"
+
+
+def _with_alpha(node: fx.Node, sign: str, dtype: torch.dtype) -> str:
+    if dtype is torch.bool:
+        return "({0} | {1})"
+    alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
+    return f"({{0}} {sign} {{1}})" if alpha == 1 else f"({{0}} {sign} {{1}} * {literal(alpha, dtype)})"
+
+
+def _mul(node: fx.Node, dtype: torch.dtype) -> str:
+    return "({0} & {1})" if dtype is torch.bool else "({0} * {1})"
+
+
+def _value_times(node: fx.Node, dtype: torch.dtype) -> str:
+    value = node.kwargs.get("value", 1)
+    product = "{1} * {2}" if value == 1 else f"{literal(value, dtype)} * {{1}} * {{2}}"
+    return f"({{0}} + {product})"
+
+
+def _value_over(node: fx.Node, dtype: torch.dtype) -> str:
+    value = node.kwargs.get("value", 1)
+    top = "{1}" if value == 1 else f"({literal(value, dtype)} * {{1}})"
+    return f"({{0}} + {divided(top, '{2}', dtype)})"
+
+
+def _lerp(node: fx.Node, dtype: torch.dtype) -> str:
+    # As ATen: from the nearer end, so that a weight of 1 gives the end itself.
+    weight = node.args[2]
+    near, far = "({0} + {2} * ({1} - {0}))", "({1} - ({1} - {0}) * (1 - {2}))"
+    if isinstance(weight, int | float):
+        return near if abs(weight) < 0.5 else far
+    return f"tl.where(tl.abs({{2}}) < 0.5, {near}, {far})"
+
+
+def _pow(node: fx.Node, dtype: torch.dtype) -> str:
+    exponent = node.args[1]
+    assert isinstance(exponent, int | float)
+    whole = {1: "{0}", 2: "({0} * {0})", 3: "({0} * {0} * {0})", 4: "({0} * {0} * {0} * {0})"}
+    if exponent in whole:
+        return whole[int(exponent)]
+    if not dtype.is_floating_point:
+        raise Unsupported(f"{node.target} of integers to the power {exponent}")
+    if exponent == 0.5:
+        return root("{0}", dtype)
+    if exponent == -0.5:
+        return divided("1.0", root("{0}", dtype), dtype) if dtype is torch.float64 else "tl.rsqrt({0})"
+    if exponent == -1:
+        return divided("1.0", "{0}", dtype)
+    return "power({0}, {1})"
+
+
+def _power(node: fx.Node, dtype: torch.dtype) -> str:
+    if not dtype.is_floating_point:
+        raise Unsupported(f"{node.target} of integers")
+    return "power({0}, {1})"
+
+
+def _abs(node: fx.Node, dtype: torch.dtype) -> str:
+    return "{0}" if dtype is torch.bool else "tl.abs({0})"
+
+
+def _neg_one_to_one(node: fx.Node, dtype: torch.dtype) -> str:
+    one = constant(1, dtype)
+    return f"tl.where({{0}} > 0, {one}, tl.where({{0}} < 0, -{one}, 0))"
+
+
+def _not(node: fx.Node, dtype: torch.dtype) -> str:
+    return "({0} == 0)" if dtype is torch.bool else "(~{0})"
+
+
+def _clamp(node: fx.Node, dtype: torch.dtype) -> str:
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max")
+    result = "{0}"
+    if low is not None:
+        result = f"largest({result}, {'{1}' if isinstance(low, fx.Node) else literal(low, dtype)})"
+    if high is not None:
+        result = f"smallest({result}, {'{2}' if isinstance(high, fx.Node) else literal(high, dtype)})"
+    return result
+
+
+def _gelu(node: fx.Node, dtype: torch.dtype) -> str:
+    if node.kwargs.get("approximate", "none") == "tanh":
+        return f"(0.5 * {{0}} * (1 + {_GELU_TANH.format('{0}')}))"
+    return f"(0.5 * {{0}} * (1 + tl.erf({{0}} * {literal(math.sqrt(0.5), dtype)})))"
+
+
+def _gelu_backward(node: fx.Node, dtype: torch.dtype) -> str:
+    if node.kwargs.get("approximate", "none") == "tanh":
+        # d/dx of x·(1 + tanh u)/2 with u = k·(x + c·x³): ((1 + t) + x·(1 - t²)·k·(1 + 3c·x²))/2.
+        t = _GELU_TANH.format("{1}")
+        slope = f"{literal(math.sqrt(2 / math.pi), dtype)} * (1 + 0.134145 * {{1}} * {{1}})"
+        return f"({{0}} * 0.5 * ((1 + {t}) + {{1}} * (1 - {t} * {t}) * {slope}))"
+    cdf = f"0.5 * (1 + tl.erf({{1}} * {literal(math.sqrt(0.5), dtype)}))"
+    pdf = f"{literal(1 / math.sqrt(2 * math.pi), dtype)} * tl.exp(-0.5 * {{1}} * {{1}})"
+    return f"({{0}} * ({cdf} + {{1}} * {pdf}))"
+
+
+_GELU_TANH = "tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))"
+_SIGMOID = "(1 / (1 + tl.exp(-{0})))"
+
+
+def _leaky(node: fx.Node, dtype: torch.dtype) -> str:
+    slope: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
+    return f"tl.where({{0}} > 0, {{0}}, {{0}} * {literal(slope, dtype)})"
+
+
+def _compared(sign: str) -> Pointwise:
+    return Pointwise(f"({{0}} {sign} {{1}})", by_operands=True)
+
+
+def _logical(sign: str) -> Pointwise:
+    return Pointwise(f"(({{0}} != 0) {sign} ({{1}} != 0))", by_operands=True)
+
+
+_FORMULAS: dict[Any, Formula] = {
+    aten.add: _add,
+    aten.sub: _sub,
+    aten.rsub: _rsub,
+    aten.mul: _mul,
+    aten.div: _div,
+    aten.remainder: _remainder,
+    aten.neg: "(-{0})",
+    aten.abs: _abs,
+    aten.sign: _neg_one_to_one,
+    aten.sgn: _neg_one_to_one,
+    aten.exp: "tl.exp({0})",
+    aten.exp2: "tl.exp2({0})",
+    aten.expm1: "expm1({0})",
+    aten.log: "tl.log({0})",
+    aten.log2: "tl.log2({0})",
+    aten.log1p: "log1p({0})",
+    aten.sqrt: lambda node, dtype: root("{0}", dtype),
+    aten.rsqrt: lambda node, dtype: divided("1.0", root("{0}", dtype), dtype),
+    aten.reciprocal: lambda node, dtype: divided("1.0", "{0}", dtype),
+    aten.sin: "tl.sin({0})",
+    aten.cos: "tl.cos({0})",
+    aten.erf: "tl.erf({0})",
+    aten.tanh: "tanh({0})",
+    aten.sigmoid: _SIGMOID,
+    aten.silu: "({0} * " + _SIGMOID + ")",
+    aten.relu: "largest({0}, 0)",
+    aten.leaky_relu: _leaky,
+    aten.gelu: _gelu,
+    aten.floor: "tl.floor({0})",
+    aten.ceil: "tl.ceil({0})",
+    aten.trunc: "toward_zero({0})",
+    aten.maximum: "largest({0}, {1})",
+    aten.minimum: "smallest({0}, {1})",
+    aten.clamp: _clamp,
+    aten.clamp_min: "largest({0}, {1})",
+    aten.clamp_max: "smallest({0}, {1})",
+    aten.lerp: _lerp,
+    aten.addcmul: _value_times,
+    aten.addcdiv: _value_over,
+    aten.bitwise_and: "({0} & {1})",
+    aten.bitwise_or: "({0} | {1})",
+    aten.bitwise_xor: "({0} ^ {1})",
+    aten.bitwise_not: _not,
+    aten.gelu_backward: _gelu_backward,
+    aten.silu_backward: "({0} * " + _SIGMOID.format("{1}") + " * (1 + {1} * (1 - " + _SIGMOID.format("{1}") + ")))",
+    aten.tanh_backward: "({0} * (1 - {1} * {1}))",
+    aten.sigmoid_backward: "({0} * (1 - {1}) * {1})",
+    aten.threshold_backward: "tl.where({1} <= {2}, 0, {0})",
+    aten.native_dropout_backward: "({0} * {1} * {2})",
+    aten.detach: "{0}",
+    aten.clone: "{0}",
+    aten._to_copy: "{0}",
+    aten.lift_fresh_copy: "{0}",
+    aten.alias: "{0}",
+}
+
+_OVERLOADS: dict[Any, Pointwise] = {
+    aten.div.Tensor_mode: Pointwise(_div_mode),
+    aten.div.Scalar_mode: Pointwise(_div_mode),
+    aten.pow.Tensor_Scalar: Pointwise(_pow),
+    aten.pow.Tensor_Tensor: Pointwise(_power),
+    aten.pow.Scalar: Pointwise(_power),
+    aten.round.default: Pointwise("nearest({0})"),
+    aten.logical_not.default: Pointwise("({0} == 0)", by_operands=True),
+    aten.logical_and.default: _logical("&"),
+    aten.logical_or.default: _logical("|"),
+    aten.logical_xor.default: _logical("^"),
+    aten.isnan.default: Pointwise("({0} != {0})", by_operands=True),
+    aten.isinf.default: Pointwise('(tl.abs({0}) == float("inf"))', by_operands=True),
+    torch.ops.prims.convert_element_type.default: Pointwise("{0}"),
+} | {
+    overload: _compared(sign)
+    for packet, sign in (
+        (aten.eq, "=="),
+        (aten.ne, "!="),
+        (aten.lt, "<"),
+        (aten.le, "<="),
+        (aten.gt, ">"),
+        (aten.ge, ">="),
+    )
+    for overload in (packet.Tensor, packet.Scalar)
+}
+
+SELECTS = (
+    aten.where.self,
+    aten.where.ScalarOther,
+    aten.where.ScalarSelf,
+    aten.where.Scalar,
+    aten.masked_fill.Scalar,
+    aten.masked_fill.Tensor,
+)
+"""Operators that choose by a mask, whose type is not that of the rest."""
+
+CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+"""Operators that round to the type of their result, where others keep float32 until they are stored."""
+
+
+def pointwise(target: Any) -> Pointwise | None:
+    """The formula of an operator, or None if it has none."""
+    if target in _OVERLOADS:
+        return _OVERLOADS[target]
+    packet = getattr(target, "overloadpacket", None)
+    name = str(target).rpartition(".")[2]
+    known = packet in _FORMULAS and name in ("default", "Tensor", "Scalar")
+    return Pointwise(_FORMULAS[packet]) if known else None
