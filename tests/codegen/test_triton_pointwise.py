@@ -1,0 +1,225 @@
+"""Pointwise kernels mean what ATen means, over random expressions, shapes, strides and dtypes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+import graphshard.ops  # noqa: F401 - defines graphshard::dropout
+from graphshard.codegen.triton import supports, write_kernel
+from interpreted import Interpreter
+from traced import check, region_from
+
+aten = torch.ops.aten
+gs = torch.ops.graphshard
+quick = settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+UNARY: list[Callable[[Tensor], Tensor]] = [
+    torch.neg,
+    torch.relu,
+    torch.sigmoid,
+    torch.tanh,
+    F.silu,
+    F.gelu,
+    lambda x: F.gelu(x, approximate="tanh"),
+    lambda x: torch.sqrt(x.abs() + 0.5),
+    lambda x: torch.rsqrt(x * x + 1),
+    lambda x: torch.exp(-x.abs()),
+    lambda x: torch.log(x * x + 1),
+    lambda x: x.clamp(-0.5, 0.75),
+    lambda x: x.pow(3),
+    lambda x: x * 0.1 + 3,
+    lambda x: 1 / (2 + x * x),
+    lambda x: F.leaky_relu(x, 0.2),
+    lambda x: x.masked_fill(x > 0.5, -1.5),
+    lambda x: x.float() * 2,
+    lambda x: torch.floor(x * 0.25 + 0.1),
+]
+BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
+    torch.add,
+    torch.sub,
+    torch.mul,
+    torch.maximum,
+    torch.minimum,
+    lambda a, b: torch.where(a > b, a, b * 2),
+    lambda a, b: torch.where((a > 0) & ~(b > 0.5), a, 0.25),
+    lambda a, b: a / (b.abs() + 1),
+    lambda a, b: torch.add(a, b, alpha=0.5),
+]
+VIEWS: list[Callable[[Tensor], Tensor]] = [
+    lambda x: x.transpose(-1, -2),
+    lambda x: x.reshape(-1),
+    lambda x: x.reshape(x.shape[0], -1),
+    lambda x: x.unsqueeze(1),
+    lambda x: x[..., 1:],
+    lambda x: x[..., ::2],
+    lambda x: x[0],
+    lambda x: x.transpose(0, 1).reshape(-1, x.shape[-1]),
+    lambda x: x.unsqueeze(0).expand(3, *x.shape),
+]
+
+
+@st.composite
+def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Of that shape or one that broadcasts to it, in some order of strides, perhaps with gaps."""
+    shape = tuple(1 if draw(st.integers(0, 5)) == 0 else size for size in shape[draw(st.integers(0, 1)) :])
+    order = draw(st.permutations(range(len(shape))))
+    gaps = [size + (draw(st.integers(0, 5)) == 0) for size in shape]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    dtype = dtype or draw(st.sampled_from(DTYPES))
+    stored = torch.randn([gaps[d] for d in order], generator=generator, dtype=torch.float64).to(dtype)
+    return stored.permute([order.index(d) for d in range(len(shape))])[tuple(slice(size) for size in shape)]
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[Callable[..., Any], list[Tensor]]:
+    """A function of two or three tensors, of a few operators, with up to three results."""
+    shape = tuple(draw(st.lists(st.sampled_from((2, 3, 5, 8, 16, 33)), min_size=2, max_size=4)))
+    while math.prod(shape) > 5000:
+        shape = shape[1:]
+    arguments = [draw(tensors(shape)) for _ in range(draw(st.integers(2, 3)))]
+    steps = draw(
+        st.lists(st.tuples(st.sampled_from("ubbv"), st.integers(0, 99), st.integers(0, 9)), min_size=2, max_size=8)
+    )
+    results = draw(st.integers(1, 3))
+
+    def function(*values: Tensor) -> list[Tensor]:
+        known = list(values)
+        for kind, which, operand in steps:
+            x = known[-1]
+            if kind == "u":
+                known.append(UNARY[which % len(UNARY)](x))
+            elif kind == "v" and x.dim() >= 2 and min(x.shape) > 1 and x.numel() < 5000:
+                known.append(VIEWS[which % len(VIEWS)](x))
+            else:
+                other = known[operand % len(known)]
+                try:
+                    torch.broadcast_shapes(x.shape, other.shape)
+                except RuntimeError:
+                    other = x
+                known.append(BINARY[which % len(BINARY)](x, other))
+        return [value * 1 for value in known[-results:]]
+
+    return function, arguments
+
+
+@quick
+@given(programs())
+def test_expressions(interpreter: Interpreter, program: tuple[Callable[..., Any], list[Tensor]]) -> None:
+    function, arguments = program
+    check(interpreter, function, *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_formula(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    x = torch.cat([torch.linspace(-6, 6, 301), torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 1e-4])]).to(
+        dtype
+    )
+    y = x.roll(11)
+    positive = (x.abs() + 0.01).nan_to_num(1, 1)
+
+    def unary(x: Tensor, positive: Tensor) -> list[Tensor]:
+        return [
+            *(f(x) for f in (torch.abs, torch.sign, torch.exp, torch.expm1, torch.erf, torch.tanh, torch.sigmoid)),
+            *(f(x) for f in (torch.floor, torch.ceil, torch.trunc, torch.round, torch.relu, F.silu, F.gelu)),
+            *(f(positive) for f in (torch.log, torch.log2, torch.log1p, torch.sqrt, torch.rsqrt, torch.reciprocal)),
+            *(x.pow(n) for n in (1, 2, 3, 4)),
+            *(positive.pow(n) for n in (0.5, -0.5, -1, 1.7)),
+            *(x.isnan(), x.isinf(), x.logical_not(), F.leaky_relu(x), x.clamp(min=-1), x.clamp(max=2), 3 - x),
+        ]
+
+    def binary(x: Tensor, y: Tensor) -> list[Tensor]:
+        return [
+            *(f(x, y) for f in (torch.maximum, torch.minimum, torch.eq, torch.ne, torch.lt, torch.le, torch.gt)),
+            *(torch.ge(x, y), x.lerp(y, 0.3), x.lerp(y, 0.7), torch.addcmul(x, y, y, value=0.5)),
+            *(torch.addcdiv(x, y, y * y + 1, value=2.0), torch.logical_and(x, y), torch.logical_xor(x > 1, y > 1)),
+            aten.threshold_backward(x, y, 0.5),
+            aten.silu_backward(x, y),
+            aten.gelu_backward(x, y),
+            aten.gelu_backward(x, y, approximate="tanh"),
+            aten.tanh_backward(x, y),
+            aten.sigmoid_backward(x, y),
+            aten.native_dropout_backward(x, y > 0, 1.25),
+        ]
+
+    finite = y.nan_to_num(2, 3, -3)
+    check(interpreter, unary, x, positive)
+    check(interpreter, binary, x.nan_to_num(1, 2, -2), finite)
+    check(interpreter, lambda x, y: [torch.maximum(x, y), torch.minimum(x, y), x.clamp(-1, 1), torch.relu(x)], x, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
+def test_whole_numbers_and_truth(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    x, y = (torch.arange(60) % 7 - 3).to(dtype), (torch.arange(60) % 5 + 1).to(dtype)
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        same = [x & y, x | y, x ^ y, x == y, x < y, x.float() * 0.5, torch.where(x > 1, x, y), x + 2.5, x.bool(), x / y]
+        if dtype is torch.bool:
+            return [*same, ~x, x * y]
+        return [*same, x + y, x * y - x, torch.div(x, y, rounding_mode="floor"), x % y, ~x, x.abs()]
+
+    check(interpreter, function, x, y)
+
+
+def test_scalars_of_float64_stay_exact(interpreter: Interpreter) -> None:
+    x = torch.randn(50, dtype=torch.float64)
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    check(interpreter, lambda x, lr: [x * 0.1 + 1 / 3, x * (1 - lr * 0.3), torch.full_like(x, 0.7) - x], x, lr)
+
+
+def test_one_source_serves_other_sizes() -> None:
+    def function(x: Tensor, w: Tensor) -> list[Tensor]:
+        return [torch.relu(x.reshape(-1, x.shape[-1]) * w), (x.transpose(0, 1) + 1).contiguous()]
+
+    sources = [
+        write_kernel(region_from(function, torch.empty(a, b, c), torch.empty(c)), "same").source
+        for a, b, c in ((3, 4, 5), (7, 11, 2000))
+    ]
+    assert sources[0] == sources[1]
+
+
+def test_addresses_of_contiguous_tensors_need_no_division() -> None:
+    def function(x: Tensor, y: Tensor) -> Tensor:
+        return (x.view(6, 20) * 2).view(2, 3, 4, 5).reshape(-1, 5).view_as(y) + y
+
+    source = write_kernel(region_from(function, torch.empty(6, 4, 5), torch.empty(24, 5)), "plain").source
+    assert "//" not in source and "%" not in source.replace("1 %", "")
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x: x @ x.T, "aten.mm.default"),
+        (lambda x: torch.cumsum(x, 0), "aten.cumsum.default"),
+        (lambda x: torch.fft.fft(x), "complex64"),
+        (lambda x: x.amax(0), "aten.amax.default over dims [0]"),
+        (lambda x: gs.dropout(x, torch.zeros(4, dtype=torch.int64), 0.5, 1)[0], "graphshard.dropout.default draws"),
+    ],
+)
+def test_refusals_name_the_operator(function: Callable[[Tensor], Tensor], reason: str) -> None:
+    assert reason in supports(region_from(function, torch.empty(4, 4)))
+
+
+def test_in_place(interpreter: Interpreter) -> None:
+    x, y = torch.randn(40, 60), torch.randn(60, 40)
+    kernel = check(interpreter, lambda x, y: [x * 2 + 1, y - 1], x, y, in_place={0: 0, 1: 1})
+    assert "empty" not in kernel.source and "copy_" not in kernel.source
+
+
+def test_an_input_that_others_read_is_overwritten_last(interpreter: Interpreter) -> None:
+    x = torch.randn(40, 40)
+    kernel = check(interpreter, lambda x: [x + x.T, x.sum(0)], x, in_place={0: 0})
+    assert "x_1.copy_(" in kernel.source
+    step = torch.tensor(3.0)
+    check(interpreter, lambda x, step: [step + 1, x * step], x, step, in_place={0: 1, 1: 0})
