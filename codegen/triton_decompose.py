@@ -292,6 +292,10 @@ def _sq_norm(do: _Decomposer, like: Tensor, parts: Sequence[fx.Node]) -> fx.Node
     return do(total, [do(aten.mul.Tensor, part, part) for part in wide])
 
 
+def _copy(do: _Decomposer, like: Tensor, into: fx.Node, source: fx.Node, non_blocking: bool = False) -> fx.Node:
+    return do.cast(do(aten.expand.default, source, list(like.shape)), like.dtype)
+
+
 def _sum_all(do: _Decomposer, like: Tensor, x: fx.Node, dtype: torch.dtype | None = None) -> fx.Node:
     return do.cast(do(total, [do.cast(x, compute_type(like.dtype))]), like.dtype)
 
@@ -338,4 +342,5 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.nll_loss_forward.default: _nll_loss,
     aten.nll_loss_backward.default: _nll_loss_backward,
     gs.sq_norm.default: _sq_norm,
+    aten.copy.default: _copy,
 }

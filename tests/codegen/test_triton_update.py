@@ -21,7 +21,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "adam": partial(torch.optim.Adam, lr=1e-3, weight_decay=0.01, amsgrad=True),
     "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
     "adagrad": partial(torch.optim.Adagrad, lr=0.1, lr_decay=0.01),
-    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),
     "nadam": partial(torch.optim.NAdam, lr=0.01),
     "adamax": partial(torch.optim.Adamax, lr=0.01),
 }
