@@ -1,16 +1,14 @@
 """Ranks on one machine: a value is copied once into shared memory, and a note over a Unix socket says where it lies.
 
-The reader uses it there and answers with a note, so that its owner can write the next value into the same block. The
-answer travels with the next note to that process, or when its reader must wait itself: a system call costs more than
-all the rest of a small exchange. Blocks and sockets have no names in the file system: nothing stays behind, however a
-process ends; and a peer that ends is known at once, because its sockets close. Everything happens on the calling
-thread. Only ``wait_for`` blocks: a note that a full socket does not take stays here until it does.
+The reader uses it there and answers with a note, so that its owner can write the next value into the same block. Blocks
+and sockets have no names in the file system: nothing stays behind, however a process ends; and a peer that ends is
+known at once, because its sockets close. Everything happens on the calling thread. Only ``wait_for`` blocks: a note
+that a full socket does not take stays here until it does.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import mmap
 import os
 import secrets
@@ -29,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 _NOTE = struct.Struct("<BIIQ")  # kind, channel, block, bytes
-_PACKET_NOTES = 16  # as many notes travel together at most
 _CREDENTIALS = struct.Struct("3i")  # process, user, group of the other end; see unix(7), SO_PEERCRED
 _FAREWELL_S = 2.0  # how long a process that leaves waits for one that does not listen
 _WASTE = 2  # a free block is used for a value when it is at most so many times as large
@@ -61,25 +58,10 @@ class Arrival:
     block: int = -1
 
 
-class _Memory:
-    """A mapped block; ``size`` is in bytes."""
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        self.size = size
-        self._bytes = torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
-        self._heads: dict[int, Tensor] = {}
-
-    def head(self, size: int) -> Tensor:
-        """The first ``size`` bytes; steps ask for the same ones again and again."""
-        if size not in self._heads:
-            self._heads[size] = self._bytes[:size]
-        return self._heads[size]
-
-
 @dataclass
 class _Block:
     number: int
-    memory: _Memory
+    memory: Tensor  # uint8
     readers: int = 0
 
 
@@ -88,11 +70,10 @@ class _Peer:
     """The other end of one socket."""
 
     link: socket.socket
-    blocks: dict[int, _Memory] = field(default_factory=dict)
+    blocks: dict[int, Tensor] = field(default_factory=dict)
     expected: dict[int, deque[Arrival]] = field(default_factory=dict)  # by channel: asked for and not here
     early: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)  # here and not asked for: (block, bytes)
     unsent: deque[tuple[bytes, int | None]] = field(default_factory=deque)
-    full: bool = False  # its socket takes no more for now
     gone: bool = False  # its end is closed
     alarm: bool = False  # it cannot go on
 
@@ -153,17 +134,18 @@ class Neighbours:
                 link.close()  # a stranger
 
     def put(self, peers: Sequence[int], channel: int, value: Tensor) -> None:
-        """Give ``peers`` a contiguous 1-D ``value``; it may be changed as soon as this returns.
+        """Give ``peers`` a contiguous ``value``; it may be changed as soon as this returns.
 
         Raises:
             PeerGone: one of them has ended.
             OSError: the machine has no memory left for it.
         """
+        self.listen()
         for peer in peers:
             if self._peers[peer].gone:
                 raise PeerGone(f"rank {peer} has ended")
         block = self._block(value.nbytes)
-        block.memory.head(value.nbytes).view(value.dtype).copy_(value)
+        block.memory[: value.nbytes].view(value.dtype).copy_(value.view(-1))
         block.readers = len(peers)
         note = _NOTE.pack(_Kind.VALUE, channel, block.number, value.nbytes)
         for peer in peers:
@@ -201,18 +183,16 @@ class Neighbours:
                 raise PeerGone(f"rank {rank} has ended")
             if peer.alarm:
                 raise PeerGone(f"rank {rank} cannot go on")
-            if peer.unsent:
-                self._flush(peer)
         left = deadline - time.monotonic()
         if left <= 0:
             raise TookTooLong(f"nothing from ranks {sorted(peers)} in time")
         self.listen(left)
 
     def release(self, arrival: Arrival) -> None:
-        """The value has been read: its owner may use the memory again, and is told when there is more to tell it."""
+        """The value has been read: its owner may use the memory again."""
         assert arrival.value is not None
         arrival.value = None
-        self._peers[arrival.peer].unsent.append((_NOTE.pack(_Kind.READ, 0, arrival.block, 0), None))
+        self._send(self._peers[arrival.peer], _NOTE.pack(_Kind.READ, 0, arrival.block, 0))
 
     def listen(self, wait_s: float = 0.0) -> None:
         """Take in what has come; wait up to ``wait_s`` until something does."""
@@ -240,18 +220,16 @@ class Neighbours:
 
     def _block(self, size: int) -> _Block:
         """A free block of at least ``size`` bytes, the smallest that there is, or a new one."""
-        best = self._free_block(size)
-        if best is None:
-            self.listen()
-            best = self._free_block(size)
-        if best is not None:
+        fits = [block for block in self._free if size <= block.memory.numel() <= _WASTE * max(size, mmap.PAGESIZE)]
+        if fits:
+            best = min(fits, key=lambda block: block.memory.numel())
             self._free.remove(best)
             return best
         size = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
         descriptor = os.memfd_create("graphshard")
         try:
             os.posix_fallocate(descriptor, 0, size)  # an error here, not a signal at the first write
-            block = _Block(len(self._blocks), _Memory(descriptor, size))
+            block = _Block(len(self._blocks), _map(descriptor, size))
             note = _NOTE.pack(_Kind.BLOCK, 0, block.number, size)
             for peer in self._peers.values():
                 self._send(peer, note, descriptor)
@@ -260,60 +238,45 @@ class Neighbours:
         self._blocks.append(block)
         return block
 
-    def _free_block(self, size: int) -> _Block | None:
-        most, best = _WASTE * max(size, mmap.PAGESIZE), None
-        for block in self._free:
-            if size <= block.memory.size <= most and (best is None or block.memory.size < best.memory.size):
-                best = block
-        return best
-
     def _send(self, peer: _Peer, note: bytes, descriptor: int | None = None) -> None:
         peer.unsent.append((note, None if descriptor is None else os.dup(descriptor)))
         self._flush(peer)
 
     def _flush(self, peer: _Peer) -> None:
-        """Send what is unsent, as far as the socket takes it: notes in order, several a packet, a descriptor with its
-        own."""
+        was_behind = len(peer.unsent) > 1
         while peer.unsent:
-            together = list(itertools.takewhile(lambda kept: kept[1] is None, peer.unsent))[:_PACKET_NOTES]
-            descriptor = None if together else peer.unsent[0][1]
+            note, descriptor = peer.unsent[0]
             try:
                 if descriptor is None:
-                    peer.link.send(b"".join(note for note, _ in together))
+                    peer.link.send(note)
                 else:
-                    socket.send_fds(peer.link, [peer.unsent[0][0]], [descriptor])
+                    socket.send_fds(peer.link, [note], [descriptor])
             except BlockingIOError:
-                self._watch_for_room(peer, True)
+                self._poll.modify(peer.link, select.POLLIN | select.POLLOUT)
                 return
             except (BrokenPipeError, ConnectionResetError):
                 pass  # it has ended: _receive notices, after what it had sent
             if descriptor is not None:
                 os.close(descriptor)
-            for _ in range(max(len(together), 1)):
-                peer.unsent.popleft()
-        self._watch_for_room(peer, False)
-
-    def _watch_for_room(self, peer: _Peer, wanted: bool) -> None:
-        """Whether ``listen`` goes on sending when the socket takes more."""
-        if wanted != peer.full and not peer.gone:
-            self._poll.modify(peer.link, select.POLLIN | (select.POLLOUT if wanted else 0))
-            peer.full = wanted
+            peer.unsent.popleft()
+        if was_behind and not peer.gone:
+            self._poll.modify(peer.link, select.POLLIN)
 
     def _receive(self, peer: _Peer) -> None:
-        """Take in one packet; while there are more, poll says so again."""
-        try:
-            packet, descriptors, _, _ = socket.recv_fds(peer.link, _PACKET_NOTES * _NOTE.size, 1)
-        except BlockingIOError:
-            return
-        except ConnectionResetError:
-            return  # it ended before it had read everything; what it had sent is still there
-        if not packet:
-            peer.gone = True
-            self._poll.unregister(peer.link)
-            return
-        for kind, channel, number, size in _NOTE.iter_unpack(packet):
+        while True:
+            try:
+                note, descriptors, _, _ = socket.recv_fds(peer.link, _NOTE.size, 1)
+            except BlockingIOError:
+                return
+            except ConnectionResetError:
+                continue  # it ended before it had read everything; what it had sent is still there
+            if not note:
+                peer.gone = True
+                self._poll.unregister(peer.link)
+                return
+            kind, channel, number, size = _NOTE.unpack(note)
             if kind == _Kind.BLOCK:
-                peer.blocks[number] = _Memory(descriptors[0], size)
+                peer.blocks[number] = _map(descriptors[0], size)
                 os.close(descriptors[0])
             elif kind == _Kind.READ:
                 block = self._blocks[number]
@@ -334,7 +297,11 @@ def _socket() -> socket.socket:
 
 def _fill(peer: _Peer, arrival: Arrival, block: int, size: int) -> None:
     arrival.block = block
-    arrival.value = peer.blocks[block].head(size)
+    arrival.value = peer.blocks[block][:size]
+
+
+def _map(descriptor: int, size: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
 
 
 def _place() -> str:

@@ -40,11 +40,9 @@ class Exchange:
 
     def complete(self) -> bool:
         """Finish if everything has come; whether it had."""
-        values = []
-        for arrival in self._arrivals:
-            if arrival.value is None:
-                return False
-            values.append(arrival.value)
+        values = [arrival.value for arrival in self._arrivals if arrival.value is not None]
+        if len(values) < len(self._arrivals):
+            return False
         self._finish(values)
         self._link.release(self._arrivals)
         self._arrivals = ()
@@ -125,6 +123,7 @@ class SharedMemoryCommunicator:
             TookTooLong: it is not in time.
         """
         deadline = time.monotonic() + self._timeout_s
+        self._neighbours.listen()
         self._go_on()
         while not exchange.complete():
             self._neighbours.wait_for(exchange.peers, deadline)
