@@ -180,7 +180,7 @@ def test_sums_and_extremes(interpreter: Interpreter, shape: tuple[int, ...], dty
         return [(x * 2).sum(first), x.sum(first, keepdim=True), x * 3]
 
     def everything(x: Tensor) -> list[Tensor]:
-        return [x.sum(), x.mean(), x / (x.float().pow(2).mean() + 1)]
+        return [x.sum(), x.mean(), x / (x.pow(2).mean() + 1)]
 
     for function in (rows, columns, everything):
         check(interpreter, function, x, scale=20)
