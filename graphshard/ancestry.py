@@ -267,11 +267,14 @@ def _names(path: Path) -> dict[str, set[str]]:
     """The nodes of each graph in a file of graph text. To read a large one as a program takes seconds."""
     found: dict[str, set[str]] = {}
     names = set[str]()
-    for section, name in re.findall(r"^graph (\w+)|^  %(\w+)", path.read_text(), re.MULTILINE):
+    statement = r"^graph (\w+)|^\s*%(\w+).*?(= region\(.*\{$|$)|^\s*(\})"
+    within = False  # a region, whose names are its own
+    for section, name, opens, closes in re.findall(statement, path.read_text(), re.MULTILINE):
         if section:
             names = found.setdefault(section, set())
-        else:
+        elif name and not within:
             names.add(name)
+        within = bool(opens) or (within and not closes)
     return found
 
 
