@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,15 +230,15 @@ class _StageLowering:
                 if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
             ]
             watch = self.watch and section is self.program.body
-            options = {"accumulators": accumulators, "watch": watch}
-            code = emit(piece.segment, nodes, outputs, section, self.kernels, **options)
+            write = partial(emit, accumulators=accumulators, watch=watch)
+            code = write(piece.segment, nodes, outputs, section, self.kernels)
             self.segments[piece.segment] = code.segment
             self.reused |= code.reused
             piece.inputs = code.inputs
             if code.accumulators:
                 piece.first_segment = f"{piece.segment}_first"
                 name = piece.first_segment
-                first = emit(name, nodes, outputs, section, self.kernels, first=True, **options)
+                first = write(name, nodes, outputs, section, self.kernels, first=True)
                 self.segments[piece.first_segment] = first.segment
                 piece.first_inputs = first.inputs
                 self.initialised |= code.accumulators

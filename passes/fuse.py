@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import fx
@@ -32,8 +33,8 @@ class Fuse:
     most: int = 64
     body: bool = True
 
-    name = "fuse"
-    exact = True  # a region means its operations
+    name: ClassVar[str] = "fuse"
+    exact: ClassVar[bool] = True  # a region means its operations
 
     def run(self, program: Program, ctx: Context) -> Program:
         for name, section in program.sections().items():

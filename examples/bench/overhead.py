@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.get_rank() == 0:
             options.output.write_text(json.dumps(measured))
         return 0
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, ranks in PLANS.items():
         plan = compiled(name)
         rows.append({"plan": name, "run": HERE, **measure(plan, ReplayingAll(plan.mesh), options.steps)})
@@ -94,7 +94,8 @@ class Replaying(Executor):
     def _machine(
         self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
     ) -> Machine:
-        return super()._machine(plan, rank, {name: self._replayed(f) for name, f in functions.items()}, watch)
+        replayed = {name: self._replayed(f) for name, f in functions.items()}
+        return super()._machine(plan, rank, replayed, watch)  # type: ignore[safe-super]
 
     def _replayed(self, function: SegmentFunction) -> SegmentFunction:
         made: tuple[Tensor, ...] = ()

@@ -126,6 +126,9 @@ def test_files_are_named_by_what_they_hold(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("same_*.py"))) == 2
 
 
-def test_a_directory_that_is_missing_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="missing"):
-        load_kernel(write_kernel(softmax(), "nowhere"), tmp_path / "missing")
+def test_a_directory_is_made_where_it_can_be(tmp_path: Path) -> None:
+    kernel = write_kernel(softmax(), "somewhere")
+    assert callable(load_kernel(kernel, tmp_path / "missing"))
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(OSError, match="file"):
+        load_kernel(kernel, tmp_path / "file" / "below")
