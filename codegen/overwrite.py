@@ -23,7 +23,9 @@ def dying(region: fx.Node, section: Section, returned: Collection[fx.Node]) -> d
     return {
         position: source
         for position, source in enumerate(region.all_input_nodes)
-        if source not in returned and _owns_storage(source, section) and all(_over(u, region) for u in source.users)
+        if source not in returned
+        and _owns_storage(source, section, region)
+        and all(_over(u, region) for u in source.users)
     }
 
 
@@ -63,11 +65,12 @@ def fits(result: fx.Node, old: fx.Node) -> bool:
     return bool(same and new.is_contiguous() and value.is_contiguous())
 
 
-def _owns_storage(node: fx.Node, section: Section) -> bool:
+def _owns_storage(node: fx.Node, section: Section, reader: fx.Node) -> bool:
     """A slot's value, reloaded or not, or what an operator made: not a view, nor what other ranks may read."""
     slot = stored_slot(section, node)
     if slot is not None:
-        return slot.role in _STORES
+        # What the prologue begins carries with may be one tensor for several.
+        return slot.role in _STORES and (slot.role is not Role.CARRY or info(reader).phase is Phase.UPDATE)
     if is_getitem(node):
         return is_region(node.all_input_nodes[0])
     made = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"

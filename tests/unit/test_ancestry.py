@@ -229,3 +229,28 @@ def test_the_command_prints_it(dump: Path, capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out)["touches"][0]["did"] == "made: captured from the model"
     assert main(["blame", str(dump / "nothing"), "tanh"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+class Chain(nn.Module):
+    """Pointwise operations that are fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        h = h * h
+        result: Tensor = torch.tanh(h)
+        return result
+
+
+def test_an_operation_that_was_fused_is_followed_into_its_region(tmp_path: Path) -> None:
+    batch = (torch.randn(8, 4), torch.randn(8, 8))
+    made = graphshard.compile(Chain(), "dp", loss_fn=F.mse_loss, example_inputs=batch, executor="none", world_size=2)
+    made.dump(tmp_path)
+    found = ancestry(tmp_path, "%mul")
+    assert did(found)[-1] == ("fuse", "made part of region %fused_mul_tanh")
+    assert "= region(" in found.text
+    assert found.code == "h = h * h"
+    assert [place.stage for place in found.places] == [0], "it runs where the region's kernel is called"

@@ -114,3 +114,12 @@ def test_the_page_says_what_each_pass_did() -> None:
     for words in ("pipeline-cut", "transfers", "reduce-scatters", "buckets", "GFLOP", "peak", "bubble", "stage 1"):
         assert words in page
     assert max(map(len, page.splitlines())) < 200
+
+
+def test_what_regions_became_is_listed() -> None:
+    made = compiled("gpt", "zero3+pp2", rows=16)[0]
+    kernels = made.report()["kernels"]
+    assert {kernel["name"] for kernel in kernels} == set(made.execution_plan.kernels)
+    assert all(kernel["how"] and kernel["calls"] > 0 for kernel in kernels)
+    listed = made.explain().partition("kernels (what regions became, with the segments that call each)\n")[2]
+    assert all(kernel["name"] in listed and kernel["how"] in listed for kernel in kernels)
