@@ -49,11 +49,11 @@ class Space:
             return Extent.SCALAR
         if shape and shape[-1] == self.length and value.numel() == self.numel:
             return Extent.FULL if value.is_contiguous() else None
-        if value.numel() == self.rows and value.is_contiguous():
-            return Extent.ROW
-        if shape and shape[-1] == value.numel() == self.length and value.is_contiguous():
-            return Extent.COLUMN
-        return None
+        if not value.is_contiguous():
+            return None
+        if shape and shape[-1] == value.numel() == self.length:
+            return Extent.COLUMN  # of as many rows as elements: what has one for each row is [..., 1]
+        return Extent.ROW if value.numel() == self.rows else None
 
 
 def space_of(value: Tensor) -> Space:
@@ -110,7 +110,10 @@ def _reduces(node: fx.Node) -> Space | None:
     value = val(node.all_input_nodes[0])
     dims: Any = node.args[1] if len(node.args) > 1 else None
     dims = [dims] if isinstance(dims, int) else dims
-    return space_of(value) if dims and value.dim() and [d % value.dim() for d in dims] == [value.dim() - 1] else None
+    if not dims or not value.dim() or [d % value.dim() for d in dims] != [value.dim() - 1]:
+        return None
+    found = space_of(value)
+    return found if found.extent(val(node)) is not Extent.COLUMN else None
 
 
 def _softmax(position: int) -> Callable[[fx.Node], Space | None]:
@@ -129,7 +132,9 @@ def _layer_norm(node: fx.Node) -> Space | None:
 def _nll_backward(node: fx.Node) -> Space | None:
     """The gradient of a mean or a sum: a row's is its own, given how many rows count."""
     value = val(node)
-    return space_of(value) if value.dim() == 2 and node.args[3] is None and node.args[4] in (1, 2) else None
+    if value.dim() != 2 or value.shape[0] == value.shape[1]:
+        return None  # which of both the targets are for could not be told
+    return space_of(value) if node.args[3] is None and node.args[4] in (1, 2) else None
 
 
 _ALONG_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {

@@ -132,6 +132,28 @@ def test_rows_are_cut_and_not_the_elements_of_one() -> None:
     torch.testing.assert_close(results, expected)
 
 
+SQUARE = """
+  %x : f64[6,6] = batch 0
+  %weight : f64[6] = batch 1
+  %n = aten.native_layer_norm.default(%x, [6], %weight, %weight, 1e-05)
+  %y = getitem(%n, 0)
+  %s = aten.sum.dim_IntList(%y, [1], True)
+  %z = aten.div.Tensor(%y, %s)
+  return output 0 %z
+"""
+
+
+@SMALL
+def test_as_many_rows_as_elements() -> None:
+    graph = update(SQUARE)
+    (region,) = regions(graph)
+    cut = blocks_of(region)
+    assert cut is not None and cut.rows and keeps_to_itself(region, cut)
+    results, expected = both(graph)
+    torch.testing.assert_close(results, expected)
+    assert not regions(update(SQUARE.replace(", True", "").replace("div.Tensor(%y, %s)", "neg.default(%s)")))
+
+
 @SMALL
 def test_regions_that_share_nothing_are_kernels_of_their_own_and_equal_ones_are_one() -> None:
     graph = update("""

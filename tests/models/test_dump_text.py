@@ -28,6 +28,6 @@ def test_dumped_graphs_read_back_as_they_were(name: str, tmp_path: Path) -> None
     )
     graphs = sorted(tmp_path.glob("*.graph"))
     names = [path.stem.partition("-")[2] for path in graphs]
-    assert names == ["capture", "normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap"]
+    assert names == ["capture", "normalize", "pipeline-cut", "zero", "bucket", "hoist", "overlap", "fuse"]
     for path in graphs:
         assert text.to_text(text.read(path)) == path.read_text(), path.name

@@ -129,7 +129,8 @@ class Nested(nn.Module):
 
 
 def _generator(seed: int = 1) -> torch.Generator:
-    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+    device = torch.get_default_device()
+    return torch.Generator("cpu" if device.type == "meta" else device).manual_seed(seed)
 
 
 def _ids(vocabulary: int, *shape: int, seed: int = 1) -> Tensor:

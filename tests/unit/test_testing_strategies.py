@@ -48,8 +48,11 @@ def test_every_pass_keeps_the_meaning(program: Program, passes: list[str]) -> No
             assert program.stages > 1
 
 
+MANY = settings(SETTINGS, max_examples=5000)  # no model is made
+
+
 def test_every_pass_of_the_table_is_among_them() -> None:
-    found = find(pass_lists(), lambda passes: len(parse_passes(passes)) == len(PASSES), settings=SETTINGS)
+    found = find(pass_lists(), lambda passes: len(parse_passes(passes)) == len(PASSES), settings=MANY)
     assert {item.name for item in parse_passes(found)} == set(PASSES)
 
 
