@@ -94,7 +94,9 @@ class Kernels:
         place = [f"device = {names[region.inputs[0]]}.device"] if any("device" in line for line in lines) else []
         body = [*place, *lines, f"return {', '.join(names[node] for node in region.outputs)}"]
         source = "".join([f"({parameters}):\n", *(f"    {line}\n" for line in body)])
-        name = f"{title(region)}_{hashlib.sha256(source.encode()).hexdigest()[:8]}"
+        # The same source for other sizes takes other memory, and is another kernel.
+        digest = hashlib.sha256(f"{source}{workspace_bytes}".encode()).hexdigest()[:8]
+        name = f"{title(region)}_{digest}"
         return self.table.setdefault(name, Kernel(name, f"def {name}{source}", "torch", how, workspace_bytes))
 
 

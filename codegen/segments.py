@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphshard.codegen.blocks import blocks_of
 from graphshard.codegen.expressions import arguments_of, spell
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.kernels import Kernels
@@ -205,7 +206,8 @@ class _Emitter:
         """The regions that are an update for which torch has a kernel, where the scalars that it wants are at hand."""
         if self.kernels.on_gpu:
             return {}  # its own kernel is one, and takes what goes before and behind the update with it
-        found = {node: adam for node in self.nodes if is_region(node) and (adam := find_adam(node, self.section))}
+        long = [n for n in self.nodes if isinstance(n.target, Region) and blocks_of(n.target) is not None]
+        found = {node: adam for node in long if (adam := find_adam(node, self.section))}
         return {n: a for n, a in found.items() if all(s in self.inside or s in inputs for s in (a.step, a.lr))}
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
