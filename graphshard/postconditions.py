@@ -197,7 +197,7 @@ def _nothing_is_communicated_again(program: Program) -> Iterator[Violation]:
 
 
 def _tagged_is_offloaded(program: Program) -> Iterator[Violation]:
-    """Of a storage that is tagged ``offload``, no value or view is read by the backward. What the step is given, such as
+    """Of a storage that is tagged ``offload``, no value or view is read by the backward. What a step is given, such as
     its batch, is not the body's to move."""
     for node in program.body.nodes():
         if info(node).tag is not MemoryTag.OFFLOAD or info(node).phase is not Phase.FORWARD:

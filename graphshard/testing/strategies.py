@@ -114,8 +114,9 @@ def programs(
 
 
 @st.composite
-def pass_lists(draw: st.DrawFn, level: Level | str = Level.SHARDED) -> str:
-    """Passes, as on the command line, that bring a captured program to ``level``; "" for captured."""
+def pass_lists(draw: st.DrawFn, level: Level | str = Level.SHARDED, *, fuse: bool = False) -> str:
+    """Passes, as on the command line, that bring a captured program to ``level``; "" for captured. ``fuse``: to the
+    end, where operations may be in regions."""
     if level == Level.CAPTURED:
         return ""
     precision = draw(st.sampled_from(["", "precision;", "precision:dtype=fp16,reduce=fp16;"]))
@@ -131,7 +132,7 @@ def pass_lists(draw: st.DrawFn, level: Level | str = Level.SHARDED) -> str:
         "offload": st.sampled_from(
             ["offload:optimizer=cpu,params=nvme", "offload:optimizer=nvme", "offload:params=cpu"]
         ),
-        "fuse": st.sampled_from(["fuse", "fuse:most=3"]),
     }
     passes += [draw(choice) for choice in optional.values() if draw(st.booleans())]
+    passes += [draw(st.sampled_from(["fuse", "fuse:most=3"]))] if fuse else []
     return ";".join(passes)

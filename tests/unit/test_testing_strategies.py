@@ -37,7 +37,7 @@ def test_random_programs_are_legal_run_and_round_trip(program: Program) -> None:
 @SETTINGS
 @given(
     programs(meshes=["", "dp=2", "pp=2", "pp=2 dp=2", "dp=2 shard=2", "pp=3 dp=2"]),
-    st.lists(pass_lists(), min_size=3, max_size=3),
+    st.lists(pass_lists(fuse=True), min_size=3, max_size=3),
 )
 def test_every_pass_keeps_the_meaning(program: Program, passes: list[str]) -> None:
     for listed in passes:
@@ -52,7 +52,7 @@ MANY = settings(SETTINGS, max_examples=5000)  # no model is made
 
 
 def test_every_pass_of_the_table_is_among_them() -> None:
-    found = find(pass_lists(), lambda passes: len(parse_passes(passes)) == len(PASSES), settings=MANY)
+    found = find(pass_lists(fuse=True), lambda passes: len(parse_passes(passes)) == len(PASSES), settings=MANY)
     assert {item.name for item in parse_passes(found)} == set(PASSES)
 
 
