@@ -1,20 +1,18 @@
-"""A region as Python with torch's operators: block by block, so that what lies between two operators stays in cache,
-where a region makes long values for itself alone; else operator by operator.
+"""A region as Python with torch's operators, block by block: what lies between two operators stays in cache.
 
 Blocks are of rows, or, where nothing looks at rows, of elements in memory order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphshard.codegen.expressions import spell
-from graphshard.codegen.workspace import storage_bytes
+from graphshard.codegen.expressions import call
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.program import tensors, val
 from graphshard.region import Region
@@ -57,7 +55,7 @@ class Blocks:
 
 
 def blocks_of(region: Region) -> Blocks | None:
-    """How to cut the region; None: it is short, or an operator of it is not computed row by row."""
+    """How to cut the region; None: it is one block, or an operator of it is not computed row by row."""
     operations = [node for node in region.operations if not is_getitem(node)]
     spaces = [space(node) for node in operations]
     if None in spaces:
@@ -85,20 +83,9 @@ class Code:
     workspace_bytes: int
 
 
-def whole_code(region: Region, names: Mapping[fx.Node, str]) -> Code:
-    """Operator by operator. ``names``: the variables; the inputs' hold them."""
-    lives = _Lives(region, storage_of=lambda node: sum(map(storage_bytes, tensors(val(node)))))
-    lines: list[str] = []
-    for node in region.operations:
-        lines.append(f"{names[node]} = {_call(node, names.__getitem__)}")
-        lines += _deletes([names[n] for n in lives.ending(node)])
-    kept = sum(storage_bytes(val(node)) for node in region.outputs)
-    return Code(tuple(lines), max(0, lives.peak - kept))
-
-
 def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, in_place: Mapping[int, int]) -> Code:
-    """Block by block; ``in_place``: results to the input, of as many elements of their dtype, that they
-    overwrite, by position."""
+    """Code for inputs in the variables ``names``; ``in_place``: results to the input, of as many elements of their
+    dtype, that they overwrite, by position."""
     lines: list[str] = []
     for index, node in enumerate(region.outputs):
         value = val(node)
@@ -117,11 +104,13 @@ def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, i
             (node,) = node.all_input_nodes  # a block of rows is the same for both
         return names[node] if node.op == "placeholder" and not blocks.extent(node) else f"{names[node]}_b"
 
-    lives = _Lives(region, storage_of=blocks.nbytes)
+    lives = _Lives(region, blocks)
     inside = [f"{name(n)} = {names[n]}{part}" for n in inputs]
     for node in region.operations:
         if node.target is not torch.ops.aten.view.default:
-            inside.append(f"{name(node)} = {_call(node, name, blocks.rows)}")
+            inside.append(
+                f"{name(node)} = {call(node, name, _last_dim if blocks.rows and is_reduction(node) else None)}"
+            )
         inside += _deletes([name(n) for n in lives.ending(node) if n.target is not torch.ops.aten.view.default])
     inside += [f"{names[n]}{part} = {name(n)}" for n in region.outputs]
     inside += _deletes([name(n) for n in region.outputs])
@@ -129,11 +118,11 @@ def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, i
 
 
 class _Lives:
-    """Follows, operation by operation, which values a region still needs, and the most bytes they take. Views and
+    """Follows, operation by operation, which values a block still needs, and the most bytes they take. Views and
     picked results live as long as what they are of."""
 
-    def __init__(self, region: Region, storage_of: Callable[[fx.Node], int]) -> None:
-        self._storage_of, self._held, self.peak = storage_of, 0, 0
+    def __init__(self, region: Region, blocks: Blocks) -> None:
+        self._nbytes, self._held, self.peak = blocks.nbytes, 0, 0
         self._members: dict[fx.Node, list[fx.Node]] = {}
         last: dict[fx.Node, fx.Node] = {}
         for node in region.operations:
@@ -149,10 +138,10 @@ class _Lives:
     def ending(self, node: fx.Node) -> list[fx.Node]:
         """The next operation, ``node``, has run: the values that nothing reads from here on."""
         if _root(node) is node:
-            self._held += self._storage_of(node)
+            self._held += self._nbytes(node)
             self.peak = max(self.peak, self._held)
         ended = self._ending.get(node, [])
-        self._held -= sum(map(self._storage_of, ended))
+        self._held -= sum(map(self._nbytes, ended))
         return [member for root in ended for member in self._members[root]]
 
 
@@ -175,18 +164,11 @@ def _flattened(blocks: Blocks, node: fx.Node) -> str:
     return "" if shape == wanted else f".view({wanted})"
 
 
-def _call(node: fx.Node, name: Callable[[fx.Node], str], by_rows: bool = False) -> str:
-    """``node`` as a call of its operator; a block of rows has one dim before the last, however many the whole has."""
-    if is_getitem(node):
-        return f"{name(node.all_input_nodes[0])}[{node.args[1]}]"
-    target: Any = node.target
-    words = []
-    for argument, value in zip(target._schema.arguments, node.args, strict=False):
-        if by_rows and is_reduction(node) and argument.name == "dim":
-            value = [-1] if isinstance(value, (list, tuple)) else -1
-        words.append(spell(value, name))
-    words += [f"{key}={spell(value, name)}" for key, value in node.kwargs.items() if key != "pin_memory"]
-    return f"torch.ops.{target}({', '.join(words)})"
+def _last_dim(argument: str, value: Any) -> Any:
+    """A block of rows has one dim before the last, however many the whole has."""
+    if argument != "dim":
+        return value
+    return [-1] if isinstance(value, (list, tuple)) else -1
 
 
 def _deletes(names: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ def files(plan: ExecutionPlan) -> dict[str, bytes]:
     """The files of ``plan`` by name. The same plan always gives the same bytes."""
     kernel_lines, kernels = _module(
         '"""Kernels that segments call."""\n\nimport torch\n\n\n',
-        ((kernel.name, f"By {kernel.how}.", kernel.source) for kernel in plan.kernels.values()),
+        ((kernel.name, f"By {kernel.language}: {kernel.how}.", kernel.source) for kernel in plan.kernels.values()),
     )
     result = {"plan.txt": str(plan), KERNELS: kernels}
     stages = []

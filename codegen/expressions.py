@@ -1,4 +1,4 @@
-"""Arguments of operators as Python source."""
+"""Operators and their arguments as Python source."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from graphshard.dataflow import arguments, is_getitem
 
 
 def spell(value: Any, name: Callable[[fx.Node], str]) -> str:
@@ -24,11 +26,19 @@ def spell(value: Any, name: Callable[[fx.Node], str]) -> str:
     return repr(value)
 
 
-def arguments_of(node: fx.Node, name: Callable[[fx.Node], str]) -> list[str]:
-    """What ``node`` gives its operator."""
-    words = [spell(value, name) for value in node.args]
-    words += [f"{key}={spell(value, name)}" for key, value in node.kwargs.items() if key != "pin_memory"]
-    return words + (["device=device"] if _leaves_device_open(node) else [])
+def arguments_of(node: fx.Node, name: Callable[[fx.Node], str], change: Callable[[str, Any], Any] | None = None) -> str:
+    """What ``node`` gives its operator; ``change`` gives another value for an argument, by its name."""
+    given = [(key, value if change is None else change(key, value)) for key, value in arguments(node).items()]
+    words = [spell(value, name) for _, value in given[: len(node.args)]]
+    words += [f"{key}={spell(value, name)}" for key, value in given[len(node.args) :] if key != "pin_memory"]
+    return ", ".join(words + (["device=device"] if _leaves_device_open(node) else []))
+
+
+def call(node: fx.Node, name: Callable[[fx.Node], str], change: Callable[[str, Any], Any] | None = None) -> str:
+    """``node`` as an expression: a call of its operator, with ``change`` as for :func:`arguments_of`, or a pick."""
+    if is_getitem(node):
+        return f"{name(node.all_input_nodes[0])}[{node.args[1]}]"
+    return f"torch.ops.{node.target}({arguments_of(node, name, change)})"
 
 
 def _leaves_device_open(node: fx.Node) -> bool:

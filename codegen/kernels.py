@@ -9,57 +9,81 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from graphshard.codegen.blocks import Code, blocked_code, blocks_of, keeps_to_itself, whole_code
+from graphshard.codegen.blocks import Code, blocked_code, blocks_of, keeps_to_itself
+from graphshard.codegen.expressions import call
 from graphshard.codegen.idioms import FusedAdam
 from graphshard.codegen.overwrite import fits, overwritten
 from graphshard.codegen.triton import supports, write_kernel
 from graphshard.codegen.workspace import storage_bytes
-from graphshard.dataflow import is_getitem, is_view
+from graphshard.dataflow import is_getitem
 from graphshard.execution import Kernel, type_of
-from graphshard.program import Section, val
-from graphshard.region import Region, region_of
+from graphshard.program import Program, Section, val
+from graphshard.region import Region, kind, region_of, title
+from graphshard.rewrite import copied, inline
 
 
 @dataclass
 class Kernels:
-    """The kernels of a plan, by name, for a CPU or a GPU."""
+    """The kernels of a plan, by name, for a CPU or a GPU; ``left``: how many regions run as the operators they are, by
+    what they would be called, with the reason."""
 
     on_gpu: bool = False
     table: dict[str, Kernel] = field(default_factory=dict)
+    left: Counter[str] = field(default_factory=Counter)
 
-    def overwrites(
-        self, node: fx.Node, region: Region, section: Section, returned: Collection[fx.Node]
-    ) -> dict[int, int]:
+    def chosen(self, program: Program) -> Program:
+        """A copy of ``program`` in which regions that no kernel is written for are the operations they were made of."""
+        result = copied(program)
+        for section in result.sections().values():
+            regions = [(node, node.target) for node in section.nodes() if isinstance(node.target, Region)]
+            for node, region, reason in [(n, r, self._refusal(n, r, section)) for n, r in regions]:
+                if reason:
+                    self.left[f"{title(region)}: {reason}"] += 1
+                    inline(section, node)
+        return result
+
+    def _refusal(self, node: fx.Node, region: Region, section: Section) -> str:
+        """Why there is to be no kernel; "" if there is."""
+        if self.on_gpu:
+            reason = supports(region)
+            return f"Triton takes no {reason}" if reason else ""
+        blocks = blocks_of(region)
+        if blocks is None:
+            return "all of it would be one block"
+        worthwhile = keeps_to_itself(region, blocks) or self.overwrites(node, region, section)
+        return "" if worthwhile else "it keeps nothing long to itself"
+
+    def overwrites(self, node: fx.Node, region: Region, section: Section) -> dict[int, int]:
         """Which results of ``node``, as a region, its kernel can write over which operands, by position."""
-        able = not supports(region) if self.on_gpu else blocks_of(region) is not None
-        found = overwritten(node, section, returned) if able else {}
+        found = overwritten(node, section)
         if self.on_gpu:  # its kernels take memory of the same shape
-            shapes = [val(n).shape for n in region.outputs], [val(n).shape for n in region.inputs]
-            found = {index: at for index, at in found.items() if shapes[0][index] == shapes[1][at]}
-        return found
+            return {i: at for i, at in found.items() if val(region.outputs[i]).shape == val(region.inputs[at]).shape}
+        # An operand that every block reads whole is needed until the last one.
+        blocks = blocks_of(region)
+        if blocks is None:
+            return {}
+        extents = [blocks.extent(n) for n in region.outputs], [blocks.extent(n) for n in region.inputs]
+        return {index: at for index, at in found.items() if extents[0][index] is extents[1][at]}
 
     def add(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
         """The kernel that computes ``region``; ``in_place``: results to the inputs they overwrite, by position."""
         names = _names(region)
         if self.on_gpu:
-            code, reason = whole_code(region, names), supports(region)
-            if not reason:
-                return self._written(region, names, code.lines, in_place)
-            how = f"torch operators, one after the other, since Triton takes no {reason}"
-        else:
-            code, how = _code(region, names, in_place)
-        return self._known(region, names, (), code.lines, code.workspace_bytes, how)
+            return self._written(region, in_place)
+        blocks = blocks_of(region)
+        assert blocks is not None, "a region that is not cut is no kernel"
+        code = blocked_code(region, names, blocks, in_place)
+        return self._known(region, names, (), code.lines, code.workspace_bytes, f"{blocks.unit} at a time")
 
-    def _written(
-        self, region: Region, names: Mapping[fx.Node, str], lines: tuple[str, ...], in_place: Mapping[int, int]
-    ) -> Kernel:
+    def _written(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
         """In Triton; named after what it computes, types included."""
+        names = _names(region)
+        calls = [call(node, names.__getitem__) for node in region.operations]
         types = [str(type_of(val(node))) for node in region.inputs]
-        digest = hashlib.sha256(repr((lines, types, sorted(in_place.items()))).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(repr((calls, types, sorted(in_place.items()))).encode()).hexdigest()[:8]
         name = f"{title(region)}_{digest}"
         if name not in self.table:
-            made = write_kernel(region, name, in_place)
-            self.table[name] = Kernel(name, made.source, "triton", f"Triton: {made.choice}")
+            self.table[name] = write_kernel(region, name, in_place)
         return self.table[name]
 
     def add_update(self, region: Region, adam: FusedAdam, dying: Collection[int]) -> Kernel:
@@ -79,7 +103,7 @@ class Kernels:
         update = f"torch._fused_adamw_({states}, [], {scalars}, {options}, amsgrad=False, maximize=False)"
         lines = (*prepared.lines, update, *finished.lines)
         workspace = max(prepared.workspace_bytes, finished.workspace_bytes)
-        return self._known(region, names, ("step", "lr"), lines, workspace, "torch's fused Adam, in place")
+        return self._known(region, names, ("step", "lr"), lines, workspace, "its fused Adam, in place")
 
     def _known(
         self,
@@ -100,14 +124,6 @@ class Kernels:
         return self.table.setdefault(name, Kernel(name, f"def {name}{source}", "torch", how, workspace_bytes))
 
 
-def _code(region: Region, names: Mapping[fx.Node, str], in_place: Mapping[int, int]) -> tuple[Code, str]:
-    blocks = blocks_of(region)
-    if blocks is not None and (in_place or keeps_to_itself(region, blocks)):
-        return blocked_code(region, names, blocks, in_place), f"torch operators, {blocks.unit} at a time"
-    assert not in_place, "what is computed whole overwrites nothing"
-    return whole_code(region, names), "torch operators, one after the other"
-
-
 def _part(
     nodes: Sequence[fx.Node],
     wanted: Collection[fx.Node],
@@ -123,9 +139,12 @@ def _part(
     results = [node for node in nodes if node in wanted]
     part = region_of(nodes, inputs, results)
     own = dict(zip((*part.inputs, *part.operations), (names[n] for n in (*inputs, *nodes)), strict=True))
-    old = next((at for at, node in enumerate(inputs) if node in free and fits(results[0], node)), None)
-    in_place = {} if old is None or blocks_of(part) is None else {0: old}
-    code, _ = _code(part, own, in_place)
+    blocks = blocks_of(part)
+    assert blocks is not None, "a part of what is cut into blocks can be cut alike"
+    # Nothing behind the part may read what it writes over.
+    over = [at for at, n in enumerate(inputs) if n in free and set(n.users) <= set(nodes) and fits(results[0], n)]
+    in_place = {0: over[0]} if over else {}
+    code = blocked_code(part, own, blocks, in_place)
     made = [node for index, node in enumerate(results) if index not in in_place and node not in returned]
     return Code(code.lines, code.workspace_bytes + sum(storage_bytes(val(node)) for node in made))
 
@@ -139,23 +158,12 @@ def _behind(region: Region, adam: FusedAdam) -> list[fx.Node]:
     return list(found)
 
 
-def title(region: Region) -> str:
-    """``fused_add_layer_norm``: after the first four kinds of operators."""
-    compute = (node for node in region.operations if not (is_getitem(node) or is_view(node)))
-    kinds = dict.fromkeys(_kind(node) for node in compute)
-    return "_".join(["fused", *list(kinds)[:4]])
-
-
 def _names(region: Region) -> dict[fx.Node, str]:
     """Variables that do not depend on where in a model the region is."""
     names = {node: f"input{index}" for index, node in enumerate(region.inputs)}
     counts = Counter[str]()
     for node in region.operations:
-        kind = "picked" if is_getitem(node) else _kind(node)
-        names[node] = f"{kind}{counts[kind]}"
-        counts[kind] += 1
+        word = "picked" if is_getitem(node) else kind(node)
+        names[node] = f"{word}{counts[word]}"
+        counts[word] += 1
     return names
-
-
-def _kind(node: fx.Node) -> str:
-    return str(node.target).split(".")[1].strip("_")

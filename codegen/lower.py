@@ -20,11 +20,11 @@ from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.order import Memory, Parts, order
 from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit
-from graphshard.codegen.storages import category, saved_roots, storage_root
+from graphshard.codegen.storages import category, saved_roots
 from graphshard.codegen.watched import watched
 from graphshard.codegen.workspace import storage_bytes
 from graphshard.communication import MOVES
-from graphshard.dataflow import is_getitem, resolve, upstream
+from graphshard.dataflow import is_getitem, resolve, storage_root, upstream
 from graphshard.execution import (
     OFFLOADED,
     ExecutionPlan,
@@ -61,6 +61,7 @@ def lower(program: Program, schedule: Schedule, watch: bool = False, on_gpu: boo
     the body show their values, so that what makes a NaN can be told. ``on_gpu``: regions become Triton kernels."""
     assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
     kernels = Kernels(on_gpu)
+    program = kernels.chosen(program)
     lowered = [_StageLowering(program, stage, schedule, watch, kernels) for stage in range(program.stages)]
     plan = _plan(program, schedule, lowered, [item.run() for item in lowered])
     peaks = [max(simulate_memory(plan, s, f).peak_bytes for f in variants(plan)) for s in range(program.stages)]
@@ -82,6 +83,7 @@ def _plan(
         buckets=program.buckets,
         constants=program.constants,
         kernels=lowered[0].kernels.table,
+        unfused=dict(lowered[0].kernels.left),
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import fx
 
@@ -18,14 +16,12 @@ aten = torch.ops.aten
 _STORES = (Role.FLAT, Role.SHARD, Role.MASTER, Role.STATE, Role.CARRY)
 
 
-def dying(region: fx.Node, section: Section, returned: Collection[fx.Node]) -> dict[int, fx.Node]:
-    """Operands, by position, whose storage is free once the region has run. ``returned``: what the segment leaves."""
+def dying(region: fx.Node, section: Section) -> dict[int, fx.Node]:
+    """Operands, by position, whose storage is free once the region has run."""
     return {
         position: source
         for position, source in enumerate(region.all_input_nodes)
-        if source not in returned
-        and _owns_storage(source, section, region)
-        and all(_over(u, region) for u in source.users)
+        if _owns_storage(source, section, region) and all(_over(u, region) for u in source.users)
     }
 
 
@@ -40,10 +36,10 @@ def _over(user: fx.Node, region: fx.Node) -> bool:
     return (before is Phase.FORWARD and now is not before) or (before is now is not Phase.UPDATE and user < region)
 
 
-def overwritten(region: fx.Node, section: Section, returned: Collection[fx.Node]) -> dict[int, int]:
+def overwritten(region: fx.Node, section: Section) -> dict[int, int]:
     """Positions of results to those of the operand whose storage they take: the old value of their slot, else one that
     dies with the region."""
-    free, results = dying(region, section, returned), results_of(region)
+    free, results = dying(region, section), results_of(region)
     slots = {slot: at for at, source in free.items() if (slot := stored_slot(section, source)) is not None}
     written = replaced_slots(section)
     found = {i: slots[written[node]] for i, node in results.items() if written.get(node) in slots}

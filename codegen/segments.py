@@ -8,7 +8,7 @@ memory once more.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,14 +16,14 @@ import torch
 from torch import fx
 
 from graphshard.codegen.blocks import blocks_of
-from graphshard.codegen.expressions import arguments_of, spell
+from graphshard.codegen.expressions import arguments_of, call, spell
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.overwrite import dying
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
-from graphshard.execution import Segment, type_of
+from graphshard.execution import Kernel, Segment, type_of
 from graphshard.program import Section, Slot, val
 from graphshard.region import Region, is_region, region_of, results_of
 from graphshard.rewrite import list_arg
@@ -261,8 +261,9 @@ class _Emitter:
             self._define(node, f"{self._call(node)}.clone()")
             self.ledger.temporary(storage_bytes(val(node.args[0])))  # type: ignore[arg-type]
             self.ledger.result(node)
-        elif self._frees(node):
-            self._region(node, region_of([node], node.all_input_nodes, [node]))
+        elif (alone := self._alone(node)) is not None:
+            region, in_place = alone
+            self._kernel(node, self.kernels.add(region, in_place), in_place)
         else:
             self._define(node, self._call(node))
             self.ledger.result(node)
@@ -278,32 +279,31 @@ class _Emitter:
                 value = self.packs[node].buffer
             self._line(f"watch({node.name!r}, {value})")
 
-    def _frees(self, node: fx.Node) -> bool:
-        """Whether the operator may write its result over a long operand, block by block."""
-        if (
-            self.watch
-            or self.kernels.on_gpu
-            or not isinstance(val(node), torch.Tensor)
-            or is_view(node)
-            or space(node) is None
-        ):
-            return False
+    def _alone(self, node: fx.Node) -> tuple[Region, dict[int, int]] | None:
+        """An operator that may write its result over a long operand, as a region, and which; None: it may not."""
+        if self.watch or self.kernels.on_gpu or isinstance(val(node), tuple) or is_view(node) or space(node) is None:
+            return None
         region = region_of([node], node.all_input_nodes, [node])
-        return bool(self.kernels.overwrites(node, region, self.section, self.outputs))
+        in_place = self.kernels.overwrites(node, region, self.section)
+        return (region, in_place) if in_place else None
 
     def _region(self, node: fx.Node, region: Region) -> None:
-        """A call of the region's kernel."""
-        results, adam = results_of(node), self.adams.get(node)
-        given = node.all_input_nodes
-        if adam is not None:
-            given = [*given, adam.step, adam.lr]
-            in_place = {region.outputs.index(new): region.inputs.index(old) for old, new in adam.replaced}
-            kernel = self.kernels.add_update(region, adam, dying(node, self.section, self.outputs))
+        adam = self.adams.get(node)
+        if adam is None:
+            in_place = self.kernels.overwrites(node, region, self.section)
+            self._kernel(node, self.kernels.add(region, in_place), in_place)
         else:
-            in_place = self.kernels.overwrites(node, region, self.section, self.outputs)
-            kernel = self.kernels.add(region, in_place)
-        names = [results[i].name if i in results else "_" for i in range(len(region.outputs))]
-        arguments = ", ".join(map(self._name, given))
+            in_place = {region.outputs.index(new): region.inputs.index(old) for old, new in adam.replaced}
+            kernel = self.kernels.add_update(region, adam, dying(node, self.section))
+            self._kernel(node, kernel, in_place, [adam.step, adam.lr])
+
+    def _kernel(
+        self, node: fx.Node, kernel: Kernel, in_place: Mapping[int, int], scalars: Sequence[fx.Node] = ()
+    ) -> None:
+        """Call the kernel of ``node``, with ``scalars`` behind its operands."""
+        results = results_of(node)
+        names = [results[index].name if index in results else "_" for index in range(_count(node))]
+        arguments = ", ".join(map(self._name, (*node.all_input_nodes, *scalars)))
         self._line(f"{', '.join(names)} = kernels.{kernel.name}({arguments})")
         self.ledger.temporary(kernel.workspace_bytes)
         for index, result in results.items():
@@ -318,13 +318,10 @@ class _Emitter:
         return resolve(node).name
 
     def _call(self, node: fx.Node) -> str:
-        if is_getitem(node):
-            return f"{self._expression(node.args[0])}[{node.args[1]}]"
-        arguments = ", ".join(arguments_of(node, self._name))
-        assert isinstance(node.target, torch._ops.OpOverload)
         if _is_large_product(node):
-            return f"products.{node.target._schema.name.removeprefix('aten::')}({arguments})"
-        return f"torch.ops.{node.target}({arguments})"
+            assert isinstance(node.target, torch._ops.OpOverload)
+            return f"products.{node.target._schema.name.removeprefix('aten::')}({arguments_of(node, self._name)})"
+        return call(node, self._name)
 
     def _start(self, destination: _Destination) -> None:
         """Allocate a pack's buffer before the first write; what no part covers is zero."""
@@ -396,6 +393,11 @@ class _Emitter:
 
     def _expression(self, value: Any) -> str:
         return spell(value, self._name)
+
+
+def _count(node: fx.Node) -> int:
+    """How many results the node has."""
+    return len(val(node)) if isinstance(val(node), tuple) else 1
 
 
 def _is_large_product(node: fx.Node) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx
 
-from graphshard.dataflow import storage_source
+from graphshard.dataflow import storage_root
 from graphshard.execution import OFFLOADED
 from graphshard.homes import before_moves, home_of
 from graphshard.program import Phase, Role, Section, info
@@ -33,13 +33,6 @@ _STORED = {
     Role.RNG: "batch",
     Role.LR: "batch",
 }
-
-
-def storage_root(node: fx.Node, reused: Mapping[fx.Node, fx.Node]) -> fx.Node:
-    """The node whose storage ``node`` shares, through views, waits and results written in place (``reused``)."""
-    while (source := reused.get(node) or storage_source(node)) is not None:
-        node = source
-    return node
 
 
 def saved_roots(nodes: Collection[fx.Node], reused: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:

@@ -8,7 +8,6 @@ along the last dims (norms, softmax, cross-entropy, forward and backward); sums 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -17,19 +16,8 @@ from graphshard.codegen.triton_decompose import decomposed
 from graphshard.codegen.triton_kernels import Writer
 from graphshard.codegen.triton_ops import TYPES, Unsupported
 from graphshard.codegen.triton_split import split
+from graphshard.execution import Kernel
 from graphshard.region import Region
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A region's Triton source: a file that defines ``name``, which is called as the region is.
-
-    ``choice`` says in words what was chosen for each launch: blocks, warps, one block a row or a loop.
-    """
-
-    name: str
-    source: str = field(repr=False)
-    choice: str
 
 
 def supports(region: Region) -> str:
@@ -44,7 +32,8 @@ def supports(region: Region) -> str:
 def write_kernel(
     region: Region, name: str, in_place: Mapping[int, int] | None = None, *, autotune: bool = False
 ) -> Kernel:
-    """The kernel of a region. ``name`` is a Python identifier.
+    """The kernel of a region. ``name`` is a Python identifier; ``how`` of the kernel says what was chosen for a launch:
+    blocks, warps, one block a row or a loop.
 
     ``in_place`` maps the number of an output to that of the input whose memory it overwrites: of its shape and dtype,
     and not used by the caller any more. ``autotune`` searches block sizes and warps at the first call of each shape.
@@ -55,7 +44,7 @@ def write_kernel(
     _check_types(region)
     graph = decomposed(region)
     source, choice = Writer(name, graph, split(graph), in_place or {}, autotune).source()
-    return Kernel(name, source, choice)
+    return Kernel(name, source, "triton", choice)
 
 
 def _check_types(region: Region) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphshard.codegen.triton import Kernel
+from graphshard.execution import Kernel
 from graphshard.region import Region
 from graphshard.source_files import imported
 

@@ -18,7 +18,7 @@ from graphshard.diff import diff
 from graphshard.difference import Kind
 from graphshard.dump import SOURCES
 from graphshard.errors import AmbiguousNode, NotADump, UnknownNode
-from graphshard.program import NodeInfo, Phase, Program, Section, info, source_line
+from graphshard.program import Phase, Program, Section, info, source_line
 from graphshard.region import Region, is_region, results_of
 
 _BODY_FIRST = ("body", "prologue", "epilogue", "first_epilogue")
@@ -133,10 +133,10 @@ class _Search:
     def run(self, name: str) -> Ancestry:
         at, section, node = self._find(name)
         earlier = list(self._before(at, section, node))[::-1]
-        later, (at, section, node), record = self._after(at, section, node)
+        later, (at, section, node), own = self._after(at, section, node)
         program = self.program(at)
         graph = program.sections()[section]
-        final = next(n for n in graph.graph.nodes if n.name == node)
+        final, record = next(n for n in graph.graph.nodes if n.name == node), info(own)
         source = source_line(self.sources, record)
         file, _, line = source.rpartition(":")
         forward = next((n for n in program.body.nodes() if record.forward and _is_forward(n, record.forward)), None)
@@ -151,9 +151,7 @@ class _Search:
             phase=record.phase,
             stage=record.stage,
             touches=(*earlier, *later),
-            places=tuple(_places(self.folder, section, _defined(final), _pack_of(final)))
-            if at == len(self.names) - 1
-            else (),
+            places=tuple(_places(self.folder, section, own, final)) if at == len(self.names) - 1 else (),
         )
 
     def _find(self, given: str) -> tuple[int, str, str]:
@@ -195,11 +193,11 @@ class _Search:
         item = next(i for i in alignment.after if (i.section, i.node.name) == (section, name))
         return alignment.partner.get(item.node) or alignment.copied.get(item.node)
 
-    def _after(self, at: int, section: str, name: str) -> tuple[list[Touch], tuple[int, str, str], NodeInfo]:
+    def _after(self, at: int, section: str, name: str) -> tuple[list[Touch], tuple[int, str, str], fx.Node]:
         """What changed the node after graph ``at``; index, section and name of its last form, which may be the region
-        that it is part of; its own record."""
+        that it is part of; the last form of its own."""
         touches: list[Touch] = []
-        record = info(next(n for n in self.program(at).sections()[section].graph.nodes if n.name == name))
+        own = next(n for n in self.program(at).sections()[section].graph.nodes if n.name == name)
         for index in range(at + 1, len(self.names)):
             alignment = Alignment(self.program(index - 1), self.program(index))
             item = next(i for i in alignment.before if (i.section, i.node.name) == (section, name))
@@ -211,11 +209,11 @@ class _Search:
                 continue
             if new is None:
                 touches.append(Touch(self.names[index], "removed", section, name))
-                return touches, (index - 1, section, name), record
-            section, name, record = new.section, new.node.name, info(new.node)
+                return touches, (index - 1, section, name), own
+            section, name, own = new.section, new.node.name, new.node
             touch = self._touch(index, section, name, item)
             touches += [touch] if touch is not None else []
-        return touches, (len(self.names) - 1, section, name), record
+        return touches, (len(self.names) - 1, section, name), own
 
     def _touch(self, index: int, section: str, name: str, old: Item | None) -> Touch | None:
         """What pass ``index`` did to what is ``name`` afterwards and was ``old``; None: nothing."""
@@ -289,13 +287,14 @@ def _pack_of(node: fx.Node) -> str:
     return reader.name if reader is not None and reader.target is torch.ops.graphshard.pack.default else ""
 
 
-def _places(folder: Path, section: str, name: str, pack: str) -> Iterator[Place]:
-    """The instructions of plan.txt that compute the node; ``pack``: see :func:`_pack_of`."""
-    plan = folder / "plan.txt"
+def _places(folder: Path, section: str, node: fx.Node, final: fx.Node) -> Iterator[Place]:
+    """The instructions of plan.txt that compute ``node``, which is ``final`` or in that region."""
+    plan, name = folder / "plan.txt", node.name
     files = sorted(folder.glob("stage*.py"))
-    segments = {segment for path in files for segment in _segments(path, section, name)}
-    if not segments and pack:
-        segments = {segment for path in files for segment in _segments(path, section, pack)}
+    segments: set[str] = set()
+    for defined in (name, _defined(final), _pack_of(final)):
+        if defined and not segments:
+            segments = {segment for path in files for segment in _segments(path, section, defined)}
     made = re.compile(rf"(?:->|{re.escape(name)}) .*%{re.escape(_PREFIX[section] + name)}(?:\.\d+)?(?![\w.])")
     found: dict[tuple[int, str], dict[str, None]] = {}
     stage, part = 0, ""

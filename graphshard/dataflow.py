@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -70,6 +70,14 @@ def storage_source(node: fx.Node) -> fx.Node | None:
     if is_view(node) or node.target is torch.ops._c10d_functional.wait_tensor.default:
         return node.all_input_nodes[0]
     return None
+
+
+def storage_root(node: fx.Node, reused: Mapping[fx.Node, fx.Node] | None = None) -> fx.Node:
+    """The node whose storage ``node`` shares, through views, waits and results written in place (``reused``)."""
+    known = reused or {}
+    while (source := known.get(node) or storage_source(node)) is not None:
+        node = source
+    return node
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

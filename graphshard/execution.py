@@ -157,7 +157,7 @@ class Kernel:
     name: str
     source: str
     language: str = "torch"  # what the source is written in: torch's operators, or "triton"
-    how: str = ""  # what it became, and why, for people
+    how: str = ""  # by what blocks, for people
     workspace_bytes: int = 0  # what it takes while it runs, beside inputs and results
 
 
@@ -257,6 +257,7 @@ class ExecutionPlan:
     buckets: dict[str, Bucket]
     constants: dict[str, torch.Tensor]
     kernels: dict[str, Kernel] = field(default_factory=dict)  # what segments call, by name
+    unfused: dict[str, int] = field(default_factory=dict)  # regions without a kernel: what and why, how many
     peak_bytes: tuple[int, ...] = ()  # per stage: the most a rank holds in a step, see simulate.py; (): not stated
 
     @property

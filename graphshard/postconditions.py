@@ -16,7 +16,7 @@ from torch import fx
 
 from graphshard.analysis import weight_views_cross
 from graphshard.communication import communication_axis
-from graphshard.dataflow import is_view, storage_source
+from graphshard.dataflow import is_view, storage_root
 from graphshard.errors import IllegalProgram
 from graphshard.program import Level, MemoryTag, Phase, Program, Role, Section, Slot, info, val
 
@@ -202,10 +202,7 @@ def _tagged_is_offloaded(program: Program) -> Iterator[Violation]:
     for node in program.body.nodes():
         if info(node).tag is not MemoryTag.OFFLOAD or info(node).phase is not Phase.FORWARD:
             continue
-        root = node
-        while (source := storage_source(root)) is not None:
-            root = source
-        if root.op == "placeholder":
+        if storage_root(node).op == "placeholder":
             continue
         for reader in _readers(node):
             if info(reader).phase is not Phase.FORWARD and reader.target is not gs.transfer.default:

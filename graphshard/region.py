@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from graphshard.dataflow import is_getitem, is_view
 from graphshard.program import Section
 
 
@@ -57,6 +58,17 @@ class Region:
             known[node] = target(*args, **kwargs)
         results = tuple(known[node] for node in self.outputs)
         return results[0] if len(results) == 1 else results
+
+
+def kind(node: fx.Node) -> str:
+    """``softmax`` for ``aten._softmax.default``."""
+    return str(node.target).split(".")[1].strip("_")
+
+
+def title(region: Region) -> str:
+    """``fused_add_layer_norm``: after the first four kinds of operators that do more than show another's result."""
+    compute = (node for node in region.operations if not (is_getitem(node) or is_view(node)))
+    return "_".join(["fused", *list(dict.fromkeys(map(kind, compute)))[:4]])
 
 
 def region_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Region:

@@ -88,12 +88,13 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
         "kernels": [
             {
                 "name": kernel.name,
-                "how": kernel.how,
+                "how": f"{kernel.language}: {kernel.how}",
                 "workspace_bytes": kernel.workspace_bytes,
                 "calls": sum(f"kernels.{kernel.name}(" in s.source for p in plan.stages for s in p.segments.values()),
             }
             for kernel in plan.kernels.values()
         ],
+        "unfused": plan.unfused,
         "stored": sorted({str(b.store) for b in plan.buckets.values()}),
         "machine": {} if executor is None else executor.choices(),
     }
@@ -192,13 +193,13 @@ def _memory(rank: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _kernels(kernels: list[dict[str, Any]]) -> list[str]:
-    """What each region became, and in how many segments."""
-    if not kernels:
-        return []
-    width = max(len(kernel["name"]) for kernel in kernels)
+def _kernels(kernels: list[dict[str, Any]], unfused: Mapping[str, int]) -> list[str]:
+    """What each region became, and in how many segments; which have no kernel, and why."""
+    width = max((len(kernel["name"]) for kernel in kernels), default=0)
     rows = [f"  {kernel['calls']:3} x {kernel['name']:{width}}  {kernel['how']}" for kernel in kernels]
-    return ["", "kernels (what regions became, with the segments that call each)", *rows]
+    left = [f"  {count:3} x {what}" for what, count in unfused.items()]
+    lines = ["", "kernels (what regions became, with the segments that call each)", *rows] if rows else []
+    return lines + (["", "regions that run operator by operator", *left] if left else [])
 
 
 def _kept_to(budget: dict[str, int]) -> list[str]:
@@ -248,7 +249,7 @@ def explain(data: dict[str, Any]) -> str:
     for bucket in data["buckets"]:
         size = f"{human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters"
         lines.append(f"  stage {bucket['stage']}  {size}  {bucket['name']}")
-    lines += _kernels(data["kernels"])
+    lines += _kernels(data["kernels"], data["unfused"])
     if data["machine"]:
         lines += ["", "this machine", *(f"  {what}: {choice}" for what, choice in data["machine"].items())]
     return "\n".join(lines) + "\n"

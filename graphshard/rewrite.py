@@ -13,9 +13,8 @@ from torch import fx
 from torch.utils._pytree import tree_flatten
 
 from graphshard import fake
-from graphshard.dataflow import is_getitem, is_view
 from graphshard.program import NodeInfo, Program, Section, Slot, info, val
-from graphshard.region import region_of
+from graphshard.region import Region, region_of, results_of, title
 
 
 def arg(node: fx.Node, index: int) -> fx.Node:
@@ -122,19 +121,11 @@ def into_region(
     """
     inside, records = set(nodes), [info(node) for node in nodes]
     inputs = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside))
-    operations = dict.fromkeys(
-        str(n.target).split(".")[1].strip("_") for n in nodes if not (is_view(n) or is_getitem(n))
-    )
+    region = region_of(nodes, inputs, results)
     module = ".".join(_common_prefix([record.module.split(".") for record in records]))
     record = replace(records[-1], origin="", forward="", module=module, tag=None, layout="", made_by=made_by)
     with after(nodes[-1]):
-        node = section.graph.create_node(
-            "call_function",
-            region_of(nodes, inputs, results),
-            tuple(inputs),
-            {},
-            "_".join(["fused", *list(operations)[:4]]),
-        )
+        node = section.graph.create_node("call_function", region, tuple(inputs), {}, title(region))
         node.meta = {"val": tuple(val(result) for result in results), "info": record}
         if len(results) == 1:
             (result,) = results
@@ -145,6 +136,21 @@ def into_region(
             made[result] = section.graph.call_function(operator.getitem, (node, index))
             made[result].meta = {"val": val(result), "info": replace(info(result), made_by=made_by)}
     return made
+
+
+def inline(section: Section, node: fx.Node) -> None:
+    """The operations of a region's ``node`` in its place."""
+    region: Region = node.target  # type: ignore[assignment]
+    made = dict(zip(region.inputs, node.all_input_nodes, strict=True))
+    with section.graph.inserting_before(node):
+        for inner in region.operations:
+            made[inner] = section.graph.node_copy(inner, made.__getitem__)
+            made[inner].meta = dict(inner.meta)
+    for index, result in results_of(node).items():
+        result.replace_all_uses_with(made[region.outputs[index]])
+        if result is not node:
+            section.graph.erase_node(result)
+    section.graph.erase_node(node)
 
 
 def _common_prefix(paths: Sequence[Sequence[str]]) -> Sequence[str]:

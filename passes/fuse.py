@@ -48,13 +48,8 @@ class Fuse:
 @dataclass(eq=False)
 class _Group:
     space: Space
-    first: int  # position of the first member
+    first: fx.Node
     nodes: dict[fx.Node, None] = field(default_factory=dict)
-
-    @property
-    def computes(self) -> int:
-        """How many operations do more than show another's result."""
-        return sum(not (is_view(node) or is_getitem(node)) for node in self.nodes)
 
 
 class _Grouping:
@@ -62,7 +57,6 @@ class _Grouping:
 
     def __init__(self, section: Section, most: int) -> None:
         self.section, self.most = section, most
-        self.position = {node: index for index, node in enumerate(section.graph.nodes)}
         self.group: dict[fx.Node, _Group] = {}
         self.open: dict[tuple[Phase, int | None], list[_Group]] = {}  # groups that may grow, by phase and stage
 
@@ -80,7 +74,7 @@ class _Grouping:
             elif (where := space(node)) is not None and self._may_move(node):
                 self._place(node, where, place)
         found = dict.fromkeys(self.group.values())  # in order of their first nodes
-        return [group for group in found if group.computes > 1]
+        return [group for group in found if _computing(group.nodes) > 1]
 
     def _may_move(self, node: fx.Node) -> bool:
         """Not what code generation writes in place: sums over micro-batches, and casts of what a bucket takes."""
@@ -111,7 +105,7 @@ class _Grouping:
                 for member in group.nodes:
                     self._add(member, joined)
         if joined is None:
-            joined = _Group(where, self.position[node])
+            joined = _Group(where, node)
             opened.append(joined)
             self._add(node, joined)
         joined.space = where
@@ -148,12 +142,17 @@ class _Grouping:
                 return True
             if unit is None:
                 # What stands before the group cannot depend on it, unless as part of another group.
-                if self.position[node] > group.first:
+                if group.first < node:
                     stack += node.all_input_nodes
             else:
                 seen.update(unit.nodes)
                 stack += self._outside(unit.nodes, unit)
         return False
+
+
+def _computing(nodes: Iterable[fx.Node]) -> int:
+    """How many do more than show another's result."""
+    return sum(not (is_view(node) or is_getitem(node)) for node in nodes)
 
 
 def _common(one: Space, other: Space) -> Space | None:
@@ -165,22 +164,22 @@ def _common(one: Space, other: Space) -> Space | None:
 
 def _make_region(section: Section, group: _Group) -> None:
     """A region of the group's nodes, where the last of them is."""
-    position = {node: index for index, node in enumerate(section.graph.nodes)}
-    members = sorted(group.nodes, key=position.__getitem__)
+    members = sorted(group.nodes)
     for node in reversed(members):
         if not node.users:
             section.graph.erase_node(node)
             members.remove(node)
     read = [node for node in members if any(user not in group.nodes for user in node.users)]
     results = dict.fromkeys(base for node in read if (base := _shown(node, group)) in group.nodes)
-    if not results:
-        return
     needed = upstream(results, stop=lambda node: node not in group.nodes)
     nodes = [node for node in members if node in needed]
+    if _computing(nodes) < 2:
+        return  # nobody reads the others
     inside = set(nodes)
     # What reads the region, views of its results too, waits until the last of its nodes is there.
     behind: dict[fx.Node, None] = {}
-    for node in [node for node in section.nodes() if position[nodes[0]] < position[node] < position[nodes[-1]]]:
+    node = nodes[0]
+    while (node := node.next) is not nodes[-1]:
         if node not in inside and any(source in inside or source in behind for source in node.all_input_nodes):
             behind[node] = None
     made = into_region(section, nodes, list(results), "fuse")

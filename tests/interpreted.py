@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from graphshard.codegen.triton import Kernel
+from graphshard.execution import Kernel
 
 
 class Interpreter:

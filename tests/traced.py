@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphshard import fake
-from graphshard.codegen.triton import Kernel, write_kernel
+from graphshard.codegen.triton import write_kernel
+from graphshard.execution import Kernel
 from graphshard.program import NodeInfo
 from graphshard.region import Region
 from interpreted import Interpreter

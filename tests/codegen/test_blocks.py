@@ -154,6 +154,23 @@ def test_as_many_rows_as_elements() -> None:
     assert not regions(update(SQUARE.replace(", True", "").replace("div.Tensor(%y, %s)", "neg.default(%s)")))
 
 
+COLUMN = """
+  %x : f64[6,6] = batch 0
+  %v : f64[6] = batch 1
+  %c = aten.exp.default(%v)
+  %y = aten.mul.Tensor(%x, %c)
+  %s = aten.sum.dim_IntList(%y, [1], True)
+  return output 0 %s
+"""
+
+
+@SMALL
+def test_what_every_block_reads_is_not_overwritten_by_rows_of_as_many() -> None:
+    graph = update(COLUMN)
+    results, expected = both(graph)
+    torch.testing.assert_close(results, expected)
+
+
 @SMALL
 def test_regions_that_share_nothing_are_kernels_of_their_own_and_equal_ones_are_one() -> None:
     graph = update("""

@@ -206,7 +206,7 @@ def test_where_gradients_replace_activations_one_bucket_more_is_held(monkeypatch
     early = planned(OFFLOADED, rows=8, layers=8)
     (late,) = late_peaks(monkeypatch, OFFLOADED, rows=8, layers=8)
     assert late < early.peak_bytes[0] <= late + STATE_BYTES
-    assert early_updates(early) >= 8
+    assert early_updates(early) >= 8 * 3 // 2
     prove(early)
 
 

@@ -213,7 +213,7 @@ def test_clipping_by_the_norm_is_one_region(interpreter: Interpreter) -> None:
 def test_rows_in_a_loop_need_one_pass_for_each_level(interpreter: Interpreter) -> None:
     x, weight = torch.randn(2, 30000), torch.randn(30000)
     kernel = check(interpreter, lambda x, w: F.layer_norm(x, [30000], w), x, weight)
-    assert kernel.source.count("for start in") == 3 and "steps" in kernel.choice
+    assert kernel.source.count("for start in") == 3 and "steps" in kernel.how
     kernel = check(interpreter, lambda x, w: torch.softmax(x * w, -1), x, weight)
     assert kernel.source.count("for start in") == 2  # maximum and sum together, then the results
 
@@ -231,8 +231,6 @@ def test_refusals(function: Callable[[Tensor], Tensor], reason: str) -> None:
 
 def test_a_choice_names_blocks_and_warps() -> None:
     region = region_from(lambda x: torch.softmax(x, -1), torch.empty(64, 4096))
-    assert (
-        write_kernel(region, "rows").choice == "rows_kernel: a row of 4096 in one block, 64 rows, 1 a program, 8 warps"
-    )
+    assert write_kernel(region, "rows").how == "rows_kernel: a row of 4096 in one block, 64 rows, 1 a program, 8 warps"
     tuned = write_kernel(region, "rows", autotune=True)
-    assert "@triton.autotune(" in tuned.source and "autotuned" in tuned.choice
+    assert "@triton.autotune(" in tuned.source and "autotuned" in tuned.how
