@@ -47,12 +47,29 @@ class Interpreter:
         self._process.wait()
 
 
+def _type_comparisons() -> None:
+    """The interpreter (triton 3.9.0) gives what compares two scalars the operands' type, and so cannot combine it with
+    a block of bools."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.binary_op
+
+    def typed(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        made = plain(self, left, right, operation)
+        return TensorHandle(made.data, tl.int1) if made.data.dtype == np.bool_ else made
+
+    InterpreterBuilder.binary_op = typed
+
+
 def _serve() -> None:
     import traceback
 
     from graphshard.codegen.triton_compile import load_kernel
 
     torch.set_num_threads(1)
+    _type_comparisons()
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # a kernel that prints does not break the answers
     with tempfile.TemporaryDirectory() as folder:
         while True:
