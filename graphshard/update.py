@@ -1,7 +1,7 @@
 """The optimizer's part of the epilogue: average the gradients, clip them, update every parameter.
 
-An optimizer is not special: its ``step`` is traced once per distinct (group, shape, dtype), and the recorded operators
-become nodes of the epilogue, once per parameter.
+An optimizer is not special: its ``step`` is traced, once per distinct (group, dtype) if it looks at no shape, else per
+(group, shape, dtype), and the recorded operators become nodes of the epilogue, once per parameter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from graphshard.errors import (
 from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot
 from graphshard.rewrite import add_input, call, copy_section, set_outputs
 from graphshard.update_rules import GRADIENT, LR, PARAM, template
-from graphshard.update_trace import COUNTER, Subject, trace_step, traced_shape
+from graphshard.update_trace import COUNTER, Subject, Trace, trace_step, traced_shape
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard
@@ -78,15 +78,21 @@ def add_update(
     groups = _groups(optimizer, param_names) if optimizer is not None else {}
     carried = [s for s in program.body.output_slots if s.role is Role.CARRY and s.name.startswith("grad:")]
     values = {s.name.removeprefix("grad:"): program.body.outputs[s].meta["val"] for s in carried}
-    traced: dict[tuple[int, tuple[int, ...], torch.dtype], Update] = {}
+    made: dict[tuple[int, tuple[int, ...], torch.dtype], Update] = {}
+    general: dict[tuple[int, torch.dtype, bool], _Traces] = {}
     updates: dict[str, Update] = {}
     for name, value in values.items():
         if name in groups and optimizer is not None:
             group, parameter = groups[name]
             key = (group, tuple(value.shape), value.dtype)
-            if key not in traced:
-                traced[key] = _trace_update(Subject(optimizer, group, parameter), value)
-            updates[name] = traced[key]
+            if key not in made:
+                kind = (group, value.dtype, bool(optimizer.state.get(parameter)))
+                if value.dim() and kind in general:
+                    made[key] = general[kind].update(value)
+                else:
+                    traces, made[key] = _trace_update(Subject(optimizer, group, parameter), value)
+                    general |= {kind: traces} if traces.fit_all else {}
+            updates[name] = made[key]
     program.params = {n: replace(p, group=groups[n][0]) if n in groups else p for n, p in program.params.items()}
     if optimizer is not None and max_grad_norm is None:
         values = {name: value for name, value in values.items() if name in updates}
@@ -114,6 +120,28 @@ class Update:
     later: Section
 
 
+@dataclass(frozen=True)
+class _Traces:
+    """The recorded update of a parameter of ``subject``'s kind; ``later``: None if it keeps no state."""
+
+    subject: Subject
+    first: Trace
+    later: Trace | None
+
+    @property
+    def fit_all(self) -> bool:
+        """Whether they are the update of a parameter of any shape."""
+        return self.first.fits_all and (self.later is None or self.later.fits_all)
+
+    def update(self, like: torch.Tensor) -> Update:
+        """Of a parameter with the fake value ``like``."""
+        name, group = self.subject.name, self.subject.group
+        first = template(name, self.first, like, {})
+        if self.later is None:
+            return Update(group, first, first)
+        return Update(group, first, template(name, self.later, like, self.first.types))
+
+
 def _groups(optimizer: Optimizer, param_names: Mapping[int, str]) -> dict[str, tuple[int, torch.Tensor]]:
     """Parameter name to its group and tensor."""
     groups: dict[str, tuple[int, torch.Tensor]] = {}
@@ -125,7 +153,7 @@ def _groups(optimizer: Optimizer, param_names: Mapping[int, str]) -> dict[str, t
     return groups
 
 
-def _trace_update(subject: Subject, like: torch.Tensor) -> Update:
+def _trace_update(subject: Subject, like: torch.Tensor) -> tuple[_Traces, Update]:
     if subject.optimizer.state.get(subject.param):
         subject = replace(subject, constructs=True)
     try:
@@ -136,7 +164,7 @@ def _trace_update(subject: Subject, like: torch.Tensor) -> Update:
     return _trace_either(replace(subject, constructs=True), like)  # its step expects state that is gone by now
 
 
-def _trace_either(subject: Subject, like: torch.Tensor) -> Update:
+def _trace_either(subject: Subject, like: torch.Tensor) -> tuple[_Traces, Update]:
     choices = subject.capturable_choices
     for choice in choices[:-1]:
         try:
@@ -146,19 +174,20 @@ def _trace_either(subject: Subject, like: torch.Tensor) -> Update:
     return _trace_pair(subject, like, choices[-1])
 
 
-def _trace_pair(subject: Subject, like: torch.Tensor, capturable: bool | None) -> Update:
+def _trace_pair(subject: Subject, like: torch.Tensor, capturable: bool | None) -> tuple[_Traces, Update]:
     default = COUNTER
     trace = trace_step(subject, None, {}, capturable, default)
     if like.dtype != COUNTER and (traced_shape(like.shape), COUNTER) in trace.types.values():
         default = torch.get_default_dtype()  # it makes state like the parameter in the default dtype
         trace = trace_step(subject, None, {}, capturable, default)
-    first = template(subject.name, trace, like, {})
     if not trace.types:
-        return Update(subject.group, first, first)
+        traces = _Traces(subject, trace, None)
+        return traces, traces.update(like)
     again = trace_step(subject, trace.types, trace.fixed, capturable, default)
     if again.types != trace.types or again.fixed != trace.fixed:
         raise OptimizerNotTraceable(subject.name, "its state changes in kind, type or shape from one step to the next")
-    return Update(subject.group, first, template(subject.name, again, like, trace.types))
+    traces = _Traces(subject, trace, again)
+    return traces, traces.update(like)
 
 
 class _Writer:

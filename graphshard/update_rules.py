@@ -18,7 +18,7 @@ from graphshard import fake
 from graphshard.errors import OptimizerNotTraceable
 from graphshard.program import NodeInfo, Phase, Role, Section, Slot, empty_section
 from graphshard.rewrite import add_input, call, drop_dead, set_outputs
-from graphshard.update_trace import COUNTER, StateTypes, Trace, traced_shape
+from graphshard.update_trace import COUNTER, StateTypes, Trace
 
 aten = torch.ops.aten
 
@@ -86,8 +86,7 @@ class _Lowering:
 
     def shape(self, traced: Sequence[int]) -> tuple[int, ...]:
         """The shape of what was traced as ``traced``."""
-        own = tuple(self.like.shape)
-        return own if tuple(traced) == traced_shape(own) else tuple(traced)
+        return tuple(self.like.shape) if tuple(traced) == self.trace.shape else tuple(traced)
 
     def refuse(self, reason: str) -> OptimizerNotTraceable:
         return OptimizerNotTraceable(self.optimizer, reason)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -15,9 +16,13 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from graphshard import fake
+from graphshard.dataflow import is_pointwise
 from graphshard.errors import OptimizerNotTraceable
+
+aten = torch.ops.aten
 
 COUNTER = torch.float64
 """The dtype of scalars: learning rate, step counts and whatever is computed from them, as Python computes in eager
@@ -25,6 +30,19 @@ mode. A 0-dim tensor does not promote what it is combined with; a float32 ``1 - 
 
 StateTypes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """State key to shape and dtype."""
+
+
+_KEEP_SHAPE = (
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.empty_like.default,
+    aten.detach.default,
+    aten.alias.default,
+    aten.clone.default,
+    aten.copy.default,
+    aten.copy_.default,
+)
 
 
 def traced_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -41,6 +59,8 @@ class Trace:
     module: fx.GraphModule
     keys: tuple[str, ...]  # of the state the step leaves
     fixed: Mapping[str, object]  # state that is no number
+    shape: tuple[int, ...]  # of the parameter
+    asked: bool  # whether the step's code saw anything of it, which another shape may change
 
     @property
     def types(self) -> StateTypes:
@@ -51,6 +71,23 @@ class Trace:
             key: (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), COUNTER)
             for key, value in zip(self.keys, values, strict=True)
         }
+
+    @property
+    def fits_all(self) -> bool:
+        """Whether a parameter of any shape is updated by these operators: the code did not ask for the shape, and they
+        are pointwise on tensors like the parameter, and scalars."""
+        # One element looks like any other shape of one, and like a scalar that is stored as one.
+        return not self.asked and prod(self.shape) > 1 and all(map(self._fits_all, self.module.graph.nodes))
+
+    def _fits_all(self, node: fx.Node) -> bool:
+        if node.op in ("get_attr", "output"):
+            return True
+        value = node.meta.get("val")
+        if not (isinstance(value, Tensor) and value.dim()):
+            # From scalars alone: a number made of a tensor with dims would tell its size.
+            return all(not _has_dims(source) for source in node.all_input_nodes)
+        like = tuple(value.shape) == self.shape
+        return like and (node.op == "placeholder" or is_pointwise(node) or node.target in _KEEP_SHAPE)
 
 
 @dataclass(frozen=True)
@@ -123,11 +160,13 @@ def _trace(
     def update(param: Tensor, gradient: Tensor, lr: Tensor, *tensors: Tensor) -> list[object]:
         keys.clear()
         left.clear()
-        optimizer = _twin(subject, param, lr, capturable, fresh=state is None)
+        with questions:
+            optimizer = _twin(subject, param, lr, capturable, fresh=state is None)
         if state is not None:
             optimizer.state[param] = dict(zip(state, tensors, strict=True)) | dict(fixed)
         param.grad = gradient
-        _run(subject, optimizer)
+        with questions:
+            _run(subject, optimizer)
         if any(key is not param for key in optimizer.state):
             raise OptimizerNotTraceable(subject.name, "it keeps state that belongs to no parameter")
         results: list[object] = [param]
@@ -143,9 +182,10 @@ def _trace(
 
     lr = fake.tensor(mode, (), COUNTER)
     gradient = fake.tensor(mode, traced_shape(like.shape), like.dtype)
+    questions = _Questions()
     with torch.no_grad(), mode, fake.compiling(), _default_dtype(default), _SubtractAsAdd():
         module = make_fx(torch.func.functionalize(update), tracing_mode="fake")(value, gradient, lr, *given)
-    return Trace(module, tuple(keys), dict(left))
+    return Trace(module, tuple(keys), dict(left), traced_shape(like.shape), questions.asked)
 
 
 def _twin(subject: Subject, param: Tensor, lr: Tensor, capturable: bool | None, fresh: bool) -> Optimizer:
@@ -181,6 +221,41 @@ def _run(subject: Subject, optimizer: Optimizer) -> None:
             raise OptimizerNotTraceable(subject.name, f"it changes its attribute {key!r}, which is not state")
 
 
+class _Questions(TorchFunctionMode):
+    """Notices when Python code learns anything of a tensor that depends on its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) and result is not None and _name(func) not in _SAME_FOR_ALL_SHAPES:
+            given = tree_leaves((args, kwargs))
+            self.asked |= any(isinstance(value, Tensor) and value.dim() > 0 for value in given)
+        return result
+
+
+_SAME_FOR_ALL_SHAPES = (
+    "dtype",
+    "device",
+    "layout",
+    "requires_grad",
+    "is_leaf",
+    "is_sparse",
+    "is_complex",
+    "is_floating_point",
+)
+
+
+def _name(func: Any) -> str:
+    """Of a function, or of the attribute that it reads."""
+    getter = func.__name__ == "__get__"
+    return str(func.__self__.__name__ if getter else func.__name__)
+
+
 class _SubtractAsAdd(TorchFunctionMode):
     """``sub(x, y, alpha=a)`` as ``add(x, y, alpha=-a)``: the fake kernel of ``sub`` branches on the value of alpha."""
 
@@ -195,6 +270,11 @@ class _SubtractAsAdd(TorchFunctionMode):
             add = torch.Tensor.add_ if name.endswith("_") else torch.Tensor.add
             return add(*args, **(kwargs | {"alpha": -kwargs["alpha"]}))
         return func(*args, **kwargs)
+
+
+def _has_dims(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() > 0
 
 
 def _plain(item: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -512,3 +513,61 @@ def test_tracing_again_says_what_has_changed(caplog: pytest.LogCaptureFixture) -
         "graphshard: weight_decay of group 0 is 0.1 now: tracing train again",
         "graphshard: new input shapes [4, 3], [4, 3]: tracing train again",
     ]
+
+
+def traces_of(make: Callable[..., Optimizer], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that the update of three parameters of one group is traced in."""
+    module, shapes = importlib.import_module("graphshard.update"), list[tuple[int, ...]]()
+    trace_step = module.trace_step
+
+    def noted(subject: Any, *given: Any) -> Any:
+        shapes.append(tuple(subject.param.shape))
+        return trace_step(subject, *given)
+
+    monkeypatch.setattr(module, "trace_step", noted)
+    sizes: dict[str, tuple[int, ...]] = {"a": (3, 4), "b": (5,), "c": (2, 2, 2)}
+    params = {name: nn.Parameter(torch.ones(shape)) for name, shape in sizes.items()}
+    add_update(captured(sizes, torch.float32), make(params.values()), names_of(params), None)
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "NAdam", "Adamax", "Adadelta"])
+def test_an_update_that_looks_at_no_shape_is_traced_in_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(traces_of(getattr(torch.optim, name), monkeypatch)) == {(3, 4)}
+
+
+class Sized(Optimizer):
+    """Steps by what ``size`` says of the parameter."""
+
+    def __init__(self, params: Any, size: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__(params, {"lr": 1e-3})
+        self.size = size
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad * self.size(p))
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        torch.Tensor.numel,
+        torch.numel,
+        len,
+        lambda p: p.shape[0],
+        lambda p: p.size(-1),
+        lambda p: p.ndim,
+        lambda p: 2.0 if p.dim() > 1 else 1.0,
+        lambda p: p.stride(0),
+        lambda p: p.nbytes,
+        lambda p: torch.zeros_like(p).flatten().shape[0],
+        lambda p: p.sum(),
+        lambda p: torch.ones_like(p).mean() if p.is_contiguous() else 0.0,
+    ],
+)
+def test_an_update_that_looks_at_a_shape_is_traced_in_each(
+    size: Callable[[torch.Tensor], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = traces_of(functools.partial(Sized, size=size), monkeypatch)
+    assert found == [(3, 4), (5,), (2, 2, 2)]
