@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from graphshard.codegen.lower import lower
 from graphshard.errors import (
     ExecutorNone,
     NeedsExampleInputs,
+    NotHashable,
     StateMismatch,
     UnexpectedTensor,
     UnknownExecutor,
@@ -32,6 +33,7 @@ from graphshard.errors import (
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.model_record import describe, unsaved_buffers
+from graphshard.moment import Moment, now
 from graphshard.optim import CompiledOptimizer, ScalerState, given_state, spell_options
 from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
@@ -39,7 +41,9 @@ from graphshard.passes.fuse import Fuse
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context, Pass, Placement, placement_of, run_passes
 from graphshard.plan import Plan
+from graphshard.plan_cache import PlanCache, open_cache
 from graphshard.plan_directory import Manifest
+from graphshard.plan_key import digest, of_optimizer, of_passes, versions
 from graphshard.planner import fit
 from graphshard.program import Program
 from graphshard.reference_inputs import Inputs, random_inputs
@@ -47,7 +51,10 @@ from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.nvme import check_folder
 from graphshard.runtime.storage import Storage
+from graphshard.text_spelling import first_line
 from graphshard.trace import Captured, Mode
+from graphshard.trace_call import Output
+from graphshard.trace_key import seen
 from graphshard.update import add_update, check_elementwise, make_optimizer
 from graphshard.verification import CHECK_GB, Subject, sized, verify_all
 from graphshard.version import __version__
@@ -75,6 +82,7 @@ def compile(
     measure_memory: bool = False,
     init: Callable[[nn.Module], object] | None = None,
     seed: int = 0,
+    cache: bool | str | Path = True,
 ) -> Compiled:
     """Compile ``model`` for training by ``plan``.
 
@@ -102,6 +110,8 @@ def compile(
             ``explain``. Steps take longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
+        cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
+            in ``~/.cache/graphshard/plans``. It is the plan that would be compiled: its key holds all it depends on.
 
     Raises:
         GraphshardError: a subclass that names the mistake.
@@ -128,6 +138,7 @@ def compile(
         measure_memory=measure_memory,
         init=init,
         seed=seed,
+        cache=open_cache(cache),
     )
     if example_inputs is not None:
         args, kwargs = example_arguments(example_inputs)
@@ -173,15 +184,45 @@ def example_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-@dataclass(kw_only=True)
-class _Build(Built):
-    """One compiled program."""
+@dataclass(frozen=True)
+class _Graphs:
+    """What a plan is lowered from."""
 
     program: Program
-    example: MicroBatch
     passes: list[Pass]
-    placement: Placement | None  # what the passes were given
-    source: Program | None = None  # the program before the first pass; kept where accounts are all that is asked for
+    output: Output
+    source: Program | None  # the program before the first pass; kept where accounts are all that is asked for
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the cache has."""
+
+    key: str = ""  # "": it was not looked up
+    plan: ExecutionPlan | None = None
+    output: Output | None = None  # of the run that the key is from
+    told: str = ""  # for people
+
+
+@dataclass(kw_only=True)
+class _Build(Built):
+    """One compiled program. Where the plan came from the cache, graphs are made when somebody asks for them."""
+
+    example: MicroBatch
+    moment: Moment  # when it was built
+    make: Callable[[], _Graphs]
+    found: _Found
+
+    @cached_property
+    def graphs(self) -> _Graphs:
+        """The program and the passes that made it."""
+        with self.moment.again():
+            return self.make()
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where it has what."""
+        return placement_of(self.graphs.program)
 
 
 @dataclass
@@ -203,9 +244,9 @@ class Compiled:
     measure_memory: bool = False
     init: Callable[[nn.Module], object] | None = None
     optimizer: Any = None
+    cache: PlanCache | None = None
     _builds: dict[tuple[Any, ...], Built] = field(default_factory=dict)
     _main: Built | None = None
-    _placement: Placement | None = None
     _runtime: Executor | None = None
     _storage: Storage | None = None
     _steps: int = 0
@@ -247,7 +288,7 @@ class Compiled:
     @property
     def program(self) -> Program:
         """The training program after the last pass."""
-        return self._compiled().program
+        return self._compiled().graphs.program
 
     @property
     def execution_plan(self) -> ExecutionPlan:
@@ -352,37 +393,87 @@ class Compiled:
         args, kwargs = example.arguments()
         if known := [other for other in self._builds if other[0] == mode]:
             logger.warning("graphshard: %s: tracing %s again", self._news(known[-1], key, example), mode)
-        captured = self._capture(mode, args, kwargs, microbatches)
-        first, placement = self._main is None, self._placement
-        source = copied(captured.program) if self.executor == "none" else None
-        observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
-        passes = self.passes
-        if mode == "train":
-            # Where parameters and state live is settled by the first program: later ones share its storage.
-            where = {"on_gpu": self._on_gpu(), "settled": not first}
-            schedule = self._schedule(mode, microbatches)
-            passes = fit(captured.program, passes, Context(self.mesh, placement), self.plan, schedule, **where)
-            self.passes = passes if first else self.passes
-        program = run_passes(captured.program, passes, Context(self.mesh, placement), observer)
-        watch = self.debug_nan and mode == "train"
-        plan = lower(program, self._schedule(mode, microbatches), watch, self._on_gpu())
+        first = self._main is None
+        moment = now(self.model, self._user_optimizer)
+        make: Callable[[], _Graphs] = partial(self._graphs, mode, example, microbatches, first)
+        found = self._look_up(mode, example, microbatches, spell_options(key[2] or ()))
+        plan, output = found.plan, found.output
+        if plan is None:
+            made = make()
+            make, output = lambda: made, made.output
+            watch = self.debug_nan and mode == "train"
+            plan = lower(made.program, self._schedule(mode, microbatches), watch, self._on_gpu())
+            if self.cache is not None and found.key:
+                self.cache.write(found.key, plan)
+        assert output is not None
         build = _Build(
             plan=plan,
             mode=mode,
             inputs=trace.spell_signature(args, kwargs),
             training=self.model.training,
             options=spell_options(key[2] or ()),
-            out_spec=captured.out_spec,
-            output_leaves=captured.output_leaves,
-            program=program,
+            out_spec=output.spec,
+            output_leaves=output.leaves,
             example=example,
-            passes=passes,
-            placement=placement,
-            source=source,
+            moment=moment,
+            make=make,
+            found=found,
         )
         if first:
-            self._main, self._placement = build, placement_of(program)
+            self._main = build
         return build
+
+    @fake.default_device()
+    def _graphs(self, mode: Mode, example: MicroBatch, microbatches: int, first: bool) -> _Graphs:
+        """Capture, and run the passes; ``first``: nothing else was built before."""
+        captured = self._capture(mode, *example.arguments(), microbatches)
+        source = copied(captured.program) if self.executor == "none" else None
+        observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
+        # Where parameters and state live is settled by the first program: later ones share its storage.
+        ctx = Context(self.mesh, None if first else self._compiled().placement)
+        passes = self.passes if first else self._compiled().graphs.passes
+        if mode == "train":
+            where = {"on_gpu": self._on_gpu(), "settled": not first}
+            passes = fit(captured.program, passes, ctx, self.plan, self._schedule(mode, microbatches), **where)
+            self.passes = passes if first else self.passes
+        program = run_passes(captured.program, passes, ctx, observer)
+        return _Graphs(program, passes, Output(captured.out_spec, captured.output_leaves), source)
+
+    def _look_up(
+        self, mode: Mode, example: MicroBatch, microbatches: int, options: tuple[dict[str, str], ...]
+    ) -> _Found:
+        """The plan of the cache, if there is a cache, and graphs are not what is asked for."""
+        if self.cache is None or self.executor == "none" or self.dump_dir is not None:
+            return _Found()
+        try:
+            key, output = self._key(mode, example, microbatches, options)
+        except NotHashable as error:
+            return _Found(told=f"the plan is compiled at every start: {error}")
+        except Exception as error:  # of anybody's model: capture raises it, too, and says where
+            return _Found(told=f"the plan is compiled at every start: {type(error).__name__}: {first_line(error)}")
+        plan = self.cache.read(key)
+        told = f"the plan is from the cache, {self.cache.path(key)}; passes ran for this account alone"
+        return _Found(key, plan, output, told if plan is not None else "")
+
+    def _key(
+        self, mode: Mode, example: MicroBatch, microbatches: int, options: tuple[dict[str, str], ...]
+    ) -> tuple[str, Output]:
+        """Equal only if the plan is; and how the model's output is put together.
+
+        Raises:
+            NotHashable: something it depends on is known by nothing but its code.
+        """
+        args, kwargs = example.arguments()
+        if self._main is None:
+            before: object = of_passes(self.passes)
+        elif not (before := self._compiled().found.key):
+            raise NotHashable("what was compiled first")
+        optimizer = of_optimizer(self._user_optimizer, options, self._names) if mode == "train" else ()
+        model = seen(self.model, self.loss_fn, args, kwargs, mode)
+        settings = self.plan, self.mesh, microbatches, self.max_grad_norm, self.debug_nan, self._on_gpu()
+        inputs = trace.spell_signature(args, kwargs)
+        types = torch.get_default_dtype(), self._params, self._groups()
+        return digest(versions(), mode, model.digest, inputs, settings, types, optimizer, before), model.output
 
     def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> Captured:
         """The program before the first pass."""
@@ -560,6 +651,7 @@ class Compiled:
     def _write(self, folder: Path) -> None:
         """Write all but the graphs, which are there."""
         build = self._compiled()
+        passes = build.graphs.passes
         measured = {} if self._runtime is None else report.measured_peaks(build.plan, self._runtime)
         dump.write_memory(folder, build.plan, self._title(), measured)
         manifest = Manifest(
@@ -570,7 +662,7 @@ class Compiled:
             seed=self.seed,
             model=describe(self.model),
             optimizer=None if self.optimizer is None else record_of(self.optimizer, self._scaler_factors()),
-            program=dump.graph_file(len(build.passes), build.passes[-1].name if build.passes else "capture"),
+            program=dump.graph_file(len(passes), passes[-1].name if passes else "capture"),
         )
         plan_directory.write(folder, manifest, self._builds.values(), unsaved_buffers(self.model))
 
@@ -605,8 +697,9 @@ class Compiled:
         """
         build = self._compiled()
         program, passes, ctx = self._before_passes(build)
-        evaluation = self._capture("evaluate", *build.example.arguments(), build.program.microbatches).program
-        subject = Subject(program, evaluation, passes, ctx, build.program, build.plan)
+        result = build.graphs.program
+        evaluation = self._capture("evaluate", *build.example.arguments(), build.plan.microbatches).program
+        subject = Subject(program, evaluation, passes, ctx, result, build.plan)
         verify_all(subject, full_size, limit_gb, report or (lambda line: None))
         return passes
 
@@ -623,7 +716,7 @@ class Compiled:
         build = self._compiled()
         program, passes, ctx = self._before_passes(build)
         if until == "verify":
-            program, ctx = sized(program, ctx, build.program, False, CHECK_GB)
+            program, ctx = sized(program, ctx, build.graphs.program, False, CHECK_GB)
         elif until != "memory":
             require_fits(program, CHECK_GB)
         inputs = self._inputs(program, until, batch, steps)
@@ -634,7 +727,7 @@ class Compiled:
     def _losses(self, batch: Any, steps: int) -> list[float]:
         """What the local executor makes of some steps on one batch, from the model's own values on."""
         args, kwargs = example_arguments(batch)
-        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_placement": None, "_runtime": None, "_storage": None}
+        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None}
         twin = replace(self, executor="local", optimizer=self._user_optimizer, dump_dir=None, _steps=0, **fresh)
         return [twin.step(*args, **kwargs).item() for _ in range(steps)]
 
@@ -654,11 +747,13 @@ class Compiled:
 
     def _before_passes(self, build: _Build) -> tuple[Program, list[Pass], Context]:
         """The program that ``build`` began with, and what to run on it to get where ``build`` is."""
-        if build.source is not None:
-            program = copied(build.source)
+        graphs = build.graphs
+        if graphs.source is not None:
+            program = copied(graphs.source)
         else:
-            program = self._capture(build.mode, *build.example.arguments(), build.program.microbatches).program
-        return program, build.passes, Context(self.mesh, build.placement)
+            with build.moment.again():
+                program = self._capture(build.mode, *build.example.arguments(), build.plan.microbatches).program
+        return program, graphs.passes, Context(self.mesh)
 
     def explain(self) -> str:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""
@@ -668,7 +763,11 @@ class Compiled:
     def report(self) -> dict[str, Any]:
         """The same as data that json can write."""
         build = self._built()
-        return report.report(self.program, build.plan, self.plan, self._runtime)
+        return report.report(self.program, build.plan, self.plan, self._runtime, self._told())
+
+    def _told(self) -> str:
+        """What the cache had to do with the plan; "": nothing."""
+        return self._compiled().found.told
 
 
 def _shapes(example: MicroBatch) -> str:

@@ -831,3 +831,10 @@ class NothingToMutate(GraphshardError):
     def __init__(self, kinds: Iterable[str]) -> None:
         tried = ", ".join(kinds)
         super().__init__(f"the passes changed nothing that can be broken; give a program they change (tried: {tried})")
+
+
+class NotHashable(GraphshardError):
+    """A value that no key of the cache can stand for."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} cannot be written down")

@@ -183,6 +183,9 @@ class Loaded(Compiled):
     def _compiled(self) -> NoReturn:
         raise NeedsCompiling(str(self.directory.path))
 
+    def _told(self) -> str:
+        return ""
+
     def _plans(self) -> list[ExecutionPlan]:
         return [built.plan for built in self.builds]
 

@@ -21,9 +21,11 @@ from graphshard.timeline import simulated_timeline, timeline
 from graphshard.units import human
 
 
-def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executor | None = None) -> dict[str, Any]:
+def report(
+    program: Program, plan: ExecutionPlan, asked: Plan, executor: Executor | None = None, cache: str = ""
+) -> dict[str, Any]:
     """Data that json can write: what ``compiled.report()`` promises, plus measured peaks and the machine's
-    choices where there is an executor."""
+    choices where there is an executor, and what the ``cache`` had to do with the plan."""
     flops = stage_flops(program)
     stages = []
     for stage in range(program.stages):
@@ -58,6 +60,7 @@ def report(program: Program, plan: ExecutionPlan, asked: Plan, executor: Executo
     simulated = simulate(schedule, costs[Phase.FORWARD], costs[Phase.BACKWARD], costs[Phase.WEIGHT])
     return {
         "plan": str(asked),
+        "cache": cache,
         "mesh": dict(plan.mesh.axes),
         "microbatches": plan.microbatches,
         "parameters": sum(p.numel for p in plan.params.values()),
@@ -215,6 +218,7 @@ def explain(data: dict[str, Any]) -> str:
     lines = [
         f"plan {data['plan']}: {mesh}, {data['microbatches']} micro-batches per step and data-parallel rank, "
         f"{data['parameters']:,} parameters",
+        *filter(None, [data["cache"]]),
         "",
         "passes",
     ]

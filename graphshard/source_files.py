@@ -9,7 +9,9 @@ from types import ModuleType
 
 from graphshard.files import write_atomic
 
-CACHE = Path.home() / ".cache" / "graphshard" / "kernels"
+CACHE = Path.home() / ".cache" / "graphshard"
+"""What graphshard keeps between runs."""
+KERNELS = CACHE / "kernels"
 """Where generated kernels are kept."""
 
 

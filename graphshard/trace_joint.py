@@ -50,7 +50,7 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
     Raises:
         GraphshardError: the subclass that names what cannot be captured, with the line of the model.
     """
-    step = _Step(request, tensors)
+    step = Step(request, tensors)
     with capturing(request.model, request.train), contextlib.ExitStack() as stack:
         try:
             traced = aot_export_joint_with_descriptors(stack, step, tuple(step.batch_values))
@@ -70,7 +70,7 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
     return Joint(traced.graph_module, inputs, outputs, step.mode, step.output)
 
 
-class _Step(nn.Module):
+class Step(nn.Module):
     """What AOTAutograd sees: a module with one parameter per tensor of the model, whatever its aliases."""
 
     def __init__(self, request: Request, tensors: ModelTensors) -> None:
@@ -100,7 +100,7 @@ class _Step(nn.Module):
         return tuple(result.clone() for result in results)
 
 
-def _port(descriptor: Any, step: _Step) -> Port:
+def _port(descriptor: Any, step: Step) -> Port:
     """Translate a descriptor of AOTAutograd; its classes are private, so they are known by name."""
     match type(descriptor).__name__:
         case "ParamAOTInput":

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import graphshard
+
 pytest_plugins = ["graphshard.testing.plugin", "pytester"]
 
 ON_DEVICE = {
@@ -36,6 +38,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A test finds nothing that another one compiled, and leaves nothing in the user's folders.
+    defaults = graphshard.compile.__kwdefaults__
+    assert defaults is not None
+    defaults["cache"] = False
     device = config.getoption("--device")
     if device is not None and (problem := _problem(device)):
         pytest.exit(f"--device {device}: {problem}", returncode=pytest.ExitCode.USAGE_ERROR)

@@ -13,7 +13,7 @@ import torch
 import graphshard.ops  # noqa: F401  (segments call torch.ops.graphshard)
 from graphshard.execution import Kernel, Segment
 from graphshard.runtime import products
-from graphshard.source_files import CACHE, imported
+from graphshard.source_files import KERNELS, imported
 
 SegmentFunction = Callable[[list[torch.Tensor], Mapping[str, int], torch.device], tuple[torch.Tensor, ...]]
 
@@ -33,7 +33,7 @@ def compile_segments(
 
 def _kernel(kernel: Kernel) -> Any:
     if kernel.language == "triton":
-        return getattr(imported(kernel.name, kernel.source, CACHE), kernel.name)
+        return getattr(imported(kernel.name, kernel.source, KERNELS), kernel.name)
     return _function(kernel.name, kernel.source, {})
 
 

@@ -40,7 +40,7 @@ def test_another_shape_is_cut_at_the_same_operations(plan: str) -> None:
         compiled.trace(torch.randn(rows, 16), torch.randn(rows, 16))
         latest = list(compiled._builds.values())[-1]
         assert isinstance(latest, _Build)
-        programs.append(latest.program)
+        programs.append(latest.graphs.program)
     first, second = programs
     assert stages(first) == stages(second)
     assert nodes(first).op("transfer").count == nodes(second).op("transfer").count

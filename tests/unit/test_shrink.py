@@ -79,8 +79,8 @@ def compiled(plan: str, **changes: Any) -> graphshard.Compiled:
 
 def captured(what: graphshard.Compiled) -> Program:
     built = what._compiled()
-    assert built.source is not None
-    return built.source
+    assert built.graphs.source is not None
+    return built.graphs.source
 
 
 @pytest.mark.parametrize("plan", ["zero3:size=16+pp2", "dp8", "dp2+zero3:size=8+accum4"])

@@ -1,0 +1,46 @@
+"""What a model and its optimizer were set to when something was compiled, to capture that again later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Training flags by module, and options by parameter group of the optimizer."""
+
+    flags: Sequence[tuple[nn.Module, bool]]
+    options: Sequence[tuple[dict[str, Any], Mapping[str, Any]]]
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """All of it as it was then."""
+        now = moment_of([module for module, _ in self.flags], [group for group, _ in self.options])
+        self._set()
+        try:
+            yield
+        finally:
+            now._set()
+
+    def _set(self) -> None:
+        for module, training in self.flags:
+            module.training = training
+        for group, options in self.options:
+            group.update(options)
+
+
+def moment_of(modules: Sequence[nn.Module], groups: Sequence[dict[str, Any]]) -> Moment:
+    """How these are set now."""
+    options = [(group, {key: value for key, value in group.items() if key != "params"}) for group in groups]
+    return Moment([(module, module.training) for module in modules], options)
+
+
+def now(model: nn.Module, optimizer: Optimizer | None) -> Moment:
+    """How ``model`` and ``optimizer`` are set now."""
+    return moment_of(list(model.modules()), [] if optimizer is None else optimizer.param_groups)
