@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench bench-memory bench-overhead bench-memory-gpu clean
+.PHONY: help demo test test-gpu lint bench bench-compile bench-memory bench-overhead bench-memory-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -37,6 +37,9 @@ bench: $(READY) ## compare speed with FSDP2, DDP and torch.distributed.pipelinin
 bench-memory: $(READY) ## what recomputation and a file for optimizer state cost and save (DISK=folder)
 	@$(BIN)/python examples/bench/recompute.py
 	@$(BIN)/python examples/bench/offload.py --path $(DISK)
+
+bench-compile: $(READY) ## what starting costs, cold and from the cache, beside torch.compile
+	@$(BIN)/python examples/bench/compile.py $(ARGS)
 
 bench-overhead: $(READY) ## what the executor's Python costs for each instruction
 	@$(BIN)/python examples/bench/overhead.py $(ARGS)

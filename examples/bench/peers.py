@@ -24,7 +24,8 @@ LEARNING_RATE = 3e-4
 Step = Callable[[int], float]
 
 
-def _adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+    """The update of every row."""
     return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
 
@@ -53,7 +54,7 @@ def _accumulated(
 def eager(sizes: Sizes) -> Step:
     """One process, gradients accumulated over the same micro-batches."""
     model = make_part(sizes)
-    optimizer = _adamw(model.parameters())
+    optimizer = adamw(model.parameters())
 
     def step(index: int) -> float:
         loss = _accumulated(model, *batch_of(sizes, index), sizes, lambda _: nullcontext())
@@ -67,7 +68,7 @@ def eager(sizes: Sizes) -> Step:
 def ddp(sizes: Sizes) -> Step:
     """DistributedDataParallel; all micro-batches but the last under ``no_sync``."""
     model = DistributedDataParallel(make_part(sizes), gradient_as_bucket_view=True)
-    optimizer = _adamw(model.parameters())
+    optimizer = adamw(model.parameters())
     rank, world = dist.get_rank(), dist.get_world_size()
 
     def step(index: int) -> float:
@@ -99,7 +100,7 @@ def fsdp2(sizes: Sizes, *, sync: bool, reshard: bool) -> Step:
     rank, world = dist.get_rank(), dist.get_world_size()
     model = make_part(sizes)
     sharded = _shard(model, init_device_mesh("cpu", (world,)), reshard=reshard)
-    optimizer = _adamw(model.parameters())
+    optimizer = adamw(model.parameters())
 
     def microbatch(last: bool) -> AbstractContextManager[object]:
         sharded.set_requires_gradient_sync(sync or last)
@@ -137,7 +138,7 @@ def pipeline(sizes: Sizes, *, schedule: str, dp: int = 1) -> Step:
     made: list[Any] = [
         PipelineStage(m, i, parts, torch.device("cpu"), group=group) for i, m in zip(held, modules, strict=True)
     ]
-    optimizer = _adamw(p for m in modules for p in m.parameters())
+    optimizer = adamw(p for m in modules for p in m.parameters())
     count = sizes.microbatches(dp)
     runner: Schedule1F1B | ScheduleZBVZeroBubble
     if schedule == "zbv":

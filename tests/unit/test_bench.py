@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 from typing import Any
@@ -99,3 +100,16 @@ def test_no_stage_is_empty(parts: int) -> None:
         cuts = cut_points(Sizes(layers=3, width=16, vocabulary=vocabulary), parts)
         assert (cuts[0], cuts[-1]) == (0, 3)
         assert all(begin < end for begin, end in itertools.pairwise(cuts))
+
+
+def test_a_second_start_is_measured_against_torch_compiles_first() -> None:
+    def start(seconds: float) -> dict[str, float]:
+        return {"start_s": seconds + 1, "start_wall_s": 9.0, "compile_s": seconds, "loss": 1.0}
+
+    module = importlib.import_module("compile")
+    kinds = [(what, turn) for what in (module.PEER, module.ONE) for turn in ("cold", "from its cache")]
+    times = dict(zip(kinds, ((20.0, 22.0), (9.0, 9.0), (8.0, 6.0, 7.0), (2.0, 2.1)), strict=True))
+    rows = module.summarised({kind: [start(seconds) for seconds in found] for kind, found in times.items()})
+    assert [row["reach"] for row in rows] == [None, None, 1.0, pytest.approx(1 / 3)]
+    assert [row["ratio"] for row in rows] == pytest.approx([1.0, 9 / 21, 7 / 21, 2.05 / 21])
+    assert rows[3]["own_ratio"] == pytest.approx(2.05 / 7)
