@@ -156,7 +156,7 @@ def test_training_gives_the_same(name: str) -> None:
         assert late == {slot.stage for slot in staged.body.output_slots if slot.name.startswith("grad:")} - {0}
 
 
-@pytest.mark.parametrize("name", ["convnet", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["convnet", "gpt2", pytest.param("t5", marks=pytest.mark.full)])
 def test_later_programs_obey_the_first(name: str) -> None:
     model, captured, _ = programs(name)
     first = cut(Normalize().run(captured, Context()), 3)

@@ -34,7 +34,13 @@ def train(name: str, plan: str, steps: int = 2, seed: int = 0) -> tuple[list[Ten
 
 
 @pytest.mark.parametrize(
-    ("name", "plans"), [("mlp", FOUR_ON_ONE), ("gpt", TWO_ON_TWO), ("bert", TWO_ON_TWO[1:3]), ("t5", TWO_ON_TWO[1:3])]
+    ("name", "plans"),
+    [
+        ("mlp", FOUR_ON_ONE),
+        ("gpt", TWO_ON_TWO),
+        ("bert", TWO_ON_TWO[1:3]),
+        pytest.param("t5", TWO_ON_TWO[1:3], marks=pytest.mark.full),
+    ],
 )
 def test_plans_with_one_split_agree(name: str, plans: tuple[str, ...]) -> None:
     losses, weights = train(name, plans[0])

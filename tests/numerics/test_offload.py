@@ -39,10 +39,7 @@ PLACES = tuple(
     if any(wheres)
 )
 SELECTED = (
-    ("dp2", "optimizer=cpu,params=nvme"),
-    ("zero1:size=2", "optimizer=nvme,params=cpu"),
     ("zero2:size=2", "optimizer=nvme"),
-    ("zero3:size=2+accum2", "optimizer=nvme,params=nvme,activations=nvme"),
     ("zero3+pp2", "optimizer=cpu,params=cpu,activations=cpu"),
     ("zero3+pp2", "params=nvme,activations=cpu"),
     ("zero3+pp2:schedule=zb-h1", "optimizer=nvme,activations=nvme"),

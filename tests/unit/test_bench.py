@@ -107,7 +107,7 @@ def test_a_second_start_is_measured_against_torch_compiles_first() -> None:
         return {"start_s": seconds + 1, "start_wall_s": 9.0, "compile_s": seconds, "loss": 1.0}
 
     module = importlib.import_module("compile")
-    kinds = [(what, turn) for what in (module.PEER, module.ONE) for turn in ("cold", "from its cache")]
+    kinds = [(what, turn) for what in (module.PEER, module.ONE) for turn in ("cold", "cached")]
     times = dict(zip(kinds, ((20.0, 22.0), (9.0, 9.0), (8.0, 6.0, 7.0), (2.0, 2.1)), strict=True))
     rows = module.summarised({kind: [start(seconds) for seconds in found] for kind, found in times.items()})
     assert [row["reach"] for row in rows] == [None, None, 1.0, pytest.approx(1 / 3)]

@@ -34,9 +34,15 @@ PLANS = (
     "zero1:size=2+pp2+offload:optimizer=cpu,params=cpu,activations=nvme,path=/",
     *(
         f"{data}pp{stages}:schedule={schedule},microbatches={microbatches}"
-        for data, stages in (("", 2), ("", 4), ("zero3:size=2+", 2), ("zero1:size=2+", 4), ("dp2+", 3))
+        for data, stages, counts in (
+            ("", 2, (2, 4)),
+            ("", 4, (2, 4)),
+            ("zero3:size=2+", 2, (4,)),
+            ("zero1:size=2+", 4, (2,)),
+            ("dp2+", 3, (2,)),
+        )
         for schedule in ("gpipe", "1f1b", "zb-h1")
-        for microbatches in (2, 4)
+        for microbatches in counts
     ),
 )
 
