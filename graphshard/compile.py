@@ -399,6 +399,8 @@ class Compiled:
         found = self._look_up(mode, example, microbatches, spell_options(key[2] or ()))
         plan, output = found.plan, found.output
         if plan is None:
+            if found.told:
+                logger.info("graphshard: %s", found.told)
             made = make()
             make, output = lambda: made, made.output
             watch = self.debug_nan and mode == "train"

@@ -52,7 +52,24 @@ def tensor(
     stride: Iterable[int] | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """A fake tensor of that type; contiguous unless ``stride`` (in elements) is given."""
+    """A fake tensor of that type; contiguous unless ``stride`` (in elements) is given. It is a type: equal ones may
+    be one object."""
+    if not isinstance(mode, RememberingMode):
+        return fresh(mode, shape, dtype, stride, device)
+    key = (tuple(shape), dtype, None if stride is None else tuple(stride), torch.device(device))
+    if key not in mode.known:
+        mode.known[key] = fresh(mode, *key)
+    return mode.known[key]  # type: ignore[no-any-return]
+
+
+def fresh(
+    mode: FakeTensorMode,
+    shape: Iterable[int],
+    dtype: torch.dtype,
+    stride: Iterable[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The same as an object of its own, which stands for one tensor while a model runs."""
     with mode:
         if stride is None:
             return torch.empty(tuple(shape), dtype=dtype, device=device)

@@ -83,7 +83,7 @@ class Step(nn.Module):
         self.batch = [i for i, leaf in enumerate(request.leaves) if isinstance(leaf, Tensor)]
         leaves = [request.leaves[i] for i in self.batch]
         # Contiguous, as executors hand them over.
-        self.batch_values = [fake.tensor(self.mode, v.shape, v.dtype) for v in leaves]
+        self.batch_values = [fake.fresh(self.mode, v.shape, v.dtype) for v in leaves]
         for i, value in enumerate(fake_tensors(tensors.params, self.mode, request.train)):
             self.register_parameter(f"p{i}", value)  # type: ignore[arg-type]
         for i, value in enumerate(fake_tensors(tensors.buffers, self.mode, request.train)):

@@ -130,7 +130,7 @@ def fake_tensors(held: Sequence[Held], mode: FakeTensorMode, trained: bool) -> l
     """A contiguous fake tensor for each; parameters require a gradient if the real ones do and ``trained``."""
     made: list[Tensor] = []
     for item in held:
-        value = fake.tensor(mode, item.tensor.shape, item.tensor.dtype)
+        value = fake.fresh(mode, item.tensor.shape, item.tensor.dtype)
         if isinstance(item.tensor, nn.Parameter):
             value = nn.Parameter(value, requires_grad=item.tensor.requires_grad and trained)
         made.append(value)

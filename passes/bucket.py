@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_map_only
 
 from graphshard import fake
 from graphshard.blocks import block_path
@@ -177,8 +176,10 @@ class _Update:
             return None
         mapping = {ours[key]: theirs[key] for key in ours}
         for a, b in zip(own, own_other, strict=True):
-            mapped = tree_map_only(fx.Node, lambda n: mapping.get(n, n), (a.args, dict(a.kwargs)))
-            if a.target is not b.target or mapped != (b.args, dict(b.kwargs)) or a.target is aten.as_strided.default:
+            if a.target is not b.target or a.target is aten.as_strided.default:
+                return None
+            mapped: Any = fx.map_arg((a.args, a.kwargs), lambda n: mapping.get(n, n))
+            if mapped != (b.args, b.kwargs):
                 return None
             mapping[a] = b
         return mapping
