@@ -83,9 +83,11 @@ class Code:
     workspace_bytes: int
 
 
-def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, in_place: Mapping[int, int]) -> Code:
+def blocked_code(
+    region: Region, names: Mapping[fx.Node, str], blocks: Blocks, in_place: Mapping[int, int], outs: Mapping[str, str]
+) -> Code:
     """Code for inputs in the variables ``names``; ``in_place``: results to the input, of as many elements of their
-    dtype, that they overwrite, by position."""
+    dtype, that they overwrite, by position. ``outs``: by variable of a result one that holds memory for it, or None."""
     lines: list[str] = []
     for index, node in enumerate(region.outputs):
         value = val(node)
@@ -93,6 +95,8 @@ def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, i
         if index in in_place:
             old = region.inputs[in_place[index]]
             made = names[old] + ("" if val(old).shape == value.shape else f".view({list(value.shape)})")
+        elif out := outs.get(names[node]):
+            made += f" if {out} is None else {out}"
         lines.append(f"{names[node]} = {made}")
     inputs = [node for node in region.inputs if blocks.extent(node)]
     lines += [f"{names[n]}_all = {names[n]}{_flattened(blocks, n)}" for n in (*inputs, *region.outputs)]

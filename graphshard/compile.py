@@ -429,7 +429,7 @@ class Compiled:
             return self._runtime, self._storage
         if self.executor == "none":
             raise ExecutorNone()
-        build = self._built()
+        self._built()
         self._runtime = self._make_executor()
         self._storage = Storage(self._runtime, *self._plans())
         self._state_names = list(self.model.state_dict(keep_vars=True))
@@ -444,7 +444,7 @@ class Compiled:
             self._storage.write_params(params)
             self._storage.write_buffers(dict(self.model.named_buffers()))
         state = given_state(user, self._names) if user is not None else {}
-        if self.executor == "distributed" and build.plan.mesh.world_size > 1:
+        if self.executor == "distributed":
             # The ranks hold the parameters now: the model need not.
             replaced = _move(self.model, holders, lambda t: t.to("meta"))
             for holder in holders:

@@ -16,6 +16,7 @@ from torch import Tensor
 from graphshard.errors import NonFiniteStep, NoValue, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.mesh import Mesh, ranks_by
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
@@ -121,9 +122,15 @@ class DistributedExecutor(Executor):
         return full if everywhere or self.rank == 0 else None
 
     def _machine(
-        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        functions: Mapping[str, SegmentFunction],
+        watch: Watch | None,
+        placing: Mapping[bool, Placing],
     ) -> Machine:
-        return Machine(plan, rank, self._link, functions, self.device, self.homes, self.meters.get(rank), watch)
+        meter = self.meters.get(rank)
+        return Machine(plan, rank, self._link, functions, self.device, self.homes, meter, watch, placing)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         agreement = _Agreement(self, loaded, first)

@@ -16,6 +16,7 @@ from torch import Tensor
 from graphshard.errors import NonFiniteStep, StuckPlan
 from graphshard.execution import ExecutionPlan, Ref, TensorType
 from graphshard.mesh import Mesh
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import LocalCouncil
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.machine import Handle, Machine, Value
@@ -53,10 +54,16 @@ class LocalExecutor(Executor):
         return torch.cat([self.stored(peer, ref) for peer in self.mesh.group(rank, axis)])
 
     def _machine(
-        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        functions: Mapping[str, SegmentFunction],
+        watch: Watch | None,
+        placing: Mapping[bool, Placing],
     ) -> Machine:
         link = _Link(self._network, plan.mesh, rank)
-        return Machine(plan, rank, link, functions, self.device, self.homes, self.meters.get(rank), watch)
+        meter = self.meters.get(rank)
+        return Machine(plan, rank, link, functions, self.device, self.homes, meter, watch, placing)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         self._network.reset()
