@@ -63,7 +63,7 @@ class Kernels:
         if blocks is None:
             return {}
         extents = [blocks.extent(n) for n in region.outputs], [blocks.extent(n) for n in region.inputs]
-        return {index: at for index, at in found.items() if extents[0][index] is extents[1][at]}
+        return {index: at for index, at in found.items() if extents[0][index] is extents[1][at] is not None}
 
     def add(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
         """The kernel that computes ``region``; ``in_place``: results to the inputs they overwrite, by position."""

@@ -20,7 +20,7 @@ from graphshard.dataflow import is_getitem, is_view, upstream
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Role, Section, info
 from graphshard.rewrite import clone, into_region
-from graphshard.rows import Space, picks, space
+from graphshard.rows import Space, picks, space, sums_rows
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard
@@ -164,6 +164,8 @@ def _common(one: Space, other: Space) -> Space | None:
 
 def _make_region(section: Section, group: _Group) -> None:
     """A region of the group's nodes, where the last of them is."""
+    # No other node of the group reads a sum over all rows, which is there behind the last of them.
+    group.nodes |= {pick: None for node in group.nodes if sums_rows(node) for pick in node.users}
     members = sorted(group.nodes)
     for node in reversed(members):
         if not node.users:
