@@ -56,6 +56,13 @@ class Space:
         return Extent.ROW if value.numel() == self.rows else None
 
 
+def common(one: Space, other: Space) -> Space | None:
+    """The space in which both may be computed: values with one element a row fit any of as many rows."""
+    if one == other or (other.length == 1 and one.rows == other.rows):
+        return one
+    return other if one.length == 1 and one.rows == other.rows else None
+
+
 def space_of(value: Tensor) -> Space:
     """The space in which ``value``, of at least one dim, is full."""
     return Space(prod(value.shape[:-1]), value.shape[-1])
