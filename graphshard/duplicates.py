@@ -17,8 +17,20 @@ from graphshard.analysis import FLOPS_PER_BYTE, flops, nbytes, weight_views
 from graphshard.communication import MOVES
 from graphshard.dataflow import is_getitem, is_view, storage_root
 from graphshard.program import MemoryTag, Phase, Section, info, val
+from graphshard.region import kind
 from graphshard.rewrite import clone
 from graphshard.rows import Space, common, space
+
+CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS = 100.0, 20.0
+"""What an exponential or the like costs, in FLOPs. A core that does 90 in a nanosecond takes one for it, three for
+an element of a log-softmax; a GPU has units of its own for it, an eighth as many as for multiply-adds."""
+
+_FUNCTIONS = frozenset(
+    (
+        *("exp", "exp2", "expm1", "log", "log2", "log1p", "sin", "cos", "erf", "tanh", "sigmoid", "pow"),
+        *("gelu", "gelu_backward", "silu", "silu_backward", "softmax", "log_softmax", "log_softmax_backward_data"),
+    )
+)
 
 _BROUGHT = (torch.ops._c10d_functional.all_gather_into_tensor.default, *MOVES)
 """What is released after its last use in a phase, and brought again for the next."""
@@ -45,10 +57,11 @@ class _Repeat:
     leaves: list[fx.Node]
 
 
-def repeat_cheap(section: Section, groups: Sequence[Group], most: int) -> None:
-    """Where that moves fewer bytes, groups get copies of what they read of one another, up to ``most`` operations in
-    all; nothing is kept in memory for that which is larger than what no longer is."""
-    decided = _Decisions(section, groups, most)
+def repeat_cheap(section: Section, groups: Sequence[Group], most: int, function_flops: float) -> None:
+    """Where that costs less than the bytes moved, groups get copies of what they read of one another, up to ``most``
+    operations in all; nothing is kept in memory for that which is larger than what no longer is. ``function_flops``:
+    what an exponential or the like costs."""
+    decided = _Decisions(section, groups, most, function_flops)
     decided.run()
     made = {group: _copies(group, sorted(nodes)) for group, nodes in decided.again.items()}
     for group, copies in made.items():
@@ -65,8 +78,8 @@ def repeat_cheap(section: Section, groups: Sequence[Group], most: int) -> None:
 
 
 class _Decisions:
-    def __init__(self, section: Section, groups: Sequence[Group], most: int) -> None:
-        self.groups, self.most = groups, most
+    def __init__(self, section: Section, groups: Sequence[Group], most: int, function_flops: float) -> None:
+        self.groups, self.most, self.function_flops = groups, most, function_flops
         self.home = {node: group for group in groups for node in group.nodes}
         self.weights = weight_views(section)
         self.again: dict[Group, set[fx.Node]] = {group: set() for group in groups}  # what each repeats
@@ -161,7 +174,7 @@ class _Decisions:
         size = nbytes(val(node))
         moved = sum(nbytes(val(leaf)) for repeat in chosen for leaf in repeat.leaves)
         moved -= size * (len(chosen) + (not left))  # what nobody reads is not written
-        work = sum(flops(operation) for repeat in chosen for operation in repeat.operations)
+        work = sum(self._work(operation) for repeat in chosen for operation in repeat.operations)
         ends = [self.ends[repeat.reader] for repeat in chosen]
         freed = size if all(time < min(ends) for time in left) else 0
         kept = {
@@ -171,6 +184,9 @@ class _Decisions:
             if root.op != "placeholder" and self.needed[root] < end
         }
         return FLOPS_PER_BYTE * moved + work < 0 and sum(nbytes(val(root)) for root in kept) <= freed
+
+    def _work(self, node: fx.Node) -> float:
+        return flops(node) * (self.function_flops if not is_getitem(node) and kind(node) in _FUNCTIONS else 1.0)
 
     def _need(self, node: fx.Node, time: _Time) -> None:
         root = storage_root(node)

@@ -18,7 +18,7 @@ from torch import fx
 from graphshard.analysis import has_products, is_random
 from graphshard.communication import communicates
 from graphshard.dataflow import is_getitem, is_view, upstream
-from graphshard.duplicates import Group, repeat_cheap
+from graphshard.duplicates import CPU_FUNCTION_FLOPS, Group, repeat_cheap
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Role, Section, info
 from graphshard.rewrite import clone, into_region
@@ -30,10 +30,12 @@ gs = torch.ops.graphshard
 
 @dataclass(frozen=True)
 class Fuse:
-    """Make regions of at most ``most`` operations; ``body``: also of micro-batches, whose values debug_nan shows."""
+    """Make regions of at most ``most`` operations; ``body``: also of micro-batches, whose values debug_nan shows.
+    ``function_flops``: what an exponential costs where the program is to run."""
 
     most: int = 64
     body: bool = True
+    function_flops: float = CPU_FUNCTION_FLOPS
 
     name: ClassVar[str] = "fuse"
     exact: ClassVar[bool] = True  # a region means its operations
@@ -44,7 +46,7 @@ class Fuse:
                 continue
             groups = _Grouping(section, self.most).run()
             if name == "body":  # an update writes over state, which nobody else may read meanwhile
-                repeat_cheap(section, groups, self.most)
+                repeat_cheap(section, groups, self.most, self.function_flops)
             for group in groups:
                 if _computing(group.nodes) > 1:
                     _make_region(section, group)
