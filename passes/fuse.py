@@ -31,11 +31,13 @@ gs = torch.ops.graphshard
 @dataclass(frozen=True)
 class Fuse:
     """Make regions of at most ``most`` operations; ``body``: also of micro-batches, whose values debug_nan shows.
-    ``function_flops``: what an exponential costs where the program is to run."""
+    ``function_flops``: what an exponential costs where the program is to run; ``autotune``: kernels for a GPU search
+    their block sizes and warps when they first run, instead of taking those that are right for most."""
 
     most: int = 64
     body: bool = True
     function_flops: float = CPU_FUNCTION_FLOPS
+    autotune: bool = False
 
     name: ClassVar[str] = "fuse"
     exact: ClassVar[bool] = True  # a region means its operations
@@ -49,7 +51,7 @@ class Fuse:
                 repeat_cheap(section, groups, self.most, self.function_flops)
             for group in groups:
                 if _computing(group.nodes) > 1:
-                    _make_region(section, group)
+                    _make_region(section, group, self.autotune)
         return program
 
 
@@ -155,7 +157,7 @@ def _computing(nodes: Iterable[fx.Node]) -> int:
     return sum(not (is_view(node) or is_getitem(node)) for node in nodes)
 
 
-def _make_region(section: Section, group: Group) -> None:
+def _make_region(section: Section, group: Group, autotune: bool) -> None:
     """A region of the group's nodes, where the last of them is."""
     # No other node of the group reads a sum over all rows, which is there behind the last of them.
     group.nodes |= {pick: None for node in group.nodes if sums_rows(node) for pick in node.users}
@@ -177,7 +179,7 @@ def _make_region(section: Section, group: Group) -> None:
     while (node := node.next) is not nodes[-1]:
         if node not in inside and any(source in inside or source in behind for source in node.all_input_nodes):
             behind[node] = None
-    made = into_region(section, nodes, list(results), "fuse")
+    made = into_region(section, nodes, list(results), "fuse", autotune)
     next_one = list(made.values())[-1].next
     for node in behind:
         next_one.prepend(node)

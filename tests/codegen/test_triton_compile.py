@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-import graphshard.ops  # noqa: F401 - defines graphshard::pack
+import graphshard
 from graphshard.codegen.triton import write_kernel
 from graphshard.codegen.triton_compile import compile_for, load_kernel
+from graphshard.passes.fuse import Fuse
 from graphshard.region import Region
 from traced import region_from
 
@@ -124,6 +126,24 @@ def test_files_are_named_by_what_they_hold(tmp_path: Path) -> None:
     assert written[0].stat().st_mtime_ns == stamp
     load_kernel(write_kernel(region, "same", autotune=True), tmp_path)
     assert len(list(tmp_path.glob("same_*.py"))) == 2
+
+
+@pytest.mark.parametrize("autotune", [True, False])
+def test_tuning_is_asked_of_the_pass_and_explained(autotune: bool) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.LayerNorm(24))
+    compiled = graphshard.compile(
+        model,
+        loss_fn=F.mse_loss,
+        optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
+        executor="none",
+        device="cuda",
+        passes=[Fuse(autotune=autotune)],
+        example_inputs=(torch.empty(8, 16, device="meta"), torch.empty(8, 24, device="meta")),
+    )
+    (line,) = [line for line in compiled.explain().splitlines() if "x fused_gelu_native_layer_norm" in line]
+    assert ("autotuned" in line) is autotune
+    assert ("4 rows, 32 a program" in line) is not autotune
 
 
 def test_a_directory_is_made_where_it_can_be(tmp_path: Path) -> None:
