@@ -67,7 +67,9 @@ class _Grouping:
         for node in self.section.nodes():
             place = (info(node).phase, info(node).stage)
             if communicates(node):
-                self.open.clear()
+                # Not in an update: it may leave new state behind the gather of its parameter, which does not need that.
+                if info(node).phase is not Phase.UPDATE:
+                    self.open.clear()
             elif has_products(node):
                 self.open.pop(place, None)
             elif picks(node):
