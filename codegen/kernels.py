@@ -63,7 +63,7 @@ class Kernels:
         if blocks is None:
             return {}
         extents = [blocks.extent(n) for n in region.outputs], [blocks.extent(n) for n in region.inputs]
-        return {index: at for index, at in found.items() if extents[0][index] is extents[1][at]}
+        return {index: at for index, at in found.items() if extents[0][index] is extents[1][at] is not None}
 
     def add(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
         """The kernel that computes ``region``; ``in_place``: results to the inputs they overwrite, by position."""
@@ -77,14 +77,15 @@ class Kernels:
         return self._known(region, names, outs.values(), code.lines, code.workspace_bytes, f"{blocks.unit} at a time")
 
     def _written(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
-        """In Triton; named after what it computes, types included."""
+        """In Triton; named after what it computes, types included, and whether it is to be tuned."""
         names = _names(region)
         calls = [call(node, names.__getitem__) for node in region.operations]
         types = [str(type_of(val(node))) for node in region.inputs]
-        digest = hashlib.sha256(repr((calls, types, sorted(in_place.items()))).encode()).hexdigest()[:8]
+        key = (calls, types, sorted(in_place.items()), region.autotune)
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:8]
         name = f"{title(region)}_{digest}"
         if name not in self.table:
-            self.table[name] = write_kernel(region, name, in_place)
+            self.table[name] = write_kernel(region, name, in_place, autotune=region.autotune)
         return self.table[name]
 
     def add_update(self, region: Region, adam: FusedAdam, dying: Collection[int]) -> Kernel:

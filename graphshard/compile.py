@@ -22,6 +22,7 @@ from graphshard.built import Built, assemble
 from graphshard.check import require_fits
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
+from graphshard.duplicates import CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS
 from graphshard.errors import (
     ExecutorNone,
     NeedsExampleInputs,
@@ -122,7 +123,7 @@ def compile(
         device=device,
         max_grad_norm=max_grad_norm,
         timeout_s=timeout_s,
-        passes=with_passes(_passes_of(parsed, debug_nan), passes or ()),
+        passes=with_passes(_passes_of(parsed, debug_nan, _runs_on_gpu(device, model)), passes or ()),
         dump_dir=None if dump_dir is None else Path(dump_dir),
         debug_nan=debug_nan,
         measure_memory=measure_memory,
@@ -135,9 +136,10 @@ def compile(
     return compiled
 
 
-def _passes_of(plan: Plan, debug_nan: bool) -> list[Pass]:
+def _passes_of(plan: Plan, debug_nan: bool, on_gpu: bool) -> list[Pass]:
     """The plan's passes; a value inside a region could not be looked at."""
-    return with_passes(default_passes(plan), [Fuse(body=False)] if debug_nan else [])
+    flops = GPU_FUNCTION_FLOPS if on_gpu else CPU_FUNCTION_FLOPS
+    return with_passes(default_passes(plan), [Fuse(body=not debug_nan, function_flops=flops)])
 
 
 def offload_folder(plan: Plan) -> str | None:
@@ -406,8 +408,7 @@ class Compiled:
         return ", ".join(found)
 
     def _on_gpu(self) -> bool:
-        device = torch.device(self.device) if self.device is not None else _device_of(self.model)
-        return device is not None and device.type == "cuda"
+        return _runs_on_gpu(self.device, self.model)
 
     def _groups(self) -> dict[str, int]:
         if self._user_optimizer is None:
@@ -673,6 +674,12 @@ class Compiled:
 
 def _shapes(example: MicroBatch) -> str:
     return ", ".join(str(list(t.shape)) for t in example.leaves if isinstance(t, Tensor))
+
+
+def _runs_on_gpu(device: torch.device | str | None, model: nn.Module) -> bool:
+    """Whether regions become kernels of a GPU; ``device`` is what the user said."""
+    found = torch.device(device) if device is not None else _device_of(model)
+    return found is not None and found.type == "cuda"
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
