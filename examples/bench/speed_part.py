@@ -11,14 +11,14 @@ import torch
 
 from kernel_rows import CASES, kernel_rows
 from llama_rows import llama_rows
-from speed_rows import OURS, Record, Setting
+from speed_rows import GRAPHS, OURS, Record, Setting
 from update_rows import update_rows
 
 Part = Callable[[Setting, Record], None]
 
 PARTS: Mapping[str, Part] = {
     "update": update_rows,
-    "llama": partial(llama_rows, {OURS: "dp1"}, False),
+    "llama": partial(llama_rows, {OURS: "dp1", GRAPHS: "dp1+cudagraphs"}, False),
     "recompute": partial(llama_rows, {OURS: "dp1+recompute:policy=full"}, True),
     "offload": partial(llama_rows, {OURS: "dp1+offload:optimizer=cpu"}, False),
     **{name.replace(" ", "-").lower(): partial(kernel_rows, name) for name in CASES},
