@@ -461,21 +461,19 @@ class Compiled:
 
     def _make_executor(self) -> Executor:
         device = torch.device(self.device) if self.device is not None else _device_of(self.model)
-        path = offload_folder(self.plan)
+        options: dict[str, Any] = {
+            "measure_memory": self.measure_memory,
+            "path": offload_folder(self.plan),
+            "cudagraphs": self.plan.cudagraphs,
+        }
         if self.executor == "distributed":
             from graphshard.runtime.distributed import DistributedExecutor
 
             default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return DistributedExecutor(
-                self.mesh,
-                device or default,
-                timeout_s=self.timeout_s,
-                measure_memory=self.measure_memory,
-                path=path,
-            )
+            return DistributedExecutor(self.mesh, device or default, timeout_s=self.timeout_s, **options)
         from graphshard.runtime.local import LocalExecutor
 
-        return LocalExecutor(self.mesh, device or "cpu", measure_memory=self.measure_memory, path=path)
+        return LocalExecutor(self.mesh, device or "cpu", **options)
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with

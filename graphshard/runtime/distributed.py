@@ -39,6 +39,7 @@ class DistributedExecutor(Executor):
         device: "cpu": ranks of one machine exchange through shared memory, unless GRAPHSHARD_SHARED_MEMORY=0 is in the
             environment of one of them, and others over gloo. "cuda": NCCL, on the GPU that LOCAL_RANK names.
         path: a folder for what is offloaded to files.
+        cudagraphs: capture segments as CUDA graphs.
         timeout_s: a rank that waits longer in one instruction raises WaitTimeout. On GPUs the host learns of it at the
             beginning of the next step but one.
 
@@ -56,6 +57,7 @@ class DistributedExecutor(Executor):
         timeout_s: float = 600.0,
         measure_memory: bool = False,
         path: str | None = None,
+        cudagraphs: bool = False,
     ) -> None:
         device = torch.device(device)
         if device.type == "cuda":
@@ -67,7 +69,7 @@ class DistributedExecutor(Executor):
         self.timeout_s = timeout_s
         self._groups = make_groups(mesh, device, timeout_s)
         self.rank = dist.get_rank()
-        super().__init__(mesh, (self.rank,), device, measure_memory, path)
+        super().__init__(mesh, (self.rank,), device, measure_memory, path, cudagraphs)
         self._link: Communicator = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
         self._neighbours: Neighbours | None = None
         if device.type == "cpu":
@@ -129,8 +131,8 @@ class DistributedExecutor(Executor):
         watch: Watch | None,
         placing: Mapping[bool, Placing],
     ) -> Machine:
-        meter = self.meters.get(rank)
-        return Machine(plan, rank, self._link, functions, self.device, self.homes, meter, watch, placing)
+        meter, graphs = self.meters.get(rank), self._graphs(plan, rank)
+        return Machine(plan, rank, self._link, functions, self.device, self.homes, meter, watch, placing, graphs)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         agreement = _Agreement(self, loaded, first)

@@ -25,6 +25,7 @@ from graphshard.execution import (
 from graphshard.program import Slot
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import Council
+from graphshard.runtime.cuda_graphs import SegmentGraphs
 from graphshard.runtime.meter import Measured, Meter
 from graphshard.runtime.nonfinite import judge
 from graphshard.runtime.offload import Homes, Offloaded
@@ -96,12 +97,14 @@ class Machine:
         meter: Meter | None = None,
         watch: Watch | None = None,
         placing: Mapping[bool, Placing] | None = None,
+        graphs: SegmentGraphs | None = None,
     ) -> None:
         self.rank = rank
         self.position = 0
         self.meter = meter
         self.measured: Measured | None = None  # the last step that went through
         self.watch = watch
+        self.graphs = graphs  # of later steps
         self._plan = plan
         stage_plan = plan.of_rank(rank)
         self._storages = stage_plan.storages
@@ -115,7 +118,7 @@ class Machine:
         self._first = False
         resolver = _Resolver(plan, rank, communicator, functions, device, homes)
         placing = placing or dict.fromkeys((False, True), Placing(device))
-        steady = resolver.resolve(self._instructions[False], waits, placing[False])
+        steady = resolver.resolve(self._instructions[False], waits, placing[False], graphs)
         self._code = {
             False: steady,
             True: steady if same else resolver.resolve(self._instructions[True], self._waits[True], placing[True]),
@@ -165,6 +168,9 @@ class Machine:
             NonFiniteStep: a loss or gradient of some rank is NaN or infinite; nothing was updated.
         """
         places = self._places_in[first]
+        graphs = None if first else self.graphs
+        if graphs is not None:
+            graphs.begin(values)
         environment: Environment = [None] * self._size
         for ref, value in values.items():
             environment[places[ref]] = value
@@ -192,6 +198,8 @@ class Machine:
             result = environment[place]
             assert result is not None, f"{ref} is not defined at the end of the step"
             results[ref] = result
+        if graphs is not None:
+            results = graphs.end(results)
         if self.meter is not None:
             self.measured = Measured(tuple(self.meter.rows), first)
         self._forget()
@@ -261,6 +269,7 @@ class _Resolver:
         self.communicator = communicator
         self.functions = functions
         self.device = device
+        self.graphs: SegmentGraphs | None = None
         self._places: dict[Ref, int] = {}
 
     @property
@@ -271,9 +280,13 @@ class _Resolver:
         return self._places.setdefault(ref, len(self._places))
 
     def resolve(
-        self, instructions: tuple[Instruction, ...], waits: Mapping[int, int], placing: Placing
+        self,
+        instructions: tuple[Instruction, ...],
+        waits: Mapping[int, int],
+        placing: Placing,
+        graphs: SegmentGraphs | None = None,
     ) -> list[Action]:
-        self._placing = placing
+        self._placing, self.graphs = placing, graphs
         moves = {wait for wait, started in waits.items() if instructions[started].op in MOVES}
         return [
             _settle(waits[position]) if position in moves else self._action(position, ins, waits)
@@ -305,6 +318,8 @@ class _Resolver:
     def _run(self, position: int, ins: Instruction) -> Action:
         function, coordinates, device = self.functions[ins.name], self.coordinates, self.device
         memory = self._placing.of_run(position, self.segments[ins.name].places)
+        if self.graphs is not None:
+            function = self.graphs.wrap(ins, function)
         inputs = [self.place(ref) for ref in ins.inputs]
         outputs = [self.place(ref) for ref in ins.outputs]
         last = [self.place(ref) for ref in ins.last]

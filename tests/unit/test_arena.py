@@ -155,5 +155,5 @@ def test_training_does_not_depend_on_what_the_block_holds(plan: str) -> None:
             assert isinstance(executor, LocalExecutor)
             for arena in executor.arenas.values():
                 memoryview(arena._block)[:] = b"\xff" * arena.nbytes
-        assert alone or all(arena.nbytes for arena in executor.arenas.values())
+            assert alone or all(arena.nbytes for arena in executor.arenas.values())
     assert losses[True] == losses[False]
