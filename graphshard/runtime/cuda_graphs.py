@@ -204,8 +204,8 @@ class SegmentGraphs:
             if self._state is not _State.RECORDING or ins.name in self.left:
                 return function(arguments, coordinates, device, memory)
 
-            def bound(*given: Any) -> tuple[Tensor, ...]:
-                return function(*given, memory)
+            def bound(given: list[Tensor], at: Mapping[str, int], where: torch.device) -> tuple[Tensor, ...]:
+                return function(given, at, where, memory)
 
             return self._recorded(number, ins, bound, arguments, coordinates, device)
 
