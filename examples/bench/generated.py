@@ -213,9 +213,8 @@ def _as_one(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Written | N
     kernel = Kernels(on_gpu=True).add(region, {})
     names = ", ".join(f"args[{index}]" for index in range(len(inputs)))
     result = "result" if len(outputs) > 1 else "(result,)"
-    source = (
-        f"def alone(args, coordinates, device):\n    result = kernels.{kernel.name}({names})\n    return {result}\n"
-    )
+    head = "def alone(args, coordinates, device, memory):"
+    source = f"{head}\n    result = kernels.{kernel.name}({names})\n    return {result}\n"
     segment = Segment("alone", source, tuple(n.name for n in inputs), tuple(n.name for n in outputs))
     return Written(inputs, list(outputs), segment, {kernel.name: kernel}, list(nodes))
 
