@@ -12,10 +12,10 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench bench-compile bench-memory bench-overhead bench-memory-gpu clean
+.PHONY: help demo test test-gpu lint bench bench-compile bench-memory bench-overhead bench-gpu bench-memory-gpu clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 demo: $(READY) ## train a small GPT with zero3+pp2 on four local processes
 	@$(BIN)/graphshard run -n 4 examples/train_gpt.py --plan zero3+pp2
@@ -44,7 +44,10 @@ bench-compile: $(READY) ## what starting costs, cold and from the cache, beside 
 bench-overhead: $(READY) ## what the executor's Python costs for each instruction
 	@$(BIN)/python examples/bench/overhead.py $(ARGS)
 
-bench-memory-gpu: $(READY) ## the same on a CUDA device, and whether copies are hidden behind computing (DISK=folder)
+bench-gpu: $(READY) ## kernels, the update and a Llama's step on a CUDA device, beside torch's and Inductor's
+	@$(BIN)/python examples/bench/speed.py --device $(DEVICE) $(ARGS)
+
+bench-memory-gpu: $(READY) ## memory on a CUDA device, and whether copies are hidden behind computing (DISK=folder)
 	@$(BIN)/python examples/bench/gpu.py --device $(DEVICE) --path $(DISK) $(ARGS)
 
 clean: ## remove the virtual environment and what runs wrote

@@ -1,22 +1,23 @@
 """A region as Python with torch's operators, block by block: what lies between two operators stays in cache.
 
-Blocks are of rows, or, where nothing looks at rows, of elements in memory order.
+Blocks are of rows, or, where nothing looks at rows, of elements in memory order. What is summed over all rows is kept
+row by row, and summed behind the last block: to the bit what the operator gives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphshard.codegen.expressions import call
-from graphshard.dataflow import is_getitem, is_view
+from graphshard.codegen.expressions import call, spell
+from graphshard.dataflow import arguments, is_getitem, is_view
 from graphshard.program import tensors, val
 from graphshard.region import Region
-from graphshard.rows import Extent, Space, is_reduction, space
+from graphshard.rows import Extent, Space, is_reduction, space, sums_rows
 
 BLOCK = 65536
 """Elements per block: a dozen live temporaries of float32 fit a core's second-level cache."""
@@ -83,19 +84,29 @@ class Code:
     workspace_bytes: int
 
 
-def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, in_place: Mapping[int, int]) -> Code:
+def blocked_code(
+    region: Region, names: Mapping[fx.Node, str], blocks: Blocks, in_place: Mapping[int, int], outs: Mapping[str, str]
+) -> Code:
     """Code for inputs in the variables ``names``; ``in_place``: results to the input, of as many elements of their
-    dtype, that they overwrite, by position."""
+    dtype, that they overwrite, by position. ``outs``: by variable of a result one that holds memory for it, or None."""
     lines: list[str] = []
+    totals = [node for node in region.operations if sums_rows(node)]
+    picked = [node for node in region.operations if is_getitem(node) and sums_rows(node.all_input_nodes[0])]
     for index, node in enumerate(region.outputs):
+        if node in picked:
+            continue
         value = val(node)
         made = f"torch.empty({list(value.shape)}, dtype={value.dtype}, device=device)"
         if index in in_place:
             old = region.inputs[in_place[index]]
             made = names[old] + ("" if val(old).shape == value.shape else f".view({list(value.shape)})")
+        elif out := outs.get(names[node]):
+            made += f" if {out} is None else {out}"
         lines.append(f"{names[node]} = {made}")
     inputs = [node for node in region.inputs if blocks.extent(node)]
-    lines += [f"{names[n]}_all = {names[n]}{_flattened(blocks, n)}" for n in (*inputs, *region.outputs)]
+    outputs = [node for node in region.outputs if node not in picked]
+    lines += [f"{names[n]}_all = {names[n]}{_flattened(blocks, n)}" for n in (*inputs, *outputs)]
+    lines += [line for node in totals for line in _kept_rows(names[node], node, blocks)]
     lines.append(f"for at in range(0, {blocks.count}, {blocks.step}):")
     part = f"_all[at : at + {blocks.step}]"
 
@@ -107,14 +118,50 @@ def blocked_code(region: Region, names: Mapping[fx.Node, str], blocks: Blocks, i
     lives = _Lives(region, blocks)
     inside = [f"{name(n)} = {names[n]}{part}" for n in inputs]
     for node in region.operations:
-        if node.target is not torch.ops.aten.view.default:
+        if node in totals:
+            inside += _kept_block(names[node], node, name, f"[at : at + {blocks.step}]")
+        elif node.target is not torch.ops.aten.view.default and node not in picked:
             inside.append(
                 f"{name(node)} = {call(node, name, _last_dim if blocks.rows and is_reduction(node) else None)}"
             )
-        inside += _deletes([name(n) for n in lives.ending(node) if n.target is not torch.ops.aten.view.default])
-    inside += [f"{names[n]}{part} = {name(n)}" for n in region.outputs]
-    inside += _deletes([name(n) for n in region.outputs])
-    return Code((*lines, *(f"    {line}" for line in inside)), lives.peak)
+        ended = [n for n in lives.ending(node) if n.target is not torch.ops.aten.view.default]
+        inside += _deletes([name(n) for n in ended if n not in totals and n not in picked])
+    inside += [f"{names[n]}{part} = {name(n)}" for n in outputs]
+    inside += _deletes([name(n) for n in outputs])
+    behind = [_of_kept_rows(names[node], node) for node in totals]
+    behind += [f"{names[node]} = {call(node, names.__getitem__)}" for node in picked]
+    kept = sum(blocks.space.rows * (_summed_dtype(node).itemsize + torch.int64.itemsize) for node in totals)
+    return Code((*lines, *(f"    {line}" for line in inside), *behind), lives.peak + kept)
+
+
+def _kept_rows(name: str, node: fx.Node, blocks: Blocks) -> list[str]:
+    """Room for what each row adds to a sum over all rows, and for whether it counts."""
+    rows = blocks.space.rows
+    return [
+        f"{name}_rows = torch.empty([{rows}], dtype={_summed_dtype(node)}, device=device)",
+        f"{name}_counts = torch.empty([{rows}], dtype=torch.int64, device=device)",
+    ]
+
+
+def _kept_block(name: str, node: fx.Node, named: Callable[[fx.Node], str], part: str) -> list[str]:
+    """A block of rows of ``nll_loss_forward``: its operator, without the sum."""
+    given = arguments(node) | {"reduction": 0}
+    of_rows = ", ".join(spell(value, named) for value in given.values())
+    return [
+        f"{name}_rows{part} = torch.ops.{node.target}({of_rows})[0]",
+        f"{name}_counts{part} = {named(given['target'])} != {given['ignore_index']}",
+    ]
+
+
+def _of_kept_rows(name: str, node: fx.Node) -> str:
+    """The sum, by the operator itself: of rows of one class, where -1 says that a row does not count."""
+    reduction = arguments(node)["reduction"]
+    return f"{name} = torch.ops.{node.target}(-{name}_rows.view(-1, 1), {name}_counts - 1, None, {reduction}, -1)"
+
+
+def _summed_dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = val(node)[0].dtype
+    return dtype
 
 
 class _Lives:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -39,6 +40,22 @@ def call(node: fx.Node, name: Callable[[fx.Node], str], change: Callable[[str, A
     if is_getitem(node):
         return f"{name(node.all_input_nodes[0])}[{node.args[1]}]"
     return f"torch.ops.{node.target}({arguments_of(node, name, change)})"
+
+
+@functools.cache
+def out_variant(target: Any) -> tuple[str, str] | None:
+    """The overload that writes the one result of ``target`` to a tensor that it is given, and what that argument is
+    called; None if there is none, or only one that makes the result and copies it, which torch derives by itself."""
+    if not isinstance(target, torch._ops.OpOverload) or len(target._schema.returns) != 1:
+        return None
+    given = [(argument.name, str(argument.type)) for argument in target._schema.arguments]
+    for name in target.overloadpacket.overloads():
+        other = getattr(target.overloadpacket, name)
+        outs = [argument for argument in other._schema.arguments if argument.is_out]
+        rest = [(argument.name, str(argument.type)) for argument in other._schema.arguments if not argument.is_out]
+        if rest == given and len(outs) == 1 and other.has_kernel_for_dispatch_key("CPU"):
+            return str(other), outs[0].name
+    return None
 
 
 def _leaves_device_open(node: fx.Node) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -63,7 +63,7 @@ class Kernels:
         if blocks is None:
             return {}
         extents = [blocks.extent(n) for n in region.outputs], [blocks.extent(n) for n in region.inputs]
-        return {index: at for index, at in found.items() if extents[0][index] is extents[1][at]}
+        return {index: at for index, at in found.items() if extents[0][index] is extents[1][at] is not None}
 
     def add(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
         """The kernel that computes ``region``; ``in_place``: results to the inputs they overwrite, by position."""
@@ -72,18 +72,20 @@ class Kernels:
             return self._written(region, in_place)
         blocks = blocks_of(region)
         assert blocks is not None, "a region that is not cut is no kernel"
-        code = blocked_code(region, names, blocks, in_place)
-        return self._known(region, names, (), code.lines, code.workspace_bytes, f"{blocks.unit} at a time")
+        outs = _outs(region, names, in_place)
+        code = blocked_code(region, names, blocks, in_place, outs)
+        return self._known(region, names, outs.values(), code.lines, code.workspace_bytes, f"{blocks.unit} at a time")
 
     def _written(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
-        """In Triton; named after what it computes, types included."""
+        """In Triton; named after what it computes, types included, and whether it is to be tuned."""
         names = _names(region)
         calls = [call(node, names.__getitem__) for node in region.operations]
         types = [str(type_of(val(node))) for node in region.inputs]
-        digest = hashlib.sha256(repr((calls, types, sorted(in_place.items()))).encode()).hexdigest()[:8]
+        key = (calls, types, sorted(in_place.items()), region.autotune)
+        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:8]
         name = f"{title(region)}_{digest}"
         if name not in self.table:
-            self.table[name] = write_kernel(region, name, in_place)
+            self.table[name] = write_kernel(region, name, in_place, autotune=region.autotune)
         return self.table[name]
 
     def add_update(self, region: Region, adam: FusedAdam, dying: Collection[int]) -> Kernel:
@@ -94,27 +96,30 @@ class Kernels:
         stores = [names[node] for node in adam.stores]
         free = [region.inputs[at] for at in dying if region.inputs[at] not in adam.stores]
         behind = _behind(region, adam)
+        outs = _outs(region, names, [region.outputs.index(new) for _, new in adam.replaced])
         before = [n for n in region.operations if n not in adam.nodes and n not in behind]
-        prepared = _part(before, {adam.gradient, *region.outputs}, names, free, region.outputs)
-        finished = _part(behind, region.outputs, names, [], region.outputs)
+        prepared = _part(before, {adam.gradient, *region.outputs}, names, free, region.outputs, outs)
+        finished = _part(behind, region.outputs, names, [], region.outputs, outs)
         states = ", ".join(f"[{name}]" for name in (stores[0], names[adam.gradient], *stores[1:]))
         options = f"beta1={adam.beta1}, beta2={adam.beta2}, weight_decay={adam.weight_decay}, eps={adam.eps}"
         scalars = "[step.to(torch.float32)], lr=lr.to(torch.float32)"
         update = f"torch._fused_adamw_({states}, [], {scalars}, {options}, amsgrad=False, maximize=False)"
         lines = (*prepared.lines, update, *finished.lines)
         workspace = max(prepared.workspace_bytes, finished.workspace_bytes)
-        return self._known(region, names, ("step", "lr"), lines, workspace, "its fused Adam, in place")
+        return self._known(region, names, outs.values(), lines, workspace, "its fused Adam, in place", ("step", "lr"))
 
     def _known(
         self,
         region: Region,
         names: Mapping[fx.Node, str],
-        scalars: tuple[str, ...],
+        outs: Iterable[str],
         lines: tuple[str, ...],
         workspace_bytes: int,
         how: str,
+        scalars: tuple[str, ...] = (),
     ) -> Kernel:
-        parameters = ", ".join([*(names[node] for node in region.inputs), *scalars])
+        optional = [f"{out}=None" for out in outs]
+        parameters = ", ".join([*(names[node] for node in region.inputs), *scalars, *optional])
         place = [f"device = {names[region.inputs[0]]}.device"] if any("device" in line for line in lines) else []
         body = [*place, *lines, f"return {', '.join(names[node] for node in region.outputs)}"]
         source = "".join([f"({parameters}):\n", *(f"    {line}\n" for line in body)])
@@ -130,6 +135,7 @@ def _part(
     names: Mapping[fx.Node, str],
     free: Sequence[fx.Node],
     returned: Collection[fx.Node],
+    outs: Mapping[str, str],
 ) -> Code:
     """Code for some operations of a region, in order, that leaves those ``wanted``, over inputs that are ``free``;
     what it makes that is not ``returned`` by the region is workspace."""
@@ -143,10 +149,15 @@ def _part(
     assert blocks is not None, "a part of what is cut into blocks can be cut alike"
     # Nothing behind the part may read what it writes over.
     over = [at for at, n in enumerate(inputs) if n in free and set(n.users) <= set(nodes) and fits(results[0], n)]
-    in_place = {0: over[0]} if over else {}
-    code = blocked_code(part, own, blocks, in_place)
+    in_place = {0: over[0]} if over and results[0] not in returned else {}
+    code = blocked_code(part, own, blocks, in_place, outs)
     made = [node for index, node in enumerate(results) if index not in in_place and node not in returned]
     return Code(code.lines, code.workspace_bytes + sum(storage_bytes(val(node)) for node in made))
+
+
+def _outs(region: Region, names: Mapping[fx.Node, str], in_place: Collection[int]) -> dict[str, str]:
+    """The parameters that may have memory for results which overwrite nothing, by the result's variable."""
+    return {names[node]: f"out{i}" for i, node in enumerate(region.outputs) if i not in in_place}
 
 
 def _behind(region: Region, adam: FusedAdam) -> list[fx.Node]:

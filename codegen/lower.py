@@ -343,7 +343,7 @@ class _StageLowering:
             kind_of = type_of(val(node))
             self.segments[segment] = Segment(
                 segment,
-                f"def {segment}(args, coordinates, device):\n"
+                f"def {segment}(args, coordinates, device, memory):\n"
                 f"    return (torch.zeros({list(kind_of.shape)}, dtype={kind_of.dtype}, device=device),)\n",
                 (),
                 (segment,),

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphshard.codegen.blocks import blocks_of
-from graphshard.codegen.expressions import arguments_of, call, spell
+from graphshard.codegen.expressions import arguments_of, call, out_variant, spell
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.overwrite import dying
@@ -32,6 +32,9 @@ from graphshard.rows import space
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
+
+PLACED_BYTES = 256
+"""From this size on a result is written to memory that the caller has: for smaller ones that is not worth the words."""
 
 LARGE_PRODUCT = 2**26
 """Multiply-adds from which on it matters which library computes a matrix product."""
@@ -119,7 +122,7 @@ class _Emitter:
         self.adams = self._updates(inputs)
         self.last_use = self._last_uses()
         self.ledger = Ledger(list(inputs))
-        header = [f"def {self.name}(args, coordinates, device):"]
+        header = [f"def {self.name}(args, coordinates, device, memory):"]
         if inputs:
             self._line(f"({', '.join(n.name for n in inputs)}{',' if len(inputs) == 1 else ''}) = args")
             self._line("args.clear()")
@@ -144,6 +147,9 @@ class _Emitter:
             tuple(type_of(val(n)) for n in inputs),
             tuple(type_of(val(n)) for n in self.outputs),
             self.ledger.workspace(),
+            self.ledger.places(self.outputs),
+            self.ledger.ends(),
+            self.ledger.aliases(self.outputs),
         )
         if not self.first:
             self.reused |= {node: node.all_input_nodes[0] for node in self.accumulated}
@@ -269,6 +275,14 @@ class _Emitter:
             self.ledger.result(node)
             self._product_in_blocks(node)
 
+    def _memory(self, node: fx.Node) -> str:
+        """Where the result of ``node``, which the next line defines, is to be written; "": the operator is to say."""
+        value = val(node)
+        if self.kernels.on_gpu or not isinstance(value, torch.Tensor) or value.nbytes < PLACED_BYTES:
+            return ""
+        # Elements that share memory, as an expanded value's do, cannot be written each by itself.
+        return f"memory({self.ledger.ask(node)})" if storage_bytes(value) == value.nbytes else ""
+
     def _watch(self, node: fx.Node) -> None:
         if self.watch and has_floats(node):
             value = node.name
@@ -303,8 +317,10 @@ class _Emitter:
         """Call the kernel of ``node``, with ``scalars`` behind its operands."""
         results = results_of(node)
         names = [results[index].name if index in results else "_" for index in range(_count(node))]
-        arguments = ", ".join(map(self._name, (*node.all_input_nodes, *scalars)))
-        self._line(f"{', '.join(names)} = kernels.{kernel.name}({arguments})")
+        arguments = [self._name(operand) for operand in (*node.all_input_nodes, *scalars)]
+        made = [(index, result) for index, result in results.items() if index not in in_place]
+        arguments += [f"out{index}={memory}" for index, result in made if (memory := self._memory(result))]
+        self._line(f"{', '.join(names)} = kernels.{kernel.name}({', '.join(arguments)})")
         self.ledger.temporary(kernel.workspace_bytes)
         for index, result in results.items():
             self.defined.add(result)
@@ -318,9 +334,20 @@ class _Emitter:
         return resolve(node).name
 
     def _call(self, node: fx.Node) -> str:
+        if is_getitem(node) or is_view(node) or any(user.target is aten._unsafe_view.default for user in node.users):
+            return call(node, self._name)  # what is viewed without saying so has no end that is known
+        arguments = arguments_of(node, self._name)
         if _is_large_product(node):
             assert isinstance(node.target, torch._ops.OpOverload)
-            return f"products.{node.target._schema.name.removeprefix('aten::')}({arguments_of(node, self._name)})"
+            if memory := self._memory(node):
+                arguments += f", out=lambda: {memory}"  # a library that cannot write there has no use for it
+            return f"products.{node.target._schema.name.removeprefix('aten::')}({arguments})"
+        if _copies(node):
+            memory = self._memory(node)
+            return f"{memory}.copy_({self._expression(node.args[0])})" if memory else call(node, self._name)
+        if (variant := out_variant(node.target)) is not None and (memory := self._memory(node)):
+            overload, out = variant
+            return f"torch.ops.{overload}({arguments}, {out}={memory})"
         return call(node, self._name)
 
     def _start(self, destination: _Destination) -> None:
@@ -330,7 +357,8 @@ class _Emitter:
         destination.started = True
         pack = destination.pack
         value = val(pack)
-        self._define(pack, f"torch.empty({value.numel()}, dtype={value.dtype}, device=device)")
+        made = f"torch.empty({value.numel()}, dtype={value.dtype}, device=device)"
+        self._define(pack, self._memory(pack) or made)
         self.ledger.makes(pack)
         end = 0
         placed = zip(list_arg(pack, 0), list_arg(pack, 1), strict=True)
@@ -398,6 +426,12 @@ class _Emitter:
 def _count(node: fx.Node) -> int:
     """How many results the node has."""
     return len(val(node)) if isinstance(val(node), tuple) else 1
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether the node copies its operand to where, and in which dtype, its result is."""
+    options: dict[Any, set[str]] = {aten._to_copy.default: {"dtype"}, aten.clone.default: {"memory_format"}}
+    return node.target in options and node.kwargs.keys() <= options[node.target]
 
 
 def _is_large_product(node: fx.Node) -> bool:

@@ -2,6 +2,8 @@
 
 Counted by storage, so that views, results written in place and products written into a bucket cost nothing. What an
 operator takes for itself while it runs is not known here.
+
+From when to when a result is needed is known, too: code can ask for its memory, which then lies where others were.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import fx
 
 from graphshard.dataflow import is_getitem, is_view, resolve
-from graphshard.execution import Workspace
+from graphshard.execution import Place, TensorType, Workspace, type_of
 from graphshard.program import val
 
 _NONE = -1  # in place of a storage: a result that is not a tensor
@@ -29,7 +31,13 @@ class Ledger:
         self._holders = [1] * len(inputs)
         self._held: dict[fx.Node, list[int]] = {node: [index] for index, node in enumerate(inputs)}
         self._inputs = len(inputs)
+        self._asked: dict[fx.Node, tuple[TensorType, int]] = {}  # with the storage, once it is defined
         self._position = 0
+
+    def ask(self, node: fx.Node) -> int:
+        """The code asks for memory for ``node``, one tensor, which it defines next; the number of the place."""
+        self._asked[node] = type_of(val(node)), _NONE
+        return len(self._asked) - 1
 
     def result(self, node: fx.Node) -> None:
         """``node`` is defined by calling its operator."""
@@ -48,6 +56,8 @@ class Ledger:
         value = val(node)
         results = value if isinstance(value, (tuple, list)) else [value]
         self._hold(node, [self._new(storage_bytes(r)) if isinstance(r, torch.Tensor) else _NONE for r in results])
+        if node in self._asked:
+            self._asked[node] = self._asked[node][0], self._held[node][0]
 
     def shares(self, node: fx.Node, source: fx.Node) -> None:
         """``node`` is defined and lives in the storage of ``source``."""
@@ -73,7 +83,7 @@ class Ledger:
 
     def workspace(self) -> Workspace:
         """The account, when all that is left is to return what names still hold."""
-        ends = [self._ends.get(index, self._position) for index in range(self._inputs)]
+        ends = self.ends()
         cuts = sorted({end for end in ends if end < self._position})
         change = [0] * (self._position + 2)
         for storage in range(self._inputs, len(self._sizes)):
@@ -87,6 +97,26 @@ class Ledger:
             held[interval] = max(held[interval], total)
         released = [bisect_left(cuts, end) if index in self._ends else len(held) for index, end in enumerate(ends)]
         return Workspace(tuple(held), tuple(released))
+
+    def ends(self) -> tuple[int, ...]:
+        """The position at which each input is let go."""
+        return tuple(self._ends.get(index, self._position) for index in range(self._inputs))
+
+    def aliases(self, outputs: Sequence[fx.Node]) -> tuple[tuple[int, int], ...]:
+        """Which of ``outputs``, about to be returned, live in the storage of which input."""
+        held = [(index, storage) for index, node in enumerate(outputs) for storage in self._held[resolve(node)]]
+        return tuple((index, storage) for index, storage in held if 0 <= storage < self._inputs)
+
+    def places(self, outputs: Sequence[fx.Node]) -> tuple[Place, ...]:
+        """What was asked for, when all that is left is to return ``outputs``."""
+        living: dict[int, list[int]] = {}
+        for index, node in enumerate(outputs):
+            for storage in self._held[resolve(node)]:
+                living.setdefault(storage, []).append(index)
+        return tuple(
+            Place(kind, self._born[storage], self._ends.get(storage, self._position), tuple(living.get(storage, ())))
+            for kind, storage in self._asked.values()
+        )
 
     def _new(self, nbytes: int) -> int:
         self._sizes.append(nbytes)
@@ -104,7 +134,4 @@ class Ledger:
 
 def storage_bytes(value: torch.Tensor) -> int:
     """Bytes of the storage that an operator makes for a result with the sizes and strides of ``value``."""
-    if not value.numel():
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-    return (last + 1) * value.dtype.itemsize
+    return type_of(value).storage_bytes

@@ -22,6 +22,7 @@ from graphshard.built import Built, assemble
 from graphshard.check import require_fits
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
+from graphshard.duplicates import CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS
 from graphshard.errors import (
     ExecutorNone,
     NeedsExampleInputs,
@@ -111,7 +112,7 @@ def compile(
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
         cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
-            in ``~/.cache/graphshard/plans``. It is the plan that would be compiled: its key holds all it depends on.
+            in ``~/.cache/graphshard/plans`` unless GRAPHSHARD_CACHE=0 is in the environment. It is the plan that would be compiled: its key holds all it depends on.
 
     Raises:
         GraphshardError: a subclass that names the mistake.
@@ -132,7 +133,7 @@ def compile(
         device=device,
         max_grad_norm=max_grad_norm,
         timeout_s=timeout_s,
-        passes=with_passes(_passes_of(parsed, debug_nan), passes or ()),
+        passes=with_passes(_passes_of(parsed, debug_nan, _runs_on_gpu(device, model)), passes or ()),
         dump_dir=None if dump_dir is None else Path(dump_dir),
         debug_nan=debug_nan,
         measure_memory=measure_memory,
@@ -146,9 +147,10 @@ def compile(
     return compiled
 
 
-def _passes_of(plan: Plan, debug_nan: bool) -> list[Pass]:
+def _passes_of(plan: Plan, debug_nan: bool, on_gpu: bool) -> list[Pass]:
     """The plan's passes; a value inside a region could not be looked at."""
-    return with_passes(default_passes(plan), [Fuse(body=False)] if debug_nan else [])
+    flops = GPU_FUNCTION_FLOPS if on_gpu else CPU_FUNCTION_FLOPS
+    return with_passes(default_passes(plan), [Fuse(body=not debug_nan, function_flops=flops)])
 
 
 def offload_folder(plan: Plan) -> str | None:
@@ -499,8 +501,7 @@ class Compiled:
         return ", ".join(found)
 
     def _on_gpu(self) -> bool:
-        device = torch.device(self.device) if self.device is not None else _device_of(self.model)
-        return device is not None and device.type == "cuda"
+        return _runs_on_gpu(self.device, self.model)
 
     def _groups(self) -> dict[str, int]:
         if self._user_optimizer is None:
@@ -522,7 +523,7 @@ class Compiled:
             return self._runtime, self._storage
         if self.executor == "none":
             raise ExecutorNone()
-        build = self._built()
+        self._built()
         self._runtime = self._make_executor()
         self._storage = Storage(self._runtime, *self._plans())
         self._state_names = list(self.model.state_dict(keep_vars=True))
@@ -537,7 +538,7 @@ class Compiled:
             self._storage.write_params(params)
             self._storage.write_buffers(dict(self.model.named_buffers()))
         state = given_state(user, self._names) if user is not None else {}
-        if self.executor == "distributed" and build.plan.mesh.world_size > 1:
+        if self.executor == "distributed":
             # The ranks hold the parameters now: the model need not.
             replaced = _move(self.model, holders, lambda t: t.to("meta"))
             for holder in holders:
@@ -553,21 +554,19 @@ class Compiled:
 
     def _make_executor(self) -> Executor:
         device = torch.device(self.device) if self.device is not None else _device_of(self.model)
-        path = offload_folder(self.plan)
+        options: dict[str, Any] = {
+            "measure_memory": self.measure_memory,
+            "path": offload_folder(self.plan),
+            "cudagraphs": self.plan.cudagraphs,
+        }
         if self.executor == "distributed":
             from graphshard.runtime.distributed import DistributedExecutor
 
             default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return DistributedExecutor(
-                self.mesh,
-                device or default,
-                timeout_s=self.timeout_s,
-                measure_memory=self.measure_memory,
-                path=path,
-            )
+            return DistributedExecutor(self.mesh, device or default, timeout_s=self.timeout_s, **options)
         from graphshard.runtime.local import LocalExecutor
 
-        return LocalExecutor(self.mesh, device or "cpu", measure_memory=self.measure_memory, path=path)
+        return LocalExecutor(self.mesh, device or "cpu", **options)
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with
@@ -774,6 +773,12 @@ class Compiled:
 
 def _shapes(example: MicroBatch) -> str:
     return ", ".join(str(list(t.shape)) for t in example.leaves if isinstance(t, Tensor))
+
+
+def _runs_on_gpu(device: torch.device | str | None, model: nn.Module) -> bool:
+    """Whether regions become kernels of a GPU; ``device`` is what the user said."""
+    found = torch.device(device) if device is not None else _device_of(model)
+    return found is not None and found.type == "cuda"
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

@@ -72,6 +72,14 @@ class TensorType:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes from the first element to behind the last."""
+        if not self.numel:
+            return 0
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}".replace(" ", "")
 
@@ -133,11 +141,24 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Memory that a segment's code asks for as a tensor of ``type``: it is written from item ``born`` of the code on,
+    and not read behind item ``died``; the last item is the return. ``outputs``: those that live in it from then on."""
+
+    type: TensorType
+    born: int
+    died: int
+    outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Segment:
-    """Straight-line compute code: Python source of one function ``def <name>(args, coordinates, device)``.
+    """Straight-line compute code: Python source of one function ``def <name>(args, coordinates, device, memory)``.
 
     ``args`` is a list of the inputs in order, which the function empties; it returns a tuple of the outputs;
-    ``coordinates`` maps mesh axis to this rank's coordinate. Types are in the order of the names; (): not declared.
+    ``coordinates`` maps mesh axis to this rank's coordinate; ``memory(k)`` is a tensor for the k-th of ``places``, with
+    any contents. Types are in the order of the names; (): not declared. Input k is read until item ``ends[k]`` of the
+    code; (): any of them may be to the end. ``aliases``: pairs of an output and the input whose storage it lives in.
     """
 
     name: str
@@ -147,12 +168,21 @@ class Segment:
     input_types: tuple[TensorType, ...] = ()
     output_types: tuple[TensorType, ...] = ()
     workspace: Workspace = Workspace()
+    places: tuple[Place, ...] = ()
+    ends: tuple[int, ...] = ()
+    aliases: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def items(self) -> int:
+        """How many items the code has, as far as places and inputs tell."""
+        return 1 + max((*(place.died for place in self.places), *self.ends), default=0)
 
 
 @dataclass(frozen=True)
 class Kernel:
     """A region as code: Python source that defines a function ``name``, which takes the inputs and returns the result,
-    or a tuple of several. Segments call it as ``kernels.<name>``."""
+    or a tuple of several. Segments call it as ``kernels.<name>``; one of torch's operators takes memory for result i
+    as ``out<i>``, too."""
 
     name: str
     source: str

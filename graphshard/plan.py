@@ -4,6 +4,7 @@ Tokens are joined by ``+``; options follow a colon as ``key=value`` joined by co
 
     dp4   zero3:size=4,budget_gb=0.5   pp4:schedule=1f1b,microbatches=8,stages=h.4/h.8/h.12   accum8   batch_dims:1=none
     bf16   fp16:reduce=fp16   recompute:policy=full   offload:optimizer=nvme,path=/scratch   memory:budget_gb=12
+    cudagraphs
 
 A size left out (``dp``, ``zero3``, ``pp``) is inferred from the number of ranks.
 """
@@ -42,6 +43,7 @@ _OPTIONS = {  # of tokens with options from a fixed set
     "zero3": ("size", "budget_gb"),
     "pp": ("schedule", "microbatches", "stages", "virtual"),
     "accum": (),
+    "cudagraphs": (),
     **{token: option_names(token) for token in TOKENS},
 }
 _PATH = re.compile(r"[\w.\-]+")
@@ -70,6 +72,7 @@ class Plan:
     recompute: Recompute | None = None  # None: everything the backward reads is kept
     offload: Offload | None = None  # None: everything stays on the device
     memory: Memory | None = None  # None: no budget
+    cudagraphs: bool = False  # on a CUDA device, segments are captured as CUDA graphs; elsewhere it has no effect
 
     def __post_init__(self) -> None:
         for name in ("dp", "shard", "pp", "microbatches", "accum"):
@@ -78,6 +81,8 @@ class Plan:
                 continue
             if not isinstance(value, int) or value < 1:
                 raise PlanFieldError(name, value, "an integer of at least 1")
+        if not isinstance(self.cudagraphs, bool):
+            raise PlanFieldError("cudagraphs", self.cudagraphs, "True or False")
         if self.zero_stage not in (0, 1, 2, 3):
             raise PlanFieldError("zero_stage", self.zero_stage, "0, 1, 2 or 3")
         if self.budget_gb is not None and not (math.isfinite(self.budget_gb) and self.budget_gb >= 0):
@@ -211,6 +216,7 @@ class Plan:
             tokens.append(f"batch_dims:{','.join(pairs)}")
         given = (self.precision, self.recompute, self.offload, self.memory)
         tokens += [spelling(value) for value in given if value is not None]
+        tokens += ["cudagraphs"] if self.cudagraphs else []
         return "+".join(tokens) or "dp1"
 
     @classmethod
@@ -267,7 +273,8 @@ class _Parser:
         if kind not in _OPTIONS and kind != "batch_dims":
             digits = name[len(name.rstrip("0123456789")) :]
             known = [f"{kind}{digits}" for kind in ("dp", "pp", "accum")] + ["zero1", "zero2", "zero3", "batch_dims"]
-            self.fail(at, f"unknown token {name!r}; {_nearest(name, [*known, *TOKENS, *_NOT_YET])}")
+            known += ["cudagraphs", *TOKENS, *_NOT_YET]
+            self.fail(at, f"unknown token {name!r}; {_nearest(name, known)}")
         return kind, digits, rest if colon else None
 
     def token(self, kind: str, digits: str, rest: str | None, at: int) -> None:
@@ -281,6 +288,8 @@ class _Parser:
             return self.value(kind, rest, at, options)
         if kind.startswith("zero"):
             self.fields["zero_stage"] = int(kind[-1])
+        elif kind == "cudagraphs":
+            self.fields[kind] = True
         else:
             self.fields[kind] = size
         for key, value, column in self.items(rest, options):

@@ -29,6 +29,8 @@ PLANS = CACHE / "plans"
 """Where plans are kept unless a caller names another folder."""
 MOST_BYTES = 512 * 2**20
 """What all entries together may take: the ones not used for longest are removed."""
+SWITCH = "GRAPHSHARD_CACHE"
+"""``0`` in the environment: no cache where no folder is named."""
 _LIST = "files.json"
 _ABANDONED_S = 3600.0  # an unfinished entry that is older belongs to a process that has died
 
@@ -118,6 +120,6 @@ class PlanCache:
 
 def open_cache(where: bool | str | Path) -> PlanCache | None:
     """The cache that ``compile(cache=where)`` means."""
-    if where is True:
-        return PlanCache(PLANS)
-    return None if where is False else PlanCache(Path(where))
+    if not isinstance(where, bool):
+        return PlanCache(Path(where))
+    return PlanCache(PLANS) if where and os.environ.get(SWITCH) != "0" else None

@@ -7,6 +7,7 @@ the optimizer and its options, the versions of what compiles, graphshard's own s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import sys
@@ -29,6 +30,7 @@ def digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
+@functools.cache
 def versions() -> tuple[object, ...]:
     """Whatever compiles: the same sources make the same plan of the same program."""
     sources = hashlib.sha256()

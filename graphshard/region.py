@@ -19,10 +19,11 @@ class Region:
 
     ``graph`` holds a placeholder for each argument, in order, then operations, with the metadata of any Program's nodes
     (``info``, ``val``), and an output node with a flat tuple of the results. It is never changed once made: copies of a
-    program share it.
+    program share it. ``autotune``: a kernel for a GPU is to search its block sizes and warps, when it first runs.
     """
 
     graph: fx.Graph
+    autotune: bool = False
     __name__: str = field(default="region", init=False)  # what fx names the node after
 
     @property
@@ -71,7 +72,9 @@ def title(region: Region) -> str:
     return "_".join(["fused", *list(dict.fromkeys(map(kind, compute)))[:4]])
 
 
-def region_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Region:
+def region_of(
+    nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node], autotune: bool = False
+) -> Region:
     """The region that computes ``outputs``, some of ``nodes``, which are in order, from ``inputs``."""
     graph = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
@@ -82,7 +85,7 @@ def region_of(nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequ
         made[node] = graph.node_copy(node, made.__getitem__)
         made[node].meta = dict(node.meta)
     graph.output(tuple(made[node] for node in outputs))
-    return Region(graph)
+    return Region(graph, autotune)
 
 
 def is_region(node: fx.Node) -> bool:

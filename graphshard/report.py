@@ -13,6 +13,7 @@ from graphshard.model_states import bytes_per_parameter, explain_bytes, model_st
 from graphshard.offloaded import offloaded_bytes
 from graphshard.plan import Plan
 from graphshard.program import Phase, Program, Role, info
+from graphshard.runtime.cuda_graphs import refusals
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.meter import Measured
 from graphshard.runtime.traffic import moved_bytes, sent_bytes
@@ -98,6 +99,7 @@ def report(
             for kernel in plan.kernels.values()
         ],
         "unfused": plan.unfused,
+        "uncaptured": _uncaptured(plan, asked, executor),
         "stored": sorted({str(b.store) for b in plan.buckets.values()}),
         "machine": {} if executor is None else executor.choices(),
     }
@@ -112,6 +114,14 @@ def _budget(plan: ExecutionPlan, asked: Plan, measured: Mapping[int, Measured]) 
     if measured:
         found["measured_peak_bytes"] = max(step.peak_bytes for step in measured.values())
     return found
+
+
+def _uncaptured(plan: ExecutionPlan, asked: Plan, executor: Executor | None) -> dict[str, str]:
+    """The segments that do not become CUDA graphs, with the reason, in a plan that asks for such."""
+    if not asked.cudagraphs:
+        return {}
+    known = {name: reason for stage in range(len(plan.stages)) for name, reason in refusals(plan, stage).items()}
+    return known | ({} if executor is None else executor.uncaptured(plan))
 
 
 def _told(plan: ExecutionPlan, stage: int, position: int) -> str:
@@ -254,6 +264,8 @@ def explain(data: dict[str, Any]) -> str:
         size = f"{human(bucket['bytes']):>9}  {bucket['parameters']:3} parameters"
         lines.append(f"  stage {bucket['stage']}  {size}  {bucket['name']}")
     lines += _kernels(data["kernels"], data["unfused"])
+    if data["uncaptured"]:
+        lines += ["", "segments that are no CUDA graphs", *(f"  {s}: {why}" for s, why in data["uncaptured"].items())]
     if data["machine"]:
         lines += ["", "this machine", *(f"  {what}: {choice}" for what, choice in data["machine"].items())]
     return "\n".join(lines) + "\n"

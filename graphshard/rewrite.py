@@ -113,7 +113,7 @@ def clone(node: fx.Node, remap: Callable[[fx.Node], fx.Node], **changes: Any) ->
 
 
 def into_region(
-    section: Section, nodes: Sequence[fx.Node], results: Sequence[fx.Node], made_by: str
+    section: Section, nodes: Sequence[fx.Node], results: Sequence[fx.Node], made_by: str, autotune: bool = False
 ) -> dict[fx.Node, fx.Node]:
     """Insert, right behind the last of ``nodes``, a region that computes what they do; they stay.
 
@@ -121,7 +121,7 @@ def into_region(
     """
     inside, records = set(nodes), [info(node) for node in nodes]
     inputs = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside))
-    region = region_of(nodes, inputs, results)
+    region = region_of(nodes, inputs, results, autotune)
     module = ".".join(_common_prefix([record.module.split(".") for record in records]))
     record = replace(records[-1], origin="", forward="", module=module, tag=None, layout="", made_by=made_by)
     with after(nodes[-1]):

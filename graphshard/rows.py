@@ -56,18 +56,26 @@ class Space:
         return Extent.ROW if value.numel() == self.rows else None
 
 
+def common(one: Space, other: Space) -> Space | None:
+    """The space in which both may be computed: values with one element a row fit any of as many rows."""
+    if one == other or (other.length == 1 and one.rows == other.rows):
+        return one
+    return other if one.length == 1 and one.rows == other.rows else None
+
+
 def space_of(value: Tensor) -> Space:
     """The space in which ``value``, of at least one dim, is full."""
     return Space(prod(value.shape[:-1]), value.shape[-1])
 
 
 def space(node: fx.Node) -> Space | None:
-    """The space that the operation belongs to, if it is one that a kernel can compute row by row: pointwise, or a
-    reduction along the last dim. Every operand then fits the space, and so does the result."""
+    """The space that the operation belongs to, if it is one that a kernel can compute row by row: pointwise, a
+    reduction along the last dim, or a sum of what each row gives. Every operand then fits the space, and so does the
+    result."""
     found = None
     if is_pointwise(node):
         found = _pointwise(node)
-    elif (rule := _ALONG_ROWS.get(node.target)) is not None:
+    elif (rule := _ALONG_ROWS.get(node.target) or _OVER_ROWS.get(node.target)) is not None:
         found = rule(node)
     elif node.target is aten.view.default:
         found = _view(node)
@@ -78,7 +86,12 @@ def space(node: fx.Node) -> Space | None:
 
 def is_reduction(node: fx.Node) -> bool:
     """Whether the node reads whole rows of its operands."""
-    return node.target in _ALONG_ROWS
+    return node.target in _ALONG_ROWS or sums_rows(node)
+
+
+def sums_rows(node: fx.Node) -> bool:
+    """Whether the results are sums over all rows: known behind the last row, and to none of them."""
+    return node.target in _OVER_ROWS
 
 
 def _operand(space: Space, source: fx.Node) -> Extent | None:
@@ -132,9 +145,18 @@ def _layer_norm(node: fx.Node) -> Space | None:
 def _nll_backward(node: fx.Node) -> Space | None:
     """The gradient of a mean or a sum: a row's is its own, given how many rows count."""
     value = val(node)
+    return _nll_space(value, node.args[3], node.args[4])
+
+
+def _nll_forward(node: fx.Node) -> Space | None:
+    """A mean or a sum of what the targets pick, one from each row."""
+    return _nll_space(val(node.all_input_nodes[0]), node.args[2], node.args[3])
+
+
+def _nll_space(value: Tensor, weight: Any, reduction: Any) -> Space | None:
     if value.dim() != 2 or value.shape[0] == value.shape[1]:
         return None  # which of both the targets are for could not be told
-    return space_of(value) if node.args[3] is None and node.args[4] in (1, 2) else None
+    return space_of(value) if weight is None and reduction in (1, 2) else None
 
 
 _ALONG_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {
@@ -151,7 +173,10 @@ _ALONG_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {
 }
 """Operators that compute each row by itself."""
 
+_OVER_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {aten.nll_loss_forward.default: _nll_forward}
+"""Operators that add up what each row gives by itself."""
+
 
 def picks(node: fx.Node) -> bool:
-    """Whether the node picks a result of an operator that computes rows."""
-    return is_getitem(node) and is_reduction(node.all_input_nodes[0])
+    """Whether the node picks a result of an operator that computes each row by itself."""
+    return is_getitem(node) and node.all_input_nodes[0].target in _ALONG_ROWS

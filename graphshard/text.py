@@ -20,6 +20,8 @@ A region holds the operations that become one kernel. Its inputs are known insid
       return %z
     } {made_by=fuse}
 
+With ``autotune`` before its brace a kernel of it for a GPU searches its block sizes.
+
 A node's attributes print where they differ from the default: the phase is ``forward`` in the body and ``update``
 elsewhere, and the origin of an operation that no pass made is its own name. Strides print unless contiguous, devices
 unless the CPU. How long a pass took is not part of the text, so that the same program always prints the same.
@@ -168,7 +170,7 @@ def _region_text(node: fx.Node, region: Region, section_name: str, section: Sect
         for inner, outer in zip(region.inputs, node.args, strict=True)
         if isinstance(outer, fx.Node)
     ]
-    lines = [f"region({', '.join(inputs)}) {{"]
+    lines = [f"region({', '.join(inputs)}){' autotune' if region.autotune else ''} {{"]
     lines += (f"  {node_text(inner, section_name, section)}" for inner in region.operations)
     lines.append(f"  return {', '.join(f'%{output.name}' for output in region.outputs)}")
     return "\n".join([*lines, "}"])

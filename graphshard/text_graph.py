@@ -175,6 +175,9 @@ class GraphParser:
             inner.nodes[label] = placeholder
 
         cursor.items(argument, "(", ")", "what the region reads")
+        autotune = cursor.next.text == "autotune"
+        if autotune:
+            cursor.take()
         cursor.expect("{", "before the operations of the region")
         cursor.skip_lines()
         while cursor.next.kind == "node":
@@ -191,7 +194,8 @@ class GraphParser:
         inner.section.graph.output(tuple(results))
         if any(result.op == "placeholder" for result in results):
             cursor.fail(head, "a region returns what it computes, not what it is given")
-        node = self.section.graph.create_node("call_function", Region(inner.section.graph), tuple(given), {}, name)
+        region = Region(inner.section.graph, autotune)
+        node = self.section.graph.create_node("call_function", region, tuple(given), {}, name)
         values = [result.meta["val"] for result in results]
         node.meta["val"] = values[0] if len(values) == 1 else tuple(values)
         self.operations_begun = True

@@ -1,14 +1,15 @@
 """``fuse``: operations that read and write the same rows become regions, which code generation turns into one kernel.
 
-What one operation of a region makes for another never goes through memory. Matrix products, attention and whatever
-communicates or draws random numbers stay outside, and bound the stretch of a graph in which a region may lie: no value
-waits for a product that it does not need.
+What one operation of a region makes for another never goes through memory, and what another region made is computed
+again where that is cheaper than to read it (duplicates.py). Matrix products, attention and whatever communicates or
+draws random numbers stay outside, and bound the stretch of a graph in which a region may lie: no value waits for a
+product that it does not need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -17,10 +18,11 @@ from torch import fx
 from graphshard.analysis import has_products, is_random
 from graphshard.communication import communicates
 from graphshard.dataflow import is_getitem, is_view, upstream
+from graphshard.duplicates import CPU_FUNCTION_FLOPS, Group, repeat_cheap
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Role, Section, info
 from graphshard.rewrite import clone, into_region
-from graphshard.rows import Space, picks, space
+from graphshard.rows import Space, common, picks, space, sums_rows
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard
@@ -28,10 +30,14 @@ gs = torch.ops.graphshard
 
 @dataclass(frozen=True)
 class Fuse:
-    """Make regions of at most ``most`` operations; ``body``: also of micro-batches, whose values debug_nan shows."""
+    """Make regions of at most ``most`` operations; ``body``: also of micro-batches, whose values debug_nan shows.
+    ``function_flops``: what an exponential costs where the program is to run; ``autotune``: kernels for a GPU search
+    their block sizes and warps when they first run, instead of taking those that are right for most."""
 
     most: int = 64
     body: bool = True
+    function_flops: float = CPU_FUNCTION_FLOPS
+    autotune: bool = False
 
     name: ClassVar[str] = "fuse"
     exact: ClassVar[bool] = True  # a region means its operations
@@ -40,16 +46,13 @@ class Fuse:
         for name, section in program.sections().items():
             if name == "body" and not self.body:
                 continue
-            for group in _Grouping(section, self.most).run():
-                _make_region(section, group)
+            groups = _Grouping(section, self.most).run()
+            if name == "body":  # an update writes over state, which nobody else may read meanwhile
+                repeat_cheap(section, groups, self.most, self.function_flops)
+            for group in groups:
+                if _computing(group.nodes) > 1:
+                    _make_region(section, group, self.autotune)
         return program
-
-
-@dataclass(eq=False)
-class _Group:
-    space: Space
-    first: fx.Node
-    nodes: dict[fx.Node, None] = field(default_factory=dict)
 
 
 class _Grouping:
@@ -57,14 +60,16 @@ class _Grouping:
 
     def __init__(self, section: Section, most: int) -> None:
         self.section, self.most = section, most
-        self.group: dict[fx.Node, _Group] = {}
-        self.open: dict[tuple[Phase, int | None], list[_Group]] = {}  # groups that may grow, by phase and stage
+        self.group: dict[fx.Node, Group] = {}
+        self.open: dict[tuple[Phase, int | None], list[Group]] = {}  # groups that may grow, by phase and stage
 
-    def run(self) -> list[_Group]:
+    def run(self) -> list[Group]:
         for node in self.section.nodes():
             place = (info(node).phase, info(node).stage)
             if communicates(node):
-                self.open.clear()
+                # Not in an update: it may leave new state behind the gather of its parameter, which does not need that.
+                if info(node).phase is not Phase.UPDATE:
+                    self.open.clear()
             elif has_products(node):
                 self.open.pop(place, None)
             elif picks(node):
@@ -73,8 +78,7 @@ class _Grouping:
                     self._add(node, self.group[source])
             elif (where := space(node)) is not None and self._may_move(node):
                 self._place(node, where, place)
-        found = dict.fromkeys(self.group.values())  # in order of their first nodes
-        return [group for group in found if _computing(group.nodes) > 1]
+        return list(dict.fromkeys(self.group.values()))  # in order of their first nodes
 
     def _may_move(self, node: fx.Node) -> bool:
         """Not what code generation writes in place: sums over micro-batches, and casts of what a bucket takes."""
@@ -90,31 +94,31 @@ class _Grouping:
         """Join the groups that make what ``node`` reads; with none, begin one."""
         opened = self.open.setdefault(place, [])
         makers = dict.fromkeys(self.group[s] for s in reversed(node.all_input_nodes) if s in self.group)
-        joined: _Group | None = None
+        joined: Group | None = None
         for group in makers:
-            common = _common(group.space, where) if group in opened else None
-            if common is None:
+            shared = common(group.space, where) if group in opened else None
+            if shared is None:
                 continue
             if joined is None:
                 if len(group.nodes) < self.most and not self._reach(self._outside([node], group), group):
-                    joined, where = group, common
+                    joined, where = group, shared
                     self._add(node, group)
             elif len(joined.nodes) + len(group.nodes) <= self.most and self._may_merge(joined, group):
                 opened.remove(group)
-                joined.first, where = min(joined.first, group.first), common
+                joined.first, where = min(joined.first, group.first), shared
                 for member in group.nodes:
                     self._add(member, joined)
         if joined is None:
-            joined = _Group(where, node)
+            joined = Group(where, node)
             opened.append(joined)
             self._add(node, joined)
         joined.space = where
 
-    def _add(self, node: fx.Node, group: _Group) -> None:
+    def _add(self, node: fx.Node, group: Group) -> None:
         group.nodes[node] = None
         self.group[node] = group
 
-    def _may_merge(self, one: _Group, other: _Group) -> bool:
+    def _may_merge(self, one: Group, other: Group) -> bool:
         """No path leads from one to the other through what is in neither."""
         both = (one, other)
         around = [
@@ -125,10 +129,10 @@ class _Grouping:
         ]
         return not any(self._reach(around, group) for group in both)
 
-    def _outside(self, nodes: Iterable[fx.Node], group: _Group) -> list[fx.Node]:
+    def _outside(self, nodes: Iterable[fx.Node], group: Group) -> list[fx.Node]:
         return [s for node in nodes for s in node.all_input_nodes if self.group.get(s) is not group]
 
-    def _reach(self, sources: Iterable[fx.Node], group: _Group) -> bool:
+    def _reach(self, sources: Iterable[fx.Node], group: Group) -> bool:
         """Whether any of ``sources`` depends on ``group``, where groups compute as one."""
         seen: set[fx.Node] = set()
         stack = list(sources)
@@ -155,15 +159,10 @@ def _computing(nodes: Iterable[fx.Node]) -> int:
     return sum(not (is_view(node) or is_getitem(node)) for node in nodes)
 
 
-def _common(one: Space, other: Space) -> Space | None:
-    """The space in which both may be computed: values with one element a row fit any of as many rows."""
-    if one == other or (other.length == 1 and one.rows == other.rows):
-        return one
-    return other if one.length == 1 and one.rows == other.rows else None
-
-
-def _make_region(section: Section, group: _Group) -> None:
+def _make_region(section: Section, group: Group, autotune: bool) -> None:
     """A region of the group's nodes, where the last of them is."""
+    # No other node of the group reads a sum over all rows, which is there behind the last of them.
+    group.nodes |= {pick: None for node in group.nodes if sums_rows(node) for pick in node.users}
     members = sorted(group.nodes)
     for node in reversed(members):
         if not node.users:
@@ -182,7 +181,7 @@ def _make_region(section: Section, group: _Group) -> None:
     while (node := node.next) is not nodes[-1]:
         if node not in inside and any(source in inside or source in behind for source in node.all_input_nodes):
             behind[node] = None
-    made = into_region(section, nodes, list(results), "fuse")
+    made = into_region(section, nodes, list(results), "fuse", autotune)
     next_one = list(made.values())[-1].next
     for node in behind:
         next_one.prepend(node)
@@ -195,7 +194,7 @@ def _make_region(section: Section, group: _Group) -> None:
         section.graph.erase_node(node)
 
 
-def _shown(node: fx.Node, group: _Group) -> fx.Node:
+def _shown(node: fx.Node, group: Group) -> fx.Node:
     """What ``node``, if it is a view, shows of the group's own, or of what the group reads."""
     while node in group.nodes and is_view(node):
         (node,) = node.all_input_nodes

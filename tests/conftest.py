@@ -6,6 +6,7 @@ models, batches and eager training are on it. The others are left out, since a d
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import graphshard
+from graphshard.plan_cache import SWITCH
 
 pytest_plugins = ["graphshard.testing.plugin", "pytester"]
 
@@ -39,9 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     # A test finds nothing that another one compiled, and leaves nothing in the user's folders.
-    defaults = graphshard.compile.__kwdefaults__
-    assert defaults is not None
-    defaults["cache"] = False
+    os.environ[SWITCH] = "0"
     device = config.getoption("--device")
     if device is not None and (problem := _problem(device)):
         pytest.exit(f"--device {device}: {problem}", returncode=pytest.ExitCode.USAGE_ERROR)

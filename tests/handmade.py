@@ -30,7 +30,7 @@ def segment(name: str, inputs: str, outputs: str, *lines: str) -> Segment:
     """Inputs and outputs by name, separated by blanks."""
     unpack = [f"{', '.join(inputs.split())}, = args", "args.clear()"] if inputs else []
     body = [*unpack, *lines, f"return ({', '.join(outputs.split())},)"]
-    source = f"def {name}(args, coordinates, device):\n" + "".join(f"    {line}\n" for line in body)
+    source = f"def {name}(args, coordinates, device, memory):\n" + "".join(f"    {line}\n" for line in body)
     return Segment(name, source, tuple(inputs.split()), tuple(outputs.split()))
 
 

@@ -17,6 +17,7 @@ from graphshard.execution import Kernel
 from graphshard.passes.fuse import Fuse
 from graphshard.pipeline import Context
 from graphshard.program import Role, Section
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.segments import compile_segments
 
 c10d = torch.ops._c10d_functional
@@ -58,7 +59,8 @@ def code(graph: Section, *, first: bool = False, accumulate: bool = True) -> Mad
 def run(made: Made, values: Mapping[str, Tensor], coordinates: Mapping[str, int] | None = None) -> tuple[Tensor, ...]:
     """The segment's results for inputs by name."""
     args = [values[name] for name in made.segment.inputs]
-    results = compile_segments({"f": made.segment}, made.kernels)["f"](args, coordinates or {}, CPU)
+    memory = Placing(CPU).of_run(0, made.segment.places)
+    results = compile_segments({"f": made.segment}, made.kernels)["f"](args, coordinates or {}, CPU, memory)
     assert not args, "a segment takes its arguments out of the list, so that nothing else holds them"
     return results
 

@@ -32,6 +32,7 @@ from torch import Tensor
 import graphshard
 from graphshard.execution import ExecutionPlan, Instruction, Op, made_type
 from graphshard.mesh import Mesh
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.distributed import DistributedExecutor
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.local import LocalExecutor
@@ -92,18 +93,25 @@ class Replaying(Executor):
     replays = False
 
     def _machine(
-        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        functions: Mapping[str, SegmentFunction],
+        watch: Watch | None,
+        placing: Mapping[bool, Placing],
     ) -> Machine:
         replayed = {name: self._replayed(f) for name, f in functions.items()}
-        return super()._machine(plan, rank, replayed, watch)  # type: ignore[safe-super]
+        return super()._machine(plan, rank, replayed, watch, placing)  # type: ignore[safe-super]
 
     def _replayed(self, function: SegmentFunction) -> SegmentFunction:
         made: tuple[Tensor, ...] = ()
 
-        def call(given: list[Tensor], coordinates: Mapping[str, int], device: torch.device) -> tuple[Tensor, ...]:
+        def call(
+            given: list[Tensor], coordinates: Mapping[str, int], device: torch.device, memory: Callable[[int], Tensor]
+        ) -> tuple[Tensor, ...]:
             nonlocal made
             if not self.replays:
-                made = function(given, coordinates, device)
+                made = function(given, coordinates, device, memory)
             given.clear()
             return made
 

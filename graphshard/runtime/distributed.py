@@ -16,6 +16,7 @@ from torch import Tensor
 from graphshard.errors import NonFiniteStep, NoValue, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.mesh import Mesh, ranks_by
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
@@ -38,6 +39,7 @@ class DistributedExecutor(Executor):
         device: "cpu": ranks of one machine exchange through shared memory, unless GRAPHSHARD_SHARED_MEMORY=0 is in the
             environment of one of them, and others over gloo. "cuda": NCCL, on the GPU that LOCAL_RANK names.
         path: a folder for what is offloaded to files.
+        cudagraphs: capture segments as CUDA graphs.
         timeout_s: a rank that waits longer in one instruction raises WaitTimeout. On GPUs the host learns of it at the
             beginning of the next step but one.
 
@@ -55,6 +57,7 @@ class DistributedExecutor(Executor):
         timeout_s: float = 600.0,
         measure_memory: bool = False,
         path: str | None = None,
+        cudagraphs: bool = False,
     ) -> None:
         device = torch.device(device)
         if device.type == "cuda":
@@ -66,7 +69,7 @@ class DistributedExecutor(Executor):
         self.timeout_s = timeout_s
         self._groups = make_groups(mesh, device, timeout_s)
         self.rank = dist.get_rank()
-        super().__init__(mesh, (self.rank,), device, measure_memory, path)
+        super().__init__(mesh, (self.rank,), device, measure_memory, path, cudagraphs)
         self._link: Communicator = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
         self._neighbours: Neighbours | None = None
         if device.type == "cpu":
@@ -121,9 +124,15 @@ class DistributedExecutor(Executor):
         return full if everywhere or self.rank == 0 else None
 
     def _machine(
-        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        functions: Mapping[str, SegmentFunction],
+        watch: Watch | None,
+        placing: Mapping[bool, Placing],
     ) -> Machine:
-        return Machine(plan, rank, self._link, functions, self.device, self.homes, self.meters.get(rank), watch)
+        meter, graphs = self.meters.get(rank), self._graphs(plan, rank)
+        return Machine(plan, rank, self._link, functions, self.device, self.homes, meter, watch, placing, graphs)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         agreement = _Agreement(self, loaded, first)

@@ -6,6 +6,7 @@ they put parameters, buffers and optimizer state into the same slots.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,14 +15,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from graphshard.arena import Layout, lay_out
 from graphshard.errors import NoValue
-from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref
+from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref, variants
 from graphshard.loss_scaling import SKIPPED
 from graphshard.mesh import Mesh
 from graphshard.offloaded import offloaded
 from graphshard.plan_options import PLACES
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
+from graphshard.runtime.arena import Arena, Placing
+from graphshard.runtime.cuda_graphs import SegmentGraphs, graphs_of, recorder_of, uncaptured
 from graphshard.runtime.feed import STORED, Feed, sort_feed
 from graphshard.runtime.machine import Machine, Value
 from graphshard.runtime.memory import keep_freed_memory, return_freed_memory
@@ -31,6 +35,9 @@ from graphshard.runtime.products import onednn_is_faster
 from graphshard.runtime.segments import SegmentFunction, compile_segments
 from graphshard.runtime.traffic import sent_bytes
 from graphshard.runtime.watch import Watch
+from graphshard.units import human
+
+logger = logging.getLogger("graphshard")
 
 Batches = Mapping[int, Sequence[Sequence[Tensor]]]
 """Per data-parallel rank, per micro-batch: the tensors of the batch in flattening order."""
@@ -50,7 +57,7 @@ class StepResult:
 
 class Executor(ABC):
     """Runs plans over one mesh. ``ranks`` are those that live in this process; ``path`` is a folder for what they
-    offload to files."""
+    offload to files; ``cudagraphs``: segments are captured as CUDA graphs, where the device has such."""
 
     def __init__(
         self,
@@ -59,8 +66,11 @@ class Executor(ABC):
         device: torch.device,
         measure_memory: bool = False,
         path: str | None = None,
+        cudagraphs: bool = False,
     ) -> None:
-        self._keeps_freed = device.type == "cpu" and path is None and keep_freed_memory()
+        # oneDNN allocates what it makes: where it computes products, those are not in the block that a plan lays out.
+        outside = device.type == "cpu" and path is None and onednn_is_faster()
+        self._keeps_freed = outside and keep_freed_memory()
         if device.type == "cpu" and path is not None:  # who moves values to files has no memory for gaps
             return_freed_memory()
         self.mesh = mesh
@@ -71,22 +81,44 @@ class Executor(ABC):
         self.sent_bytes: dict[int, dict[str, int]] = {rank: {} for rank in self.ranks}  # by axis, all steps so far
         self.state_keys: frozenset[str] = frozenset()  # the optimizer state that exists, the same on every rank
         self.meters = {rank: make_meter(device, len(self.ranks)) for rank in self.ranks} if measure_memory else {}
+        self.recorder = recorder_of(device) if cudagraphs else None
+        if cudagraphs and self.recorder is None:
+            logger.warning("graphshard: plan token 'cudagraphs' has no effect on %s; it needs a CUDA device", device)
+        # On an accelerator torch keeps what is freed; and where memory is measured each value has some of its own.
+        alone = device.type != "cpu" or measure_memory or self.recorder is not None
+        self.arenas = {} if alone else {rank: Arena() for rank in self.ranks}
         self._loaded: dict[int, Loaded] = {}
 
     def choices(self) -> dict[str, str]:
         """What was chosen on this machine, for ``explain``."""
+        graphs = [machine.graphs for loaded in self._loaded.values() for machine in loaded.machines.values()]
+        told = {"CUDA graphs": "; ".join(one.told() for one in graphs if one is not None)} if any(graphs) else {}
         if self.device.type != "cpu":
-            return self.homes.choices()
-        return self.homes.choices() | {
+            return self.homes.choices() | told
+        return (self.homes.choices() | told) | {
             "large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS",
             "freed memory": "kept for the next step, by mallopt" if self._keeps_freed else "as the C library is set",
+            "what a step makes": self._laid_out(),
         }
+
+    def _laid_out(self) -> str:
+        if not self.arenas:
+            return "each value has memory of its own, to be measured"
+        largest = max(arena.nbytes for arena in self.arenas.values())
+        return f"in one block of {human(largest)} a rank, laid out before the step; see graphshard/arena.py"
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:
         """By rank, the memory that the last step of ``plan`` took; empty unless it was measured."""
         loaded = self._loaded.get(id(plan))
         found = {} if loaded is None else {rank: machine.measured for rank, machine in loaded.machines.items()}
         return {rank: measured for rank, measured in found.items() if measured is not None}
+
+    def uncaptured(self, plan: ExecutionPlan) -> dict[str, str]:
+        """The segments of ``plan`` that ranks here do not run as CUDA graphs though they were asked to, with the
+        reason."""
+        loaded = self._loaded.get(id(plan))
+        machines = [] if loaded is None else loaded.machines.values()
+        return uncaptured(machine.graphs for machine in machines if machine.graphs is not None)
 
     def load(self, plan: ExecutionPlan) -> Loaded:
         """Prove and prepare ``plan``; a plan loaded before is not prepared again.
@@ -101,13 +133,15 @@ class Executor(ABC):
             prove(plan)
             self._reserve(plan)
             functions: dict[int, dict[str, SegmentFunction]] = {}
+            layouts: dict[tuple[int, bool], Layout] = {}
             machines = {}
             for rank in self.ranks:
                 stage = self.mesh.coordinates(rank)["pp"]
                 watch = Watch(plan.stages[stage].watched) if plan.watched else None
                 if stage not in functions or watch is not None:  # each rank has a watch of its own
                     functions[stage] = compile_segments(plan.stages[stage].segments, plan.kernels, watch)
-                machines[rank] = self._machine(plan, rank, functions[stage], watch)
+                placing = self._placing(plan, rank, layouts)
+                machines[rank] = self._machine(plan, rank, functions[stage], watch, placing)
             constants = {name: value.to(self.device) for name, value in plan.constants.items()}
             feeds = {
                 first: {
@@ -118,6 +152,27 @@ class Executor(ABC):
             }
             loaded = self._loaded[id(plan)] = Loaded(plan, machines, feeds, constants, plan.state_keys)
         return loaded
+
+    def _placing(self, plan: ExecutionPlan, rank: int, layouts: dict[tuple[int, bool], Layout]) -> dict[bool, Placing]:
+        """Where the rank's values lie, in the first step and in later ones; ``layouts`` by stage, for other ranks."""
+        if rank not in self.arenas:
+            return dict.fromkeys((False, True), Placing(self.device))
+        stage = self.mesh.coordinates(rank)["pp"]
+        for first in variants(plan):
+            if (stage, first) not in layouts:
+                layouts[stage, first] = lay_out(plan, stage, first)
+        later = Placing(self.device, self.arenas[rank], layouts[stage, False])
+        first_one = layouts.get((stage, True))
+        return {
+            False: later,
+            True: later if first_one is None else Placing(self.device, self.arenas[rank], first_one),
+        }
+
+    def _graphs(self, plan: ExecutionPlan, rank: int) -> SegmentGraphs | None:
+        """What records the segments of a rank."""
+        if self.recorder is None:
+            return None
+        return graphs_of(plan, self.mesh.coordinates(rank)["pp"], self.recorder, rank in self.meters)
 
     def _reserve(self, plan: ExecutionPlan) -> None:
         """Room for all that the ranks here ever keep off the device at once, before the first step needs it."""
@@ -202,7 +257,12 @@ class Executor(ABC):
 
     @abstractmethod
     def _machine(
-        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        functions: Mapping[str, SegmentFunction],
+        watch: Watch | None,
+        placing: Mapping[bool, Placing],
     ) -> Machine: ...
 
     @abstractmethod

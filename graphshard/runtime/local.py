@@ -16,6 +16,7 @@ from torch import Tensor
 from graphshard.errors import NonFiniteStep, StuckPlan
 from graphshard.execution import ExecutionPlan, Ref, TensorType
 from graphshard.mesh import Mesh
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import LocalCouncil
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.machine import Handle, Machine, Value
@@ -31,6 +32,7 @@ class LocalExecutor(Executor):
             rank goes on, and a communication whose ends are all there completes at a random later moment.
         measure_memory: measure what every rank holds, in ``meters``.
         path: a folder for what is offloaded to files.
+        cudagraphs: capture segments as CUDA graphs.
     """
 
     def __init__(
@@ -41,8 +43,9 @@ class LocalExecutor(Executor):
         interleaving: int | None = None,
         measure_memory: bool = False,
         path: str | None = None,
+        cudagraphs: bool = False,
     ) -> None:
-        super().__init__(mesh, range(mesh.world_size), torch.device(device), measure_memory, path)
+        super().__init__(mesh, range(mesh.world_size), torch.device(device), measure_memory, path, cudagraphs)
         self._random = None if interleaving is None else random.Random(interleaving)
         self._network = _Network(delayed=interleaving is not None)
 
@@ -53,10 +56,16 @@ class LocalExecutor(Executor):
         return torch.cat([self.stored(peer, ref) for peer in self.mesh.group(rank, axis)])
 
     def _machine(
-        self, plan: ExecutionPlan, rank: int, functions: Mapping[str, SegmentFunction], watch: Watch | None
+        self,
+        plan: ExecutionPlan,
+        rank: int,
+        functions: Mapping[str, SegmentFunction],
+        watch: Watch | None,
+        placing: Mapping[bool, Placing],
     ) -> Machine:
         link = _Link(self._network, plan.mesh, rank)
-        return Machine(plan, rank, link, functions, self.device, self.homes, self.meters.get(rank), watch)
+        meter, graphs = self.meters.get(rank), self._graphs(plan, rank)
+        return Machine(plan, rank, link, functions, self.device, self.homes, meter, watch, placing, graphs)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         self._network.reset()

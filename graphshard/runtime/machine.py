@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from typing import Protocol
 
 import torch
@@ -15,12 +17,15 @@ from graphshard.execution import (
     Op,
     Ref,
     TensorType,
+    made_type,
     match_waits,
     read_refs,
     result_refs,
 )
 from graphshard.program import Slot
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import Council
+from graphshard.runtime.cuda_graphs import SegmentGraphs
 from graphshard.runtime.meter import Measured, Meter
 from graphshard.runtime.nonfinite import judge
 from graphshard.runtime.offload import Homes, Offloaded
@@ -76,7 +81,7 @@ Action = Callable[[Environment, Handles], Handle | None]
 
 
 class Machine:
-    """Interprets the plan of one rank.
+    """Interprets the plan of one rank. ``placing``: where values lie in the first step, and in later ones.
 
     ``position`` is that of the instruction being run, for messages. Nothing is checked here: prove.py has.
     """
@@ -91,12 +96,15 @@ class Machine:
         homes: Homes,
         meter: Meter | None = None,
         watch: Watch | None = None,
+        placing: Mapping[bool, Placing] | None = None,
+        graphs: SegmentGraphs | None = None,
     ) -> None:
         self.rank = rank
         self.position = 0
         self.meter = meter
         self.measured: Measured | None = None  # the last step that went through
         self.watch = watch
+        self.graphs = graphs  # of later steps
         self._plan = plan
         stage_plan = plan.of_rank(rank)
         self._storages = stage_plan.storages
@@ -109,10 +117,11 @@ class Machine:
         self._environment: Environment = []
         self._first = False
         resolver = _Resolver(plan, rank, communicator, functions, device, homes)
-        steady = resolver.resolve(self._instructions[False], waits)
+        placing = placing or dict.fromkeys((False, True), Placing(device))
+        steady = resolver.resolve(self._instructions[False], waits, placing[False], graphs)
         self._code = {
             False: steady,
-            True: steady if same else resolver.resolve(self._instructions[True], self._waits[True]),
+            True: steady if same else resolver.resolve(self._instructions[True], self._waits[True], placing[True]),
         }
         reads = {first: read_refs(plan, self.stage, first) for first in (False, True)}
         self.reads: dict[bool, dict[Ref, tuple[Slot, TensorType]]] = reads
@@ -159,6 +168,9 @@ class Machine:
             NonFiniteStep: a loss or gradient of some rank is NaN or infinite; nothing was updated.
         """
         places = self._places_in[first]
+        graphs = None if first else self.graphs
+        if graphs is not None:
+            graphs.begin(values)
         environment: Environment = [None] * self._size
         for ref, value in values.items():
             environment[places[ref]] = value
@@ -186,6 +198,8 @@ class Machine:
             result = environment[place]
             assert result is not None, f"{ref} is not defined at the end of the step"
             results[ref] = result
+        if graphs is not None:
+            results = graphs.end(results)
         if self.meter is not None:
             self.measured = Measured(tuple(self.meter.rows), first)
         self._forget()
@@ -249,11 +263,13 @@ class _Resolver:
         homes: Homes,
     ) -> None:
         self.homes = homes
+        self.segments = plan.of_rank(rank).segments
         self.mesh = plan.mesh
         self.coordinates = plan.mesh.coordinates(rank)
         self.communicator = communicator
         self.functions = functions
         self.device = device
+        self.graphs: SegmentGraphs | None = None
         self._places: dict[Ref, int] = {}
 
     @property
@@ -263,7 +279,14 @@ class _Resolver:
     def place(self, ref: Ref) -> int:
         return self._places.setdefault(ref, len(self._places))
 
-    def resolve(self, instructions: tuple[Instruction, ...], waits: Mapping[int, int]) -> list[Action]:
+    def resolve(
+        self,
+        instructions: tuple[Instruction, ...],
+        waits: Mapping[int, int],
+        placing: Placing,
+        graphs: SegmentGraphs | None = None,
+    ) -> list[Action]:
+        self._placing, self.graphs = placing, graphs
         moves = {wait for wait, started in waits.items() if instructions[started].op in MOVES}
         return [
             _settle(waits[position]) if position in moves else self._action(position, ins, waits)
@@ -273,7 +296,7 @@ class _Resolver:
     def _action(self, position: int, ins: Instruction, waits: Mapping[int, int]) -> Action:
         match ins.op:
             case Op.RUN:
-                return self._run(ins)
+                return self._run(position, ins)
             case Op.WAIT:
                 return _wait(waits[position])
             case Op.FREE:
@@ -292,8 +315,11 @@ class _Resolver:
             case Op.RELOAD:
                 return self._reload(position, ins)
 
-    def _run(self, ins: Instruction) -> Action:
+    def _run(self, position: int, ins: Instruction) -> Action:
         function, coordinates, device = self.functions[ins.name], self.coordinates, self.device
+        memory = self._placing.of_run(position, self.segments[ins.name].places)
+        if self.graphs is not None:
+            function = self.graphs.wrap(ins, function)
         inputs = [self.place(ref) for ref in ins.inputs]
         outputs = [self.place(ref) for ref in ins.outputs]
         last = [self.place(ref) for ref in ins.last]
@@ -303,7 +329,7 @@ class _Resolver:
             arguments = [environment[place] for place in inputs]
             for place in last:
                 environment[place] = None
-            results = function(arguments, coordinates, device)  # type: ignore[arg-type]
+            results = function(arguments, coordinates, device, memory)  # type: ignore[arg-type]
             for place, result in zip(outputs, results, strict=True):
                 environment[place] = result
 
@@ -325,11 +351,11 @@ class _Resolver:
 
     def _recv(self, position: int, ins: Instruction) -> Action:
         assert ins.peer is not None and ins.type is not None
-        target, recv, peer, device = self.place(ins.outputs[0]), self.communicator.recv, ins.peer, self.device
-        shape, stride, dtype, wire = ins.type.shape, ins.type.stride, ins.type.dtype, (ins.type.numel,)
+        target, recv, peer = self.place(ins.outputs[0]), self.communicator.recv, ins.peer
+        memory, wire = self._placing.of_result(position, ins.type), (ins.type.numel,)
 
         def run(environment: Environment, handles: Handles) -> None:
-            value = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            value = memory()
             handles[position] = recv(peer, value.as_strided(wire, (1,)))
             environment[target] = value
 
@@ -363,7 +389,7 @@ class _Resolver:
 
     def _collective(self, position: int, ins: Instruction) -> Action:
         assert ins.type is not None
-        target, start = self.place(ins.outputs[0]), self._starter(ins)
+        target, start = self.place(ins.outputs[0]), self._starter(position, ins)
         source = self.place(ins.inputs[0]) if ins.inputs else None
         keep = not ins.last
 
@@ -376,39 +402,36 @@ class _Resolver:
 
         return run
 
-    def _starter(self, ins: Instruction) -> Callable[[Tensor | None], tuple[Tensor, Handle]]:
+    def _starter(self, position: int, ins: Instruction) -> Callable[[Tensor | None], tuple[Tensor, Handle]]:
         assert ins.type is not None
-        axis, size, device, dtype = ins.axis, self.mesh.size(ins.axis), self.device, ins.type.dtype
-        shape = ins.type.shape
+        axis, memory = ins.axis, self._placing.of_result(position, _dense(made_type(ins, ins.type, self.mesh)))
         owned = bool(ins.last)  # handed over: nobody else reads it, so that it can be reduced in place
         communicator = self.communicator
 
         def all_gather(value: Tensor | None) -> tuple[Tensor, Handle]:
             assert value is not None
-            output = torch.empty(gathered, dtype=dtype, device=device)
+            output = memory()
             return output, communicator.all_gather(axis, output, value.contiguous())
 
         def reduce_scatter(value: Tensor | None) -> tuple[Tensor, Handle]:
             assert value is not None
-            output = torch.empty(scattered, dtype=dtype, device=device)
+            output = memory()
             return output, communicator.reduce_scatter(axis, output, value.contiguous())
 
         def all_reduce(value: Tensor | None) -> tuple[Tensor, Handle]:
             assert value is not None
-            output = value.contiguous() if owned else value.clone(memory_format=torch.contiguous_format)
+            output = value.contiguous() if owned else memory().copy_(value)
             return output, communicator.all_reduce(axis, output)
 
         def broadcast(value: Tensor | None) -> tuple[Tensor, Handle]:
             if value is None or root != here:
-                output = torch.empty(shape, dtype=dtype, device=device)
+                output = memory()
             else:
-                output = value.contiguous() if owned else value.clone(memory_format=torch.contiguous_format)
+                output = value.contiguous() if owned else memory().copy_(value)
             assert root is not None
             return output, communicator.broadcast(axis, output, root)
 
         root, here = ins.peer, self.coordinates[axis]
-        gathered = (shape[0] * size, *shape[1:]) if shape else ()
-        scattered = (shape[0] // size, *shape[1:]) if shape else ()
         match ins.name:
             case "all_gather":
                 return all_gather
@@ -469,3 +492,9 @@ def outgoing(value: Tensor, kind: TensorType) -> Tensor:
         packed = torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=value.device)
         value = packed.copy_(value)
     return value.as_strided((kind.numel,), (1,), value.storage_offset())
+
+
+def _dense(kind: TensorType) -> TensorType:
+    """The contiguous type of the same shape."""
+    strides = tuple(prod(kind.shape[dim + 1 :]) for dim in range(len(kind.shape)))
+    return replace(kind, stride=strides)

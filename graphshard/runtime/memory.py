@@ -19,9 +19,9 @@ _RETURNED_BYTES = 2**20  # blocks from this size on are the system's again as so
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees, as torch does on an accelerator; False where the C library is not glibc.
 
-    A step frees and allocates the same activations and buffers again and again. By default glibc gives large ones back
-    to the system, and every page of the next ones is a fault: up to 100,000 a step of a model of 34 million parameters,
-    4% of its time and more. What the environment says of malloc is left as it is.
+    What a step makes outside of its arena it frees and allocates again and again. By default glibc gives large blocks
+    back to the system, and every page of the next ones is a fault: up to 100,000 a step of a model of 34 million
+    parameters that has no arena, 4% of its time and more. What the environment says of malloc is left as it is.
     """
     return _set_malloc({_M_MMAP_THRESHOLD: _KEPT_BYTES, _M_TRIM_THRESHOLD: _KEPT_BYTES})
 

@@ -24,16 +24,18 @@ _CLEARLY = 0.8  # oneDNN must take at most this part of the other's time
 _TRIALS = 7
 
 
-def mm(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices."""
-    return _by_onednn(left, right) if _goes_to_onednn(left) else torch.mm(left, right)
+def mm(left: Tensor, right: Tensor, out: Callable[[], Tensor] | None = None) -> Tensor:
+    """The product of two matrices. ``out`` gives memory for it; oneDNN makes its own."""
+    if _goes_to_onednn(left):
+        return _by_onednn(left, right)
+    return torch.mm(left, right, out=None if out is None else out())
 
 
-def addmm(bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices, plus ``bias`` (1-D) in every row."""
+def addmm(bias: Tensor, left: Tensor, right: Tensor, out: Callable[[], Tensor] | None = None) -> Tensor:
+    """The product of two matrices, plus ``bias`` (1-D) in every row; ``out`` as for :func:`mm`."""
     if _goes_to_onednn(left):
         return _by_onednn(left, right, bias)
-    return torch.addmm(bias, left, right)
+    return torch.addmm(bias, left, right, out=None if out is None else out())
 
 
 def mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:

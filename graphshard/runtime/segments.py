@@ -15,8 +15,9 @@ from graphshard.execution import Kernel, Segment
 from graphshard.runtime import products
 from graphshard.source_files import KERNELS, imported
 
-SegmentFunction = Callable[[list[torch.Tensor], Mapping[str, int], torch.device], tuple[torch.Tensor, ...]]
-
+SegmentFunction = Callable[
+    [list[torch.Tensor], Mapping[str, int], torch.device, Callable[[int], torch.Tensor]], tuple[torch.Tensor, ...]
+]
 
 Watcher = Callable[[str, torch.Tensor], None]
 """Is shown the values of a segment by name, where lowering was asked for that."""

@@ -35,7 +35,9 @@ MOMENTUM = """
 def values_of(graph: Section, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        node.name: torch.randn(node.meta["val"].shape, generator=generator, dtype=node.meta["val"].dtype)
+        node.name: torch.randn(node.meta["val"].shape, generator=generator, dtype=torch.float64).to(
+            node.meta["val"].dtype
+        )
         for node in graph.inputs
     }
 
@@ -169,6 +171,60 @@ def test_what_every_block_reads_is_not_overwritten_by_rows_of_as_many() -> None:
     graph = update(COLUMN)
     results, expected = both(graph)
     torch.testing.assert_close(results, expected)
+
+
+LOSS = """
+  %x : {dtype}[{rows},5] = batch 0
+  %t : i64[{rows}] = batch 1
+  %wide = aten._to_copy.default(%x, dtype=f64)
+  %lp = aten._log_softmax.default(%wide, 1, False)
+  %u = aten.{target}
+  %nll = aten.nll_loss_forward.default(%lp, %u, None, {reduction}, 3)
+  %loss = getitem(%nll, 0)
+  %count = getitem(%nll, 1)
+  return output 0 %loss, output 1 %count{more}
+"""
+
+
+@given(
+    st.sampled_from((3, 17, 100)),
+    st.sampled_from((1, 2)),
+    st.sampled_from(("f64", "bf16")),
+    st.sampled_from(("clone.default(%t)", "view.default(%t, [-1])")),
+    st.sampled_from(("", ", output 2 %wide")),
+    st.integers(0, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_loss_over_rows_is_that_of_the_operator_to_the_bit(
+    rows: int, reduction: int, dtype: str, target: str, more: str, seed: int
+) -> None:
+    with SMALL:
+        graph = update(LOSS.format(rows=rows, reduction=reduction, dtype=dtype, target=target, more=more))
+        generator = torch.Generator().manual_seed(seed)
+        values = values_of(graph, seed)
+        values["t"] = torch.randint(0, 5, (rows,), generator=generator)  # some are 3, which do not count
+        (region,) = regions(graph)
+        cut = blocks_of(region)
+        assert cut is not None and (cut.count, cut.step) == (rows, 1) and keeps_to_itself(region, cut)
+        made = code(graph, accumulate=False)
+        assert made.kernels, "it is cut, not run as it is"
+        results = run(made, values)
+        torch.testing.assert_close(results, tuple(evaluate(graph, values)), rtol=0, atol=0, equal_nan=True)
+
+
+@SMALL
+def test_what_reads_a_loss_over_all_rows_waits_for_the_last() -> None:
+    graph = update("""
+  %x : f64[20,5] = batch 0
+  %t : i64[20] = batch 1
+  %lp = aten._log_softmax.default(%x, 1, False)
+  %nll = aten.nll_loss_forward.default(%lp, %t, None, 2, -100)
+  %count = getitem(%nll, 1)
+  %y = aten.mul.Tensor(%lp, %count)
+  %z = aten.neg.default(%y)
+  return output 0 %z
+""")
+    assert [[n.name for n in region.operations] for region in regions(graph)] == [["lp", "nll", "count"], ["y", "z"]]
 
 
 @SMALL

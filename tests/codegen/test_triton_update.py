@@ -2,63 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+import re
 
 import pytest
 import torch
 from torch import fx, nn
 
 import graphshard
-from graphshard.codegen.triton import supports
-from graphshard.passes.fuse import Fuse
-from graphshard.region import Region, region_of
+from graphshard.codegen.triton import supports, write_kernel
+from graphshard.program import Role
+from graphshard.region import Region
 from interpreted import Interpreter
 from traced import check
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "adamw": partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.1),
-    "adam": partial(torch.optim.Adam, lr=1e-3, weight_decay=0.01, amsgrad=True),
-    "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
-    "adagrad": partial(torch.optim.Adagrad, lr=0.1, lr_decay=0.01),
-    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5),
-    "nadam": partial(torch.optim.NAdam, lr=0.01),
-    "adamax": partial(torch.optim.Adamax, lr=0.01),
-}
-
-
-def update_region(optimizer: Callable[..., Any], plan: str, dtype: torch.dtype) -> tuple[Region, dict[int, int]]:
-    """The pointwise nodes of an epilogue as one region, and which outputs overwrite which inputs."""
-    model = nn.Sequential(nn.Linear(24, 50), nn.ReLU(), nn.Linear(50, 7)).to(dtype)
-    compiled = graphshard.compile(
-        model,
-        plan=plan,
-        loss_fn=nn.functional.mse_loss,
-        optimizer=optimizer,
-        world_size=2,
-        executor="none",
-        max_grad_norm=1.0,
-        passes=[Fuse(most=1)],  # the region here is larger than that pass would make it: scalars are in it
-        example_inputs=(torch.randn(8, 24, dtype=dtype), torch.randn(8, 7, dtype=dtype)),
-    )
-    section = compiled.program.epilogue
-    nodes = [
-        node
-        for node in section.graph.nodes
-        if node.op == "call_function" and str(node.target).startswith("aten.") and node.meta["val"].dim() <= 1
-    ]
-    inside = set(nodes)
-    inputs = list(dict.fromkeys(a for node in nodes for a in node.all_input_nodes if a not in inside))
-    outputs = [node for node in nodes if not set(node.users) <= inside]
-    stored = {slot: node for node, slot in section.inputs.items()}
-    in_place = {
-        at: inputs.index(stored[slot])
-        for slot, node in section.outputs.items()
-        for at, output in enumerate(outputs)
-        if output is node and stored.get(slot) in inputs
-    }
-    return region_of(nodes, inputs, outputs), in_place
+from updates import OPTIMIZERS, update_region
 
 
 def arguments_of(region: Region) -> list[torch.Tensor]:
@@ -84,6 +40,33 @@ def test_update_in_place(interpreter: Interpreter, name: str, plan: str, dtype: 
     # No state of a bucket is copied: only scalars, which several programs read.
     flat = [node.name for node in region.inputs if node.meta["val"].dim()]
     assert not any(f"{name}.copy_(" in kernel.source for name in flat), kernel.source
+
+
+def test_the_update_of_an_optimizer_that_torch_has_not_is_one_kernel() -> None:
+    """Lion as a user writes it, element by element."""
+    with torch.device("meta"):
+        model = nn.Linear(64, 64, bias=False)
+    compiled = graphshard.compile(
+        model,
+        "zero1+bf16",
+        loss_fn=nn.functional.mse_loss,
+        optimizer=OPTIMIZERS["lion"],
+        world_size=2,
+        executor="none",
+        device="cuda",
+        example_inputs=(torch.empty(8, 64, device="meta"), torch.empty(8, 64, device="meta")),
+    )
+    section = compiled.program.epilogue
+    (update,) = [node.target for node in section.nodes() if isinstance(node.target, Region)]
+    assert {"sign", "copy"} <= {str(node.target).split(".")[1] for node in update.operations}
+    states = {node for slot, node in section.input_slots.items() if slot.role in (Role.STATE, Role.MASTER)}
+    assert len(states) == 2
+    for state in states:
+        assert all(user.op == "output" or isinstance(user.target, Region) for user in state.users)
+    kernel = write_kernel(update, "lion")
+    for node in update.inputs:
+        read = re.findall(rf"tl\.load\({node.name}\b", kernel.source)
+        assert len(read) == (node.meta["val"].dtype is not torch.bfloat16), kernel.source  # the old copy is not
 
 
 def test_adamw_does_its_scalar_work_once_and_each_element_is_read_once(interpreter: Interpreter) -> None:

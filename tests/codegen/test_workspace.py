@@ -9,6 +9,7 @@ from torch import Tensor
 from graphshard.codegen import blocks
 from graphshard.execution import Workspace
 from graphshard.program import Section
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.meter import LiveStorages
 from graphshard.runtime.segments import compile_segments
 from segment_code import CPU, code, run, section, update
@@ -31,7 +32,7 @@ def measured(graph: Section, accumulate: bool = True, first: bool = False) -> tu
         meter = LiveStorages()
         meter.begin([(value, "batch") for value in values])
         with meter.running(watched=True):
-            results = function(values, {}, CPU)
+            results = function(values, {}, CPU, Placing(CPU).of_run(0, made.segment.places))
         meter.ran([])
         peaks.append(sum(meter.rows[0].values()) - given)
         del results, kept

@@ -48,7 +48,6 @@ def main() -> None:
         loss_fn=loss_fn,
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
         timeout_s=float(sys.argv[4]),
-        cache=False,
     )
     rows = 16 // compiled.dp_size
     mine = [value[compiled.dp_rank * rows : (compiled.dp_rank + 1) * rows] for value in args]

@@ -41,7 +41,6 @@ def scenario(plan: str) -> dict[str, Any]:
         optimizer=functools.partial(torch.optim.AdamW, lr=1e-3),
         debug_nan=True,
         timeout_s=30.0,
-        cache=False,
     )
     x, y = torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH)
     rows = ROWS // compiled.dp_size

@@ -46,7 +46,7 @@ def compiled(plan: str, executor: str, **more: Any) -> graphshard.Compiled:
     more = {"model": model(), "optimizer": optimizer, "max_grad_norm": 0.5, **more}
     made = more.pop("model")
     return graphshard.compile(
-        made, plan, loss_fn=F.mse_loss, executor=executor, world_size=WORLD_SIZE, timeout_s=10.0, cache=False, **more
+        made, plan, loss_fn=F.mse_loss, executor=executor, world_size=WORLD_SIZE, timeout_s=10.0, **more
     )
 
 

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 import graphshard
 from graphshard.compile import Compiled
 from graphshard.errors import UncapturableOperator
+from graphshard.runtime.arena import Placing
 from graphshard.runtime.segments import compile_segments
 from numerics.cases import adamw, maker
 
@@ -119,5 +120,6 @@ def test_segments_make_nothing_without_saying_where(optimizer: Any, monkeypatch:
         functions = compile_segments(stage.segments, plan.kernels)
         for segment in stage.segments.values():
             given = [torch.empty_strided(t.shape, t.stride, dtype=t.dtype, device="meta") for t in segment.input_types]
-            results = functions[segment.name](given, {"pp": 0, "shard": 0, "dp": 0}, torch.device("meta"))
+            memory = Placing(torch.device("meta")).of_run(0, segment.places)
+            results = functions[segment.name](given, {"pp": 0, "shard": 0, "dp": 0}, torch.device("meta"), memory)
             assert {value.device.type for value in results} <= {"meta"}, segment.source

@@ -66,6 +66,7 @@ def plans(draw: st.DrawFn) -> Plan:
         recompute=recompute,
         offload=draw(st.none() | offloads()),
         memory=None if budgeted else draw(st.none() | st.builds(Memory, positive, directories)),
+        cudagraphs=draw(st.booleans()),
     )
 
 
@@ -112,6 +113,8 @@ def test_any_text_parses_or_is_a_plan_error_within_the_text(text: str) -> None:
         "offload:optimizer=cpu",
         "zero3+offload:optimizer=nvme,params=nvme,activations=cpu,path=/scratch/run=1",
         "zero3+memory:budget_gb=2,path=/scratch",
+        "cudagraphs",
+        "zero3+bf16+cudagraphs",
     ],
 )
 def test_canonical_spellings(text: str) -> None:
@@ -131,6 +134,7 @@ def test_canonical_spellings(text: str) -> None:
         ("recompute", "recompute:policy=full"),
         ("bf16:reduce=fp32+dp2", "dp2+bf16"),
         ("memory:budget_gb=1e30", "memory:budget_gb=1e30"),
+        ("cudagraphs+dp2", "dp2+cudagraphs"),
     ],
 )
 def test_other_spellings_print_canonically(text: str, canonical: str) -> None:
@@ -255,6 +259,9 @@ def test_a_mesh_has_as_many_ranks_as_asked_for_and_keeps_stated_sizes(plan: Plan
         ("memory:budget_gb=1+recompute:policy=auto,budget_gb=1", 1, "memory has the budget"),
         ("memory", 1, "memory needs budget_gb: a finite number above 0"),
         ("memory:budget_gb=-1", 18, "a finite number above 0"),
+        ("dp2+cudagraph", 5, "did you mean 'cudagraphs'?"),
+        ("cudagraphs:pool=1", 12, "it takes none"),
+        ("cudagraphs+dp2+cudagraphs", 16, "contradicts or repeats 'cudagraphs'"),
     ],
 )
 def test_a_mistake_points_at_its_column(text: str, column: int, says: str) -> None:

@@ -1,0 +1,86 @@
+"""Where in one block of memory the values of a step lie: decided before the step, from when to when each is needed.
+
+Values whose times do not overlap can lie in the same place, so that the block is hardly larger than the most that is
+alive at once, in whatever order values come and go; and because it is the same in every step, the system is asked for
+none of its pages twice. Not in it are values that outlive the step, and what torch's operators make for themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from graphshard.execution import ExecutionPlan, Op
+from graphshard.spans import Span, memory_spans
+
+ALIGNMENT = 64  # bytes, as of what torch allocates on a CPU
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offsets of what a step of a rank makes: ``runs``, by the position of a RUN, those of the places of its
+    segment, None for one that is not in the block; ``made``, by the position of a communication, that of its result.
+
+    ``alive_bytes``: the most that is in use at once, which no layout can do without.
+    """
+
+    nbytes: int = 0
+    alive_bytes: int = 0
+    runs: dict[int, tuple[int | None, ...]] = field(default_factory=dict)
+    made: dict[int, int] = field(default_factory=dict)
+
+
+def lay_out(plan: ExecutionPlan, stage: int, first: bool = False) -> Layout:
+    """The layout for the ranks of ``stage`` of the first step, or of a later one."""
+    instructions = plan.stages[stage].step(first)
+    spans = memory_spans(plan, stage, first)
+    offsets, nbytes = pack([(span.nbytes, span.begin, span.end) for span in spans])
+    found = {(span.position, span.place): offset for span, offset in zip(spans, offsets, strict=True)}
+    segments = plan.stages[stage].segments
+    runs = {
+        at: tuple(found.get((at, place)) for place in range(len(segments[ins.name].places)))
+        for at, ins in enumerate(instructions)
+        if ins.op is Op.RUN
+    }
+    made = {at: offset for (at, place), offset in found.items() if place is None}
+    return Layout(nbytes, _most(spans), runs, made)
+
+
+def pack(spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets for (bytes, first time, last time) such that no two overlap in both, and the bytes they take together.
+
+    The largest is placed first, each in the smallest gap that it fits, below or between those that are there at its
+    time (greedy by size: Pisarchyk and Lee, Efficient Memory Management for Deep Neural Net Inference, 2020).
+    """
+    sizes, begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+    sizes = -(-sizes // ALIGNMENT) * ALIGNMENT
+    order = np.lexsort((begins, -sizes))
+    sizes, begins, ends = sizes[order], begins[order], ends[order]
+    offsets = np.zeros_like(sizes)
+    for i, size in enumerate(sizes):
+        there = np.flatnonzero((begins[:i] <= ends[i]) & (ends[:i] >= begins[i]))
+        if not there.size:
+            continue
+        there = there[np.argsort(offsets[there], kind="stable")]
+        tops = np.maximum.accumulate(offsets[there] + sizes[there])
+        gaps = offsets[there] - np.concatenate(([0], tops[:-1]))
+        fitting = np.flatnonzero(gaps >= size)
+        if not fitting.size:
+            offsets[i] = tops[-1]
+        else:
+            gap = fitting[np.argmin(gaps[fitting])]
+            offsets[i] = offsets[there[gap]] - gaps[gap]
+    result = np.empty_like(offsets)
+    result[order] = offsets
+    return result.tolist(), int((offsets + sizes).max(initial=0))
+
+
+def _most(spans: Sequence[Span]) -> int:
+    """The most bytes that are needed at once."""
+    change = np.zeros(max((span.end for span in spans), default=0) + 2, dtype=np.int64)
+    for span in spans:
+        change[span.begin] += span.nbytes
+        change[span.end + 1] -= span.nbytes
+    return int(change.cumsum().max())

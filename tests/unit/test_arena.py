@@ -1,0 +1,159 @@
+"""Values of a step lie in one block of memory such that none is written over while it is needed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from itertools import combinations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import graphshard
+from graphshard.arena import ALIGNMENT, lay_out, pack
+from graphshard.execution import ExecutionPlan, Instruction, Op, Place, Ref, Segment, StagePlan, TensorType
+from graphshard.mesh import Mesh
+from graphshard.runtime.arena import Arena, Placing
+from graphshard.runtime.local import LocalExecutor
+from graphshard.spans import Span, memory_spans
+
+F32 = TensorType((64,), torch.float32, (1,))
+CPU = torch.device("cpu")
+
+spans = st.lists(
+    st.tuples(st.integers(1, 5000), st.integers(0, 30), st.integers(0, 10)).map(lambda t: (t[0], t[1], t[1] + t[2])),
+    max_size=40,
+)
+
+
+@given(spans)
+def test_what_is_needed_at_once_does_not_overlap(wanted: list[tuple[int, int, int]]) -> None:
+    offsets, nbytes = pack(wanted)
+    placed = list(zip(wanted, offsets, strict=True))
+    for ((size, begin, end), at), ((other_size, other_begin, other_end), other) in combinations(placed, 2):
+        if begin <= other_end and other_begin <= end:
+            assert at + size <= other or other + other_size <= at
+    assert all(at % ALIGNMENT == 0 for at in offsets)
+    assert nbytes >= max((at + size for (size, _, _), at in placed), default=0)
+
+
+@given(st.lists(st.integers(1, 5000), max_size=20))
+def test_values_that_follow_one_another_take_the_room_of_the_largest(sizes: list[int]) -> None:
+    _, nbytes = pack([(size, time, time) for time, size in enumerate(sizes)])
+    assert nbytes == -(-max(sizes, default=0) // ALIGNMENT) * ALIGNMENT
+
+
+def plan_of(*step: Instruction, segments: Mapping[str, Segment]) -> ExecutionPlan:
+    stage = StagePlan((), step, (), None, dict(segments))
+    return ExecutionPlan(Mesh((("pp", 1), ("dp", 2))), (stage,), 1, "", ({},), ({},), {}, {}, {})
+
+
+def ref(name: str) -> Ref:
+    return Ref(name, 0)
+
+
+def run(name: str, inputs: str, outputs: str, last: str = "") -> Instruction:
+    return Instruction(
+        Op.RUN,
+        name,
+        tuple(map(ref, inputs.split())),
+        tuple(map(ref, outputs.split())),
+        frozenset(map(ref, last.split())),
+    )
+
+
+def test_an_input_ends_where_the_code_lets_it_go() -> None:
+    segments = {
+        "f": Segment("f", "", (), ("a",), places=(Place(F32, 1, 3, (0,)),)),
+        "g": Segment("g", "", ("a",), ("b",), places=(Place(F32, 0, 2), Place(F32, 2, 5, (0,))), ends=(1,)),
+        "h": Segment("h", "", ("b",), (), ends=(0,)),
+    }
+    plan = plan_of(run("f", "", "a"), run("g", "a", "b", "a"), run("h", "b", "", "b"), segments=segments)
+    # f has items 0 to 3, g 4 to 9, h item 10.
+    assert memory_spans(plan, 0) == [
+        Span(256, 1, 5, 0, 0),
+        Span(256, 4, 6, 1, 0),
+        Span(256, 6, 10, 1, 1),
+    ]
+    layout = lay_out(plan, 0)
+    assert layout.nbytes == layout.alive_bytes == 512, "the last takes the place of the first"
+
+
+def test_an_output_that_lives_in_an_input_keeps_its_memory() -> None:
+    segments = {
+        "f": Segment("f", "", (), ("a",), places=(Place(F32, 0, 1, (0,)),)),
+        "g": Segment("g", "", ("a",), ("carry",), ends=(1,), aliases=((0, 0),)),
+        "h": Segment("h", "", ("carry",), (), ends=(0,)),
+    }
+    made = [run("f", "", "a"), run("g", "a", "carry", "a")]
+    plan = plan_of(*made, run("h", "carry", "", "carry"), segments=segments)
+    assert memory_spans(plan, 0) == [Span(256, 0, 4, 0, 0)]
+    assert memory_spans(plan_of(*made, segments=segments), 0) == [], "what the step leaves is not in the block"
+
+
+def test_communication_reads_and_writes_until_its_wait() -> None:
+    segments = {"f": Segment("f", "", (), ("a",), places=(Place(F32, 0, 0, (0,)),))}
+    reduce = Instruction(
+        Op.REDUCE, "reduce_scatter", (ref("a"),), (ref("b"),), frozenset([ref("a")]), axis="dp", type=F32
+    )
+    wait = Instruction(Op.WAIT, inputs=(ref("b"),))
+    free = Instruction(Op.FREE, inputs=(ref("b"),))
+    plan = plan_of(run("f", "", "a"), reduce, wait, free, segments=segments)
+    assert memory_spans(plan, 0) == [Span(256, 0, 2, 0, 0), Span(128, 1, 3, 1)]
+    forgotten = plan_of(run("f", "", "a"), reduce, free, segments=segments)
+    assert memory_spans(forgotten, 0) == [], "nobody waits, so nobody knows when it is over"
+
+
+def test_a_block_that_grows_moves_what_was_given() -> None:
+    arena = Arena()
+    arena.reserve(512)
+    (first,) = tensors = arena.tensors([(256, F32)])
+    first.fill_(1.0)
+    assert first.storage_offset() == 0 and first.untyped_storage().nbytes() == F32.storage_bytes
+    arena.reserve(100)
+    assert tensors[0] is first, "it is large enough"
+    arena.reserve(4096)
+    assert tensors[0] is not first and arena.nbytes == 4096
+
+
+def test_without_a_layout_memory_is_new_each_time() -> None:
+    memory = Placing(CPU).of_run(0, (Place(F32, 0, 0),))
+    assert memory(0).data_ptr() != (kept := memory(0)).data_ptr() and kept.shape == (64,)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.nn.functional.gelu(layer(x))
+        return ((x - y) ** 2).mean()
+
+
+PLANS = ["dp2", "zero2:size=2+accum2", "zero3:size=2+accum2+bf16", "pp2:schedule=zb-h1", "zero3:size=2+pp2"]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_training_does_not_depend_on_what_the_block_holds(plan: str) -> None:
+    """Bits are those of a run in which each value has memory of its own, with NaN in all of the block before a step."""
+    losses: dict[bool, list[float]] = {}
+    for alone in (True, False):
+        torch.manual_seed(0)
+        compiled = graphshard.compile(
+            Net(), plan, optimizer=functools.partial(torch.optim.AdamW, lr=0.1), max_grad_norm=1.0, measure_memory=alone
+        )
+        torch.manual_seed(1)
+        losses[alone] = []
+        for _ in range(3):
+            losses[alone].append(compiled.step(torch.randn(16, 16), torch.randn(16, 16)).item())
+            executor = compiled._runtime
+            assert isinstance(executor, LocalExecutor)
+            for arena in executor.arenas.values():
+                memoryview(arena._block)[:] = b"\xff" * arena.nbytes
+            assert alone or all(arena.nbytes for arena in executor.arenas.values())
+    assert losses[True] == losses[False]
