@@ -112,7 +112,8 @@ def compile(
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
         cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
-            in ``~/.cache/graphshard/plans`` unless GRAPHSHARD_CACHE=0 is in the environment. It is the plan that would be compiled: its key holds all it depends on.
+            in ``~/.cache/graphshard/plans`` unless GRAPHSHARD_CACHE=0 is in the environment. It is the plan that would
+            be compiled: its key holds all it depends on.
 
     Raises:
         GraphshardError: a subclass that names the mistake.

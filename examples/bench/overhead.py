@@ -32,11 +32,9 @@ from torch import Tensor
 import graphshard
 from graphshard.execution import ExecutionPlan, Instruction, Op, made_type
 from graphshard.mesh import Mesh
-from graphshard.runtime.arena import Placing
 from graphshard.runtime.distributed import DistributedExecutor
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.local import LocalExecutor
-from graphshard.runtime.machine import Machine
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.storage import Storage
 from graphshard.runtime.watch import Watch
@@ -92,16 +90,8 @@ class Replaying(Executor):
 
     replays = False
 
-    def _machine(
-        self,
-        plan: ExecutionPlan,
-        rank: int,
-        functions: Mapping[str, SegmentFunction],
-        watch: Watch | None,
-        placing: Mapping[bool, Placing],
-    ) -> Machine:
-        replayed = {name: self._replayed(f) for name, f in functions.items()}
-        return super()._machine(plan, rank, replayed, watch, placing)  # type: ignore[safe-super]
+    def _functions(self, plan: ExecutionPlan, stage: int, watch: Watch | None) -> dict[str, SegmentFunction]:
+        return {name: self._replayed(f) for name, f in super()._functions(plan, stage, watch).items()}
 
     def _replayed(self, function: SegmentFunction) -> SegmentFunction:
         made: tuple[Tensor, ...] = ()

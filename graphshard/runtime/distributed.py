@@ -6,7 +6,7 @@ import atexit
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
@@ -16,17 +16,14 @@ from torch import Tensor
 from graphshard.errors import NonFiniteStep, NoValue, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.mesh import Mesh, ranks_by
-from graphshard.runtime.arena import Placing
 from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
 from graphshard.runtime.executor import Executor, Loaded
 from graphshard.runtime.groups import join_world, make_groups
-from graphshard.runtime.machine import Communicator, Handle, Machine, Value
+from graphshard.runtime.machine import Communicator, Handle, Value
 from graphshard.runtime.neighbours import Neighbours
-from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
-from graphshard.runtime.watch import Watch
 
 _COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV)
 _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
@@ -123,16 +120,8 @@ class DistributedExecutor(Executor):
                 self._complete(self._link.broadcast(data_axis, full, 0), f"broadcast of {ref}")
         return full if everywhere or self.rank == 0 else None
 
-    def _machine(
-        self,
-        plan: ExecutionPlan,
-        rank: int,
-        functions: Mapping[str, SegmentFunction],
-        watch: Watch | None,
-        placing: Mapping[bool, Placing],
-    ) -> Machine:
-        meter, graphs = self.meters.get(rank), self._graphs(plan, rank)
-        return Machine(plan, rank, self._link, functions, self.device, self.homes, meter, watch, placing, graphs)
+    def _communicator(self, rank: int) -> Communicator:
+        return self._link
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         agreement = _Agreement(self, loaded, first)

@@ -27,7 +27,7 @@ from graphshard.prove import prove
 from graphshard.runtime.arena import Arena, Placing
 from graphshard.runtime.cuda_graphs import SegmentGraphs, graphs_of, recorder_of, uncaptured
 from graphshard.runtime.feed import STORED, Feed, sort_feed
-from graphshard.runtime.machine import Machine, Value
+from graphshard.runtime.machine import Communicator, Machine, Value
 from graphshard.runtime.memory import keep_freed_memory, return_freed_memory
 from graphshard.runtime.meter import Measured, make_meter
 from graphshard.runtime.offload import Homes, Offloaded
@@ -139,9 +139,19 @@ class Executor(ABC):
                 stage = self.mesh.coordinates(rank)["pp"]
                 watch = Watch(plan.stages[stage].watched) if plan.watched else None
                 if stage not in functions or watch is not None:  # each rank has a watch of its own
-                    functions[stage] = compile_segments(plan.stages[stage].segments, plan.kernels, watch)
-                placing = self._placing(plan, rank, layouts)
-                machines[rank] = self._machine(plan, rank, functions[stage], watch, placing)
+                    functions[stage] = self._functions(plan, stage, watch)
+                machines[rank] = Machine(
+                    plan,
+                    rank,
+                    self._communicator(rank),
+                    functions[stage],
+                    self.device,
+                    self.homes,
+                    self._placing(plan, rank, layouts),
+                    meter=self.meters.get(rank),
+                    watch=watch,
+                    graphs=self._graphs(plan, rank),
+                )
             constants = {name: value.to(self.device) for name, value in plan.constants.items()}
             feeds = {
                 first: {
@@ -256,14 +266,12 @@ class Executor(ABC):
         self.homes.close()
 
     @abstractmethod
-    def _machine(
-        self,
-        plan: ExecutionPlan,
-        rank: int,
-        functions: Mapping[str, SegmentFunction],
-        watch: Watch | None,
-        placing: Mapping[bool, Placing],
-    ) -> Machine: ...
+    def _communicator(self, rank: int) -> Communicator:
+        """The end of a rank of this process."""
+
+    def _functions(self, plan: ExecutionPlan, stage: int, watch: Watch | None) -> dict[str, SegmentFunction]:
+        """What the segments of a stage are called with; every value goes by ``watch``."""
+        return compile_segments(plan.stages[stage].segments, plan.kernels, watch)
 
     @abstractmethod
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor
 
 from graphshard.errors import NonFiniteStep, StuckPlan
-from graphshard.execution import ExecutionPlan, Ref, TensorType
+from graphshard.execution import Ref, TensorType
 from graphshard.mesh import Mesh
-from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import LocalCouncil
 from graphshard.runtime.executor import Executor, Loaded
-from graphshard.runtime.machine import Handle, Machine, Value
-from graphshard.runtime.segments import SegmentFunction
-from graphshard.runtime.watch import Watch
+from graphshard.runtime.machine import Communicator, Handle, Value
 
 
 class LocalExecutor(Executor):
@@ -55,17 +52,8 @@ class LocalExecutor(Executor):
             return self.stored(rank, ref).clone()
         return torch.cat([self.stored(peer, ref) for peer in self.mesh.group(rank, axis)])
 
-    def _machine(
-        self,
-        plan: ExecutionPlan,
-        rank: int,
-        functions: Mapping[str, SegmentFunction],
-        watch: Watch | None,
-        placing: Mapping[bool, Placing],
-    ) -> Machine:
-        link = _Link(self._network, plan.mesh, rank)
-        meter, graphs = self.meters.get(rank), self._graphs(plan, rank)
-        return Machine(plan, rank, link, functions, self.device, self.homes, meter, watch, placing, graphs)
+    def _communicator(self, rank: int) -> Communicator:
+        return _Link(self._network, self.mesh, rank)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         self._network.reset()

@@ -94,9 +94,10 @@ class Machine:
         functions: Mapping[str, SegmentFunction],
         device: torch.device,
         homes: Homes,
+        placing: Mapping[bool, Placing],
+        *,
         meter: Meter | None = None,
         watch: Watch | None = None,
-        placing: Mapping[bool, Placing] | None = None,
         graphs: SegmentGraphs | None = None,
     ) -> None:
         self.rank = rank
@@ -117,7 +118,6 @@ class Machine:
         self._environment: Environment = []
         self._first = False
         resolver = _Resolver(plan, rank, communicator, functions, device, homes)
-        placing = placing or dict.fromkeys((False, True), Placing(device))
         steady = resolver.resolve(self._instructions[False], waits, placing[False], graphs)
         self._code = {
             False: steady,
