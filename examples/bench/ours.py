@@ -6,7 +6,6 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import graphshard
 from graphshard.compile import Compiled
@@ -22,8 +21,7 @@ def compile_row(sizes: Sizes, plan: str, dp: int) -> Compiled:
         loss_fn=loss_fn,
         optimizer=functools.partial(torch.optim.AdamW, lr=LEARNING_RATE),
         example_inputs=batch_of(sizes, 0, 0, dp),
-        executor="distributed" if dist.is_initialized() else "local",
-        world_size=dist.get_world_size() if dist.is_initialized() else 1,
+        executor="distributed",
     )
 
 

@@ -30,9 +30,7 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
 
 
 def _mean_over_ranks(loss: Tensor) -> float:
-    """The mean of ``loss`` over all ranks; without a process group itself."""
-    if not dist.is_initialized():
-        return loss.item()
+    """The mean of ``loss`` over all ranks."""
     dist.all_reduce(loss)
     return loss.item() / dist.get_world_size()
 

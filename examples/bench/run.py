@@ -141,8 +141,7 @@ def run_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         RowFailed: they failed, or took longer than allowed.
     """
-    world = ROWS[name].world
-    launch = [] if world == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ROWS[name].world}"]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "measured.json"
         command = [sys.executable, *launch, str(WORKER), name, "--output", str(output)]

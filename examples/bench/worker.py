@@ -33,16 +33,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     try:
         measured = measure(options.row, Sizes(**options.sizes), options.warmup, options.steps)
-        if world == 1 or dist.get_rank() == 0:
+        if dist.get_rank() == 0:
             options.output.write_text(json.dumps(measured))
     finally:
-        if world > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
@@ -63,11 +60,11 @@ def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
     taken: list[dict[str, float]] = []
     probes = [_probe_seconds()]
     for index in range(warmup, warmup + steps):
-        _barrier()
+        dist.barrier()
         before, faults = _Clock.read(processes), _page_faults()
         losses.append(runner.step(index))
         faults = _page_faults() - faults
-        _barrier()
+        dist.barrier()
         taken.append(_Clock.read(processes).since(before))
         taken[-1]["page_faults"] = max(_gather(faults))
         probes.append(_probe_seconds())
@@ -112,7 +109,7 @@ def _probe_seconds() -> float:
     """CPU seconds for a matrix product and a copy, the best of a few, on the slowest rank while all do the same."""
     left, right, target = torch.ones(512, 2048), torch.ones(2048, 512), torch.empty(4, 512, 2048)
     source = torch.ones_like(target)
-    _barrier()
+    dist.barrier()
     times = []
     for _ in range(3):
         begin = time.thread_time()
@@ -152,14 +149,7 @@ def _reset_peak_rss() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def _gather(value: Number) -> list[Number]:
-    if not dist.is_initialized():
-        return [value]
     values = [value] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
