@@ -19,6 +19,8 @@ from graphshard.program import tensors, val
 from graphshard.region import Region
 from graphshard.rows import Extent, Space, is_reduction, space, sums_rows
 
+gs = torch.ops.graphshard
+
 BLOCK = 65536
 """Elements per block: a dozen live temporaries of float32 fit a core's second-level cache."""
 
@@ -120,6 +122,8 @@ def blocked_code(
     for node in region.operations:
         if node in totals:
             inside += _kept_block(names[node], node, name, f"[at : at + {blocks.step}]")
+        elif node.target is gs.kept.default:
+            inside += _kept_elements(node, name, blocks)
         elif node.target is not torch.ops.aten.view.default and node not in picked:
             inside.append(
                 f"{name(node)} = {call(node, name, _last_dim if blocks.rows and is_reduction(node) else None)}"
@@ -132,6 +136,14 @@ def blocked_code(
     behind += [f"{names[node]} = {call(node, names.__getitem__)}" for node in picked]
     kept = sum(blocks.space.rows * (_summed_dtype(node).itemsize + torch.int64.itemsize) for node in totals)
     return Code((*lines, *(f"    {line}" for line in inside), *behind), lives.peak + kept)
+
+
+def _kept_elements(node: fx.Node, named: Callable[[fx.Node], str], blocks: Blocks) -> list[str]:
+    """A block of dropout's mask, which knows the number of its first element."""
+    count = f"min({blocks.step}, {blocks.count} - at)"
+    size, first = (f"{count}, {blocks.space.length}", f"at * {blocks.space.length}") if blocks.rows else (count, "at")
+    given = f"{named(node.all_input_nodes[0])}, [{size}], {arguments(node)['p']!r}, {first}"
+    return [f"{named(node)} = torch.ops.{node.target}({given})"]
 
 
 def _kept_rows(name: str, node: fx.Node, blocks: Blocks) -> list[str]:

@@ -15,13 +15,17 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+import sympy
 import torch
 from sympy import Expr, Integer
 from torch import Tensor, fx
 
 from graphshard.codegen.triton_decompose import over_count, pick, softmax_stats
 from graphshard.codegen.triton_index import (
+    At,
+    Div,
     Index,
+    Rem,
     Sizes,
     contiguous,
     linear,
@@ -45,8 +49,11 @@ from graphshard.codegen.triton_ops import (
     literal,
     pointwise,
 )
+from graphshard.dataflow import arguments
+from graphshard.random_ops import threshold
 
 aten = torch.ops.aten
+gs = torch.ops.graphshard
 
 VIEWS = (
     aten.view.default,
@@ -232,6 +239,8 @@ class Body:
             (at,) = index
             inner = bool(positions_of(at) & self.columns)
             return self.emit(node.name, f"({self.spell(at)})", torch.int64, inner) if at != 0 else _number(0)
+        if target is gs.kept.default:
+            return self._kept(node, index)
         if target is over_count:
             return self._over_count(node, index)
         if target is pick:
@@ -275,6 +284,27 @@ class Body:
             value = node.args[0 if node.target is aten.scalar_tensor.default else 1]
         dtype = compute_type(node.meta["val"].dtype)
         return Tile(constant(value, dtype), dtype, False)
+
+    def _kept(self, node: fx.Node, index: Index) -> Tile:
+        """Dropout's mask. Where fours of columns are the words of one counter, their block is computed once."""
+        given = arguments(node)
+        shape = [self.sizes.of(size) for size in node.meta["val"].shape]
+        at = linear(index, contiguous(shape))
+        drawn = "drawn_in_fours" if self._runs_in_fours(at) else "drawn"
+        seed = self._operand(node, given["seed"], index)
+        limit = threshold(given["p"])
+        kept = f">= {limit}" if limit < 2**32 else "< 0"  # none, by a number that a word can be compared with
+        text = f"({drawn}({seed.text}, {self.spell(at)}) {kept})"
+        return self.emit(node.name, text, torch.bool, bool(positions_of(at) & self.columns))
+
+    def _runs_in_fours(self, at: Expr) -> bool:
+        """Whether in each row the numbers ``at`` are consecutive and begin with a multiple of 4."""
+        columns = [found for found in at.atoms(At) if found.args[0].name in self.columns]
+        if len(columns) != 1 or self.sizes.value(columns[0].args[1]) < 4:
+            return False
+        begin = sympy.expand(at - columns[0])
+        steps = [term.as_independent(At, Div, Rem)[0] for term in sympy.Add.make_args(begin)]
+        return not positions_of(begin) & self.columns and all(self.sizes.value(step) % 4 == 0 for step in steps)
 
     def _pick(self, node: fx.Node, index: Index) -> Tile:
         source, chosen = node.args

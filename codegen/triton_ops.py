@@ -70,6 +70,27 @@ def literal(value: Any, dtype: torch.dtype) -> str:
 
 
 HELPERS = {
+    "drawn": '''
+@triton.jit
+def drawn(seed, at):
+    """Word ``at % 4`` of the block that Philox-4x32-10 makes for counter ``at // 4``."""
+    counter = tl.cast(at, tl.int64) >> 2
+    low = counter.to(tl.uint32)
+    zero = low * 0
+    a, b, c, d = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
+    word = tl.cast(at, tl.int64) & 3
+    return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+''',
+    "drawn_in_fours": '''
+@triton.jit
+def drawn_in_fours(seed, at):
+    """The same where each four numbers in a row begin with a multiple of 4: their block is computed once."""
+    counter = tl.min(tl.reshape(at, [at.numel // 4, 4]), axis=1).to(tl.int64) >> 2
+    low = counter.to(tl.uint32)
+    zero = low * 0
+    a, b, c, d = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), at.shape)
+''',
     "tanh": '''
 @triton.jit
 def tanh(x):

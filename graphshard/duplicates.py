@@ -32,6 +32,9 @@ _FUNCTIONS = frozenset(
     )
 )
 
+_RANDOM_WORD_FUNCTIONS = 10.0
+"""What a random word costs, in exponentials: ten rounds of two products of integers."""
+
 _BROUGHT = (torch.ops._c10d_functional.all_gather_into_tensor.default, *MOVES)
 """What is released after its last use in a phase, and brought again for the next."""
 
@@ -186,7 +189,10 @@ class _Decisions:
         return FLOPS_PER_BYTE * moved + work < 0 and sum(nbytes(val(root)) for root in kept) <= freed
 
     def _work(self, node: fx.Node) -> float:
-        return flops(node) * (self.function_flops if not is_getitem(node) and kind(node) in _FUNCTIONS else 1.0)
+        if is_getitem(node):
+            return flops(node)
+        functions = _RANDOM_WORD_FUNCTIONS if kind(node) == "kept" else float(kind(node) in _FUNCTIONS)
+        return flops(node) * (functions * self.function_flops or 1.0)
 
     def _need(self, node: fx.Node, time: _Time) -> None:
         root = storage_root(node)

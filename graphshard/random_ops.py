@@ -1,20 +1,25 @@
 """Random operators that take a key: the same key and id draw the same numbers, wherever and however often they run.
 
 ``key`` is int64[4] on the CPU: seed, step, data-parallel rank, micro-batch; ``id`` tells a graph's operators apart.
-That holds for one kind of device: a GPU's generator is another one than the CPU's, and what it draws may depend on the
-model of the GPU, as with torch's own functions.
+Dropout's mask is a function of a seed made from both, the same on every device (philox.py), which kernels compute, too.
+What else there is draws from torch's generators: a GPU's is another one than the CPU's, and what it draws may depend on
+the model of the GPU, as with torch's own functions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from graphshard.philox import at_least
+
 _SCHEMAS = (
-    "dropout(Tensor x, Tensor key, float p, int id) -> (Tensor, Tensor)",
+    "seed(Tensor key, int id, *, Device device) -> Tensor",
+    "kept(Tensor seed, int[] size, float p, int first=0) -> Tensor",
     "bernoulli(Tensor p, Tensor key, int id) -> Tensor",
     "poisson(Tensor rate, Tensor key, int id) -> Tensor",
     "multinomial(Tensor p, Tensor key, int samples, bool replacement, int id) -> Tensor",
@@ -40,9 +45,19 @@ DISTRIBUTIONS: dict[str, Callable[..., Tensor]] = {
 
 def register(library: torch.library.Library) -> None:
     """Define the operators in ``library``."""
-    real: tuple[Callable[..., Any], ...] = (dropout, bernoulli, poisson, multinomial, permutation, sample, sample_like)
+    real: tuple[Callable[..., Any], ...] = (
+        seed,
+        kept,
+        bernoulli,
+        poisson,
+        multinomial,
+        permutation,
+        sample,
+        sample_like,
+    )
     meta: tuple[Callable[..., Any], ...] = (
-        _dropout_type,
+        _seed_type,
+        _kept_type,
         _like,
         _like,
         _multinomial_type,
@@ -58,11 +73,16 @@ def register(library: torch.library.Library) -> None:
 
 
 def generator(key: Tensor, id: int, device: torch.device) -> torch.Generator:
-    """A generator seeded by key and id alone: splitmix64 (Steele, Lea and Flood 2014) over their words."""
+    """A generator seeded by key and id alone."""
+    return torch.Generator(device).manual_seed(_mixed(key, id))
+
+
+def _mixed(key: Tensor, id: int) -> int:
+    """63 bits from all words of a key and an id: splitmix64 (Steele, Lea and Flood 2014)."""
     state = 0
     for word in (*key.tolist(), id):
         state = _mix(state ^ (word & _MASK))
-    return torch.Generator(device).manual_seed(state >> 1)  # seeds are signed in places
+    return state >> 1  # seeds are signed in places
 
 
 _MASK = (1 << 64) - 1
@@ -75,10 +95,20 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def dropout(x: Tensor, key: Tensor, p: float, id: int) -> tuple[Tensor, Tensor]:
-    """``x`` with elements zeroed with probability ``p``, others scaled by 1/(1-p); and which were kept (bool)."""
-    kept = _drawn(torch.empty_like(x, dtype=torch.bool), "bernoulli", [1 - p], key, id)
-    return x * kept * (0.0 if p == 1 else 1 / (1 - p)), kept
+def seed(key: Tensor, id: int, *, device: torch.device) -> Tensor:
+    """A seed for :func:`kept`: an int64 scalar on ``device``."""
+    return torch.full((), _mixed(key, id), device=device)
+
+
+def kept(seed: Tensor, size: list[int], p: float, first: int = 0) -> Tensor:
+    """Which elements dropout with probability ``p`` keeps: bool, contiguous. Element ``i``, counted from ``first`` on,
+    is kept unless word ``i`` of the seed is less than p * 2**32."""
+    return at_least(threshold(p), seed, first, math.prod(size)).view(size)
+
+
+def threshold(p: float) -> int:
+    """Of 2**32 equally likely words so many are less than this as come up with probability ``p``."""
+    return round(p * 2**32)
 
 
 def bernoulli(p: Tensor, key: Tensor, id: int) -> Tensor:
@@ -131,8 +161,12 @@ def _drawn(out: Tensor, distribution: str, parameters: list[Any], key: Tensor, i
     return out if target is out else out.copy_(target)
 
 
-def _dropout_type(x: Tensor, key: Tensor, p: float, id: int) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.bool)
+def _seed_type(key: Tensor, id: int, *, device: torch.device) -> Tensor:
+    return torch.empty((), dtype=torch.int64, device=device)
+
+
+def _kept_type(seed: Tensor, size: list[int], p: float, first: int = 0) -> Tensor:
+    return torch.empty(size, dtype=torch.bool, device=seed.device)
 
 
 def _like(x: Tensor, key: Tensor, id: int) -> Tensor:

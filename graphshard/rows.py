@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+import graphshard.ops  # noqa: F401  defines the graphshard operators
 from graphshard.dataflow import is_getitem, is_pointwise
 from graphshard.program import val
 
 aten = torch.ops.aten
+gs = torch.ops.graphshard
 
 
 class Extent(StrEnum):
@@ -79,6 +81,8 @@ def space(node: fx.Node) -> Space | None:
         found = rule(node)
     elif node.target is aten.view.default:
         found = _view(node)
+    elif node.target is gs.kept.default and val(node).dim():
+        found = space_of(val(node))
     if found is None or found.numel <= 1 or any(_operand(found, source) is None for source in node.all_input_nodes):
         return None
     return found

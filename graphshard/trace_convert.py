@@ -27,7 +27,7 @@ from graphshard.trace_context import LINE, MODULE
 from graphshard.trace_errors import NO_FUNCTIONS, Line, describe
 from graphshard.trace_joint import Joint, Port
 from graphshard.trace_model import ModelTensors
-from graphshard.trace_random import Sampler
+from graphshard.trace_random import Made, Sampler
 
 aten = torch.ops.aten
 
@@ -77,7 +77,7 @@ class _Body:
     section: Section = field(default_factory=empty_section)
     constants: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    made: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    made: dict[fx.Node, Any] = field(default_factory=dict)  # nodes, or one for each result of one that had several
 
     def build(self) -> list[tuple[Port, fx.Node]]:
         """Fill the section; returns what it computes, by what it stands for."""
@@ -148,10 +148,14 @@ class _Body:
         kind = fake.tensor(self.mode, value.shape, value.dtype, value.stride(), value.device)
         return add_input(self.section, Slot(Role.CONSTANT, name), kind, NodeInfo(), name)
 
-    def _operation(self, node: fx.Node) -> fx.Node:
+    def _operation(self, node: fx.Node) -> Made:
         target: Any = node.target
         record = self._record(node)
-        if target is not operator.getitem:
+        if target is operator.getitem:
+            made, index = self.made[node.args[0]], node.args[1]  # type: ignore[index]
+            if isinstance(made, tuple):
+                return made[index]  # type: ignore[index, no-any-return]
+        else:
             self._check(node)
             random = self.sampler.replace(node, self.made, record, lambda: _where(node))
             if random is not None:

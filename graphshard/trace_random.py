@@ -22,6 +22,9 @@ gs = torch.ops.graphshard
 
 _KEY = Slot(Role.RNG, "key")
 
+Made = fx.Node | tuple[fx.Node, ...]
+"""A node in place of a captured one, or one for each of its results."""
+
 _FROM_SIZE: dict[object, tuple[str, tuple[str | float, ...]]] = {
     aten.rand.default: ("uniform", (0.0, 1.0)),
     aten.randn.default: ("normal", (0.0, 1.0)),
@@ -57,8 +60,8 @@ class Sampler:
 
     def replace(
         self, node: fx.Node, made: Mapping[fx.Node, fx.Node], record: NodeInfo, where: Callable[[], str]
-    ) -> fx.Node | None:
-        """The node at the insertion point that stands for the captured ``node``; None if that is not random.
+    ) -> Made | None:
+        """What stands for the captured ``node``, at the insertion point; None if that is not random.
 
         Raises:
             UnknownRandomOperator: it is, and no operator that takes a key does the same.
@@ -71,15 +74,15 @@ class Sampler:
             return None  # attention is tagged random for its dropout
         given = {name: made.get(value, value) if isinstance(value, fx.Node) else value for name, value in given.items()}
         result = self._drawn(target, given, node.meta["val"], record)
-        if result is None or _strides(result) != _strides(node):
+        if result is None or _types(result) != _types(node):
             raise UnknownRandomOperator(str(target), where())
         return result
 
-    def _drawn(self, target: object, given: dict[str, Any], value: Any, record: NodeInfo) -> fx.Node | None:
+    def _drawn(self, target: object, given: dict[str, Any], value: Any, record: NodeInfo) -> Made | None:
         """The same distribution, drawn with the key; ``given`` holds all arguments by name."""
         match target:
             case aten.native_dropout.default:
-                return self._emit(record, gs.dropout.default, (given["input"], self._key(), given["p"]))
+                return self._dropout(given["input"], given["p"], value[1], record)
             case aten.bernoulli.default:
                 return self._emit(record, gs.bernoulli.default, (given["self"], self._key()))
             case aten.poisson.default:
@@ -103,6 +106,22 @@ class Sampler:
             return self._emit(record, gs.sample.default, drawn, **_type(value))
         return None
 
+    def _dropout(self, x: fx.Node, p: float, mask: Tensor, record: NodeInfo) -> Made:
+        """``x`` without the elements that are dropped, scaled, and which were kept."""
+        graph = self.section.graph
+
+        def part(name: str) -> NodeInfo:
+            return replace(record, origin=f"{record.origin}.{name}")
+
+        if mask.is_contiguous():
+            seed = self._emit(part("seed"), gs.seed.default, (self._key(),), device=mask.device)
+            kept = call(graph, gs.kept.default, (seed, list(mask.shape), p), part("kept"))
+        else:
+            drawn = (x, self._key(), "bernoulli", [1 - p])
+            kept = self._emit(part("kept"), gs.sample_like.default, drawn, dtype=mask.dtype)
+        masked = call(graph, aten.mul.Tensor, (x, kept), part("masked"))
+        return call(graph, aten.mul.Tensor, (masked, 0.0 if p == 1 else 1 / (1 - p)), record), kept
+
     def _shifted(self, mean: Any, deviation: Any, value: Tensor, record: NodeInfo) -> fx.Node:
         """Normal numbers whose mean or standard deviation is a tensor."""
         graph = self.section.graph
@@ -125,8 +144,9 @@ class Sampler:
         return found
 
 
-def _strides(node: fx.Node) -> list[object]:
-    return [(value.dtype, value.stride()) for value in tree_flatten(node.meta["val"])[0]]
+def _types(made: Made) -> list[object]:
+    values = made.meta["val"] if isinstance(made, fx.Node) else [node.meta["val"] for node in made]
+    return [(value.dtype, value.stride()) for value in tree_flatten(values)[0]]
 
 
 def _type(value: Tensor) -> dict[str, Any]:

@@ -33,7 +33,7 @@ X = empty(2048, HIDDEN)
 WEIGHT = empty(HIDDEN)
 ROW = empty(2048, 1, dtype=torch.float32)
 LOGITS, LABELS = empty(8192, VOCABULARY), empty(8192, dtype=torch.int64)
-SCALAR = empty(dtype=torch.float32)
+SCALAR, SEED = empty(dtype=torch.float32), empty(dtype=torch.int64)
 
 
 def layer_norm(x: Tensor, added: Tensor, weight: Tensor, bias: Tensor) -> Any:
@@ -98,6 +98,16 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> list[Tensor]:
     return [aten.silu_backward(grad * up, gate), grad * F.silu(gate)]
 
 
+def dropout(x: Tensor, bias: Tensor, added: Tensor, seed: Tensor) -> Tensor:
+    """Of what a projection gives, and the residual stream."""
+    return (x + bias) * gs.kept(seed, list(x.shape), 0.1) * (1 / 0.9) + added  # type: ignore[no-any-return]
+
+
+def dropout_norm(x: Tensor, bias: Tensor, added: Tensor, seed: Tensor, weight: Tensor) -> Any:
+    """The same and a layer norm behind it."""
+    return layer_norm(dropout(x, bias, added, seed), added, weight, weight)
+
+
 def packing(*parts: Tensor) -> list[Tensor]:
     """The norm of three parts, and their bf16 copies side by side."""
     return [gs.sq_norm(parts), gs.pack([p.to(half) for p in parts], [0, 5000, 10000], 20000)]
@@ -124,6 +134,8 @@ TEMPLATES: dict[str, Callable[[], Made]] = {
     "gelu_backward": partial(_of, gelu_backward, X, X),
     "swiglu": partial(_of, swiglu, X, X),
     "swiglu_backward": partial(_of, swiglu_backward, X, X, X),
+    "dropout": partial(_of, dropout, X, WEIGHT, X, SEED),
+    "dropout_norm": partial(_of, dropout_norm, X, WEIGHT, X, SEED, WEIGHT),
     "packing": partial(_of, packing, *(empty(n, dtype=torch.float32) for n in (5000, 4096, 10000))),
     **{name: partial(update_region, make, "zero1+bf16", torch.float32) for name, make in OPTIMIZERS.items()},
     **{f"{n}_fp16": partial(update_region, OPTIMIZERS[n], "zero1+fp16", torch.float32) for n in ("adamw", "sgd")},

@@ -173,6 +173,35 @@ def test_what_every_block_reads_is_not_overwritten_by_rows_of_as_many() -> None:
     torch.testing.assert_close(results, expected)
 
 
+DROPOUT = """
+  %x : f64[{shape}] = batch 0
+  %seed : i64[] = batch 1
+  %kept = graphshard.kept.default(%seed, [{shape}], 0.25)
+  %masked = aten.mul.Tensor(%x, %kept)
+  %y = aten.mul.Tensor(%masked, 1.5){more}
+  return output 0 {results}
+"""
+
+NORMED = """
+  %n = aten._softmax.default(%y, {dim}, False)"""
+
+
+@SMALL
+@given(st.sampled_from(("20", "17", "7,3", "2,5,7", "4,11")), st.booleans(), st.booleans(), st.integers(0, 5))
+@settings(max_examples=25, deadline=None)
+def test_each_block_draws_its_part_of_a_mask(shape: str, normed: bool, also: bool, seed: int) -> None:
+    more = NORMED.format(dim=shape.count(",")) if normed else ""
+    results = ("%n" if normed else "%y") + (", output 1 %kept" if also else "")
+    graph = update(DROPOUT.format(shape=shape, more=more, results=results))
+    values = values_of(graph, seed) | {"seed": torch.tensor(seed * 2**60 - 1)}
+    (region,) = regions(graph)
+    assert "kept" in [node.name for node in region.operations]
+    made = code(graph, accumulate=False)
+    if "," in shape or not normed:
+        assert made.kernels, "it is cut, not run as it is"
+    torch.testing.assert_close(run(made, values), tuple(evaluate(graph, values)), rtol=0, atol=0)
+
+
 LOSS = """
   %x : {dtype}[{rows},5] = batch 0
   %t : i64[{rows}] = batch 1

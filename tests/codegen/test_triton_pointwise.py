@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-import graphshard.ops  # noqa: F401 - defines graphshard::dropout
+import graphshard.ops  # noqa: F401 - defines graphshard::bernoulli
 from graphshard.codegen.triton import supports, write_kernel
 from interpreted import Interpreter
 from traced import check, region_from
@@ -204,7 +204,7 @@ def test_addresses_of_contiguous_tensors_need_no_division() -> None:
         (lambda x: torch.cumsum(x, 0), "aten.cumsum.default"),
         (lambda x: torch.fft.fft(x), "complex64"),
         (lambda x: x.amax(0), "aten.amax.default over dims [0]"),
-        (lambda x: gs.dropout(x, torch.zeros(4, dtype=torch.int64), 0.5, 1)[0], "graphshard.dropout.default draws"),
+        (lambda x: gs.bernoulli(x, torch.zeros(4, dtype=torch.int64), 1), "graphshard.bernoulli.default draws"),
     ],
 )
 def test_refusals_name_the_operator(function: Callable[[Tensor], Tensor], reason: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -103,26 +102,27 @@ def off_by_one(p: Program) -> Program:
 
 def drawn_again(p: Program) -> Program:
     """The backward draws its mask anew, under another id."""
-    drawn = first(p, gs.dropout.default)
-    mask = next(user for user in drawn.users if user.args[1] == 1)
+    mask = first(p, gs.kept.default)
+    seed = mask.all_input_nodes[0]
     backward = next(user for user in mask.users if info(user).phase is not Phase.FORWARD)
     record = replace(info(mask), phase=info(backward).phase)
     with backward.graph.inserting_before(backward):
-        again = call(backward.graph, gs.dropout.default, (*drawn.args[:3], 8), record)
-        kept = call(backward.graph, operator.getitem, (again, 1), record)
+        other = call(backward.graph, gs.seed.default, (seed.args[0], 8), record, **seed.kwargs)
+        kept = call(backward.graph, gs.kept.default, (other, *mask.args[1:]), record)
     backward.replace_input_with(mask, kept)
     return p
 
 
 def with_dropout(source: str) -> str:
     """Between the two layers."""
-    drawn = """%drawn = graphshard.dropout.default(%h, %key, 0.5, 7) {module=a}
-  %hd = getitem(%drawn, 0) {module=a}
-  %kept = getitem(%drawn, 1) {module=a}
+    drawn = """%seed = graphshard.seed.default(%key, 7, device=cpu) {module=a}
+  %kept = graphshard.kept.default(%seed, [2, 4], 0.5) {module=a}
+  %masked = aten.mul.Tensor(%h, %kept) {module=a}
+  %hd = aten.mul.Tensor(%masked, 2.0) {module=a}
   %y = aten.mm.default(%hd, %b)"""
     back = """%gd = aten.mm.default(%gy, %bt) {phase=backward, module=b, forward=y}
-  %gm = aten.mul.Tensor(%gd, %kept) {phase=backward, module=a, forward=drawn}
-  %gh = aten.mul.Tensor(%gm, 2.0) {phase=backward, module=a, forward=drawn}"""
+  %gm = aten.mul.Tensor(%gd, %kept) {phase=backward, module=a, forward=masked}
+  %gh = aten.mul.Tensor(%gm, 2.0) {phase=backward, module=a, forward=hd}"""
     source = source.replace("%y = aten.mm.default(%h, %b)", drawn).replace("aten.t.default(%h)", "aten.t.default(%hd)")
     source = source.replace("%gh = aten.mm.default(%gy, %bt) {phase=backward, module=b, forward=y}", back)
     return source.replace("%x : f32[2,4] = batch 0", '%x : f32[2,4] = batch 0\n  %key : i64[4] = rng "key"')

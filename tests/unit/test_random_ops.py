@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graphshard.ops  # noqa: F401
+from graphshard import philox
 from graphshard.program import Role, Slot
 from graphshard.trace import capture
 from graphshard.verify import verify
@@ -18,8 +19,9 @@ from models import interpret
 
 gs = torch.ops.graphshard
 KEY = torch.tensor([1, 2, 3, 4])
+SEED = torch.tensor(0x1234567890ABCDEF)
 DRAWS: dict[str, Callable[[Tensor, int], Any]] = {
-    "dropout": lambda key, id: gs.dropout(torch.ones(64), key, 0.5, id)[0],
+    "kept": lambda key, id: gs.kept(gs.seed(key, id, device=torch.get_default_device()), [8, 8], 0.5),
     "bernoulli": lambda key, id: gs.bernoulli(torch.full((64,), 0.5), key, id),
     "poisson": lambda key, id: gs.poisson(torch.full((64,), 5.0), key, id),
     "multinomial": lambda key, id: gs.multinomial(torch.ones(64), key, 32, False, id),
@@ -55,18 +57,38 @@ def test_types(name: str) -> None:
 
 def test_strides_do_not_change_the_numbers() -> None:
     x = torch.ones(5, 7)
-    dropped, kept = gs.dropout(x, KEY, 0.5, 0)
-    transposed, kept_transposed = gs.dropout(x.t().contiguous().t(), KEY, 0.5, 0)
-    assert transposed.stride() == (1, 5) == kept_transposed.stride()
-    assert torch.equal(dropped, transposed)
-    assert torch.equal(kept, kept_transposed)
+    drawn = gs.sample_like(x, KEY, "uniform", [0.0, 1.0], 0)
+    transposed = gs.sample_like(x.t().contiguous().t(), KEY, "uniform", [0.0, 1.0], 0)
+    assert transposed.stride() == (1, 5)
+    assert torch.equal(drawn, transposed)
+
+
+def test_words_are_those_of_the_paper() -> None:
+    """A known answer of the authors' Random123, whose other ones have counters of more than 64 bits."""
+    found = [int(word[0]) for word in philox.numpy_blocks(0, 0, 1)]
+    assert found == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 
 
 def test_dropout_keeps_the_mean() -> None:
-    out, kept = gs.dropout(torch.ones(100_000), KEY, 0.25, 0)
-    assert abs(float(kept.float().mean()) - 0.75) < 0.01
-    assert abs(float(out.mean()) - 1) < 0.01
-    assert not gs.dropout(torch.ones(8), KEY, 1.0, 0)[0].any()
+    for p in (0.1, 0.25, 0.9):
+        kept = gs.kept(SEED, [100_000], p)
+        assert abs(float(kept.float().mean()) - (1 - p)) < 0.005
+    assert not gs.kept(SEED, [1000], 1.0).any()
+    assert gs.kept(SEED, [1000], 0.0).all()
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 0), (0, 1), (3, 2), (4, 8), (65_530, 65_543), (2**34 + 1, 9)])
+def test_any_part_of_a_mask_can_be_drawn(first: int, count: int) -> None:
+    begin = first - min(first, 10)
+    whole = gs.kept(SEED, [first - begin + count], 0.5, begin)
+    assert torch.equal(gs.kept(SEED, [count], 0.5, first), whole[first - begin :])
+
+
+def test_every_device_computes_the_same_words() -> None:
+    for seed in (0, -1, 2**63 - 1, 0x1234567890ABCDEF):
+        ours = philox.numpy_blocks(seed, 2**33 - 5, 2**33 + 5)
+        others = philox.blocks_on(torch.get_default_device(), seed, 2**33 - 5, 2**33 + 5)
+        assert [word.tolist() for word in ours] == [word.tolist() for word in others]
 
 
 def test_words_of_the_key_do_not_cancel() -> None:
