@@ -1,9 +1,9 @@
 """``fuse``: operations that read and write the same rows become regions, which code generation turns into one kernel.
 
 What one operation of a region makes for another never goes through memory, and what another region made is computed
-again where that is cheaper than to read it (duplicates.py). Matrix products, attention and whatever communicates or
-draws random numbers stay outside, and bound the stretch of a graph in which a region may lie: no value waits for a
-product that it does not need.
+again where that is cheaper than to read it (duplicates.py). Dropout's mask is computed like any other value, from its
+seed. Matrix products, attention and whatever communicates or draws from a generator stay outside, and bound the stretch
+of a graph in which a region may lie: no value waits for a product that it does not need.
 """
 
 from __future__ import annotations
