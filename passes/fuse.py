@@ -15,14 +15,14 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from graphshard.analysis import has_products, is_random
+from graphshard.analysis import has_products, is_random, nbytes
 from graphshard.communication import communicates
 from graphshard.dataflow import is_getitem, is_view, upstream
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, Group, repeat_cheap
 from graphshard.pipeline import Context
-from graphshard.program import Phase, Program, Role, Section, info
+from graphshard.program import Phase, Program, Role, Section, info, val
 from graphshard.rewrite import clone, into_region
-from graphshard.rows import Space, common, picks, space, sums_rows
+from graphshard.rows import Extent, Space, common, picks, space, sums_rows
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard
@@ -46,8 +46,11 @@ class Fuse:
         for name, section in program.sections().items():
             if name == "body" and not self.body:
                 continue
-            groups = _Grouping(section, self.most).run()
-            if name == "body":  # an update writes over state, which nobody else may read meanwhile
+            in_body = name == "body"  # an update writes over state, which nobody else may read meanwhile
+            if in_body:
+                _bring_forward(section)
+            groups = _Grouping(section, self.most, siblings=in_body).run()
+            if in_body:
                 repeat_cheap(section, groups, self.most, self.function_flops)
             for group in groups:
                 if _computing(group.nodes) > 1:
@@ -55,42 +58,89 @@ class Fuse:
         return program
 
 
-class _Grouping:
-    """Assigns the nodes of one section, in order."""
+def _bring_forward(section: Section) -> None:
+    """Operations go ahead of products that stand between them and what they alone read, where they make no more than
+    that: a region can then hold both, and memory neither meanwhile."""
+    for node in list(section.nodes()):
+        operands = [source for source in node.all_input_nodes if source.op == "call_function"]
+        ended = [s for s in operands if len(s.users) == 1 and _place(s) == _place(node) and _is_member(section, s)]
+        if not ended or not _is_member(section, node) or sum(map(_nbytes, ended)) < _nbytes(node):
+            continue
+        known = max(operands)
+        between, other = [], node.prev
+        while other is not known:
+            between.append(other)
+            other = other.prev
+        if any(map(has_products, between)) and not any(map(communicates, between)):
+            known.append(node)
 
-    def __init__(self, section: Section, most: int) -> None:
-        self.section, self.most = section, most
+
+def _is_member(section: Section, node: fx.Node) -> bool:
+    """Whether a region may hold ``node``, which makes one tensor of its own."""
+    return isinstance(val(node), torch.Tensor) and not is_view(node) and _may_move(section, node) and bool(space(node))
+
+
+def _may_move(section: Section, node: fx.Node) -> bool:
+    """Not what code generation writes in place: sums over micro-batches, and casts of what a bucket takes."""
+    if is_random(node):
+        return False
+    slots = [section.inputs.get(source) for source in node.all_input_nodes]
+    if any(slot is not None and slot.role is Role.CARRY for slot in slots) and info(node).phase is not Phase.UPDATE:
+        return False
+    packed = len(node.users) == 1 and next(iter(node.users)).target is gs.pack.default
+    return not (packed and node.target is aten._to_copy.default)
+
+
+def _place(node: fx.Node) -> tuple[Phase, int | None]:
+    """No region mixes phases or stages."""
+    return info(node).phase, info(node).stage
+
+
+def _nbytes(node: fx.Node) -> int:
+    return nbytes(val(node))
+
+
+class _Grouping:
+    """Assigns the nodes of one section, in order; ``siblings``: groups that only read the same may become one."""
+
+    def __init__(self, section: Section, most: int, siblings: bool) -> None:
+        self.section, self.most, self.siblings = section, most, siblings
         self.group: dict[fx.Node, Group] = {}
         self.open: dict[tuple[Phase, int | None], list[Group]] = {}  # groups that may grow, by phase and stage
 
     def run(self) -> list[Group]:
         for node in self.section.nodes():
-            place = (info(node).phase, info(node).stage)
+            place = _place(node)
             if communicates(node):
                 # Not in an update: it may leave new state behind the gather of its parameter, which does not need that.
                 if info(node).phase is not Phase.UPDATE:
-                    self.open.clear()
+                    self._close(*self.open)
             elif has_products(node):
-                self.open.pop(place, None)
+                self._close(place)
             elif picks(node):
                 source = node.all_input_nodes[0]
                 if source in self.group:
                     self._add(node, self.group[source])
-            elif (where := space(node)) is not None and self._may_move(node):
-                self._place(node, where, place)
+            elif (where := space(node)) is not None and _may_move(self.section, node):
+                self._assign(node, where, place)
+        self._close(*self.open)
         return list(dict.fromkeys(self.group.values()))  # in order of their first nodes
 
-    def _may_move(self, node: fx.Node) -> bool:
-        """Not what code generation writes in place: sums over micro-batches, and casts of what a bucket takes."""
-        if is_random(node):
-            return False
-        slots = [self.section.inputs.get(source) for source in node.all_input_nodes]
-        if any(slot is not None and slot.role is Role.CARRY for slot in slots) and info(node).phase is not Phase.UPDATE:
-            return False
-        packed = len(node.users) == 1 and next(iter(node.users)).target is gs.pack.default
-        return not (packed and node.target is aten._to_copy.default)
+    def _close(self, *places: tuple[Phase, int | None]) -> None:
+        """The groups of these places grow no more. Those that read the same values in full become one."""
+        for place in places:
+            groups = self.open.pop(place, [])
+            if not self.siblings:
+                continue
+            for at, group in enumerate(groups):
+                for other in groups[at + 1 :]:
+                    shared = common(group.space, other.space)
+                    read = [{s for s in self._outside(g.nodes, g) if _covers(g.space, s)} for g in (group, other)]
+                    if shared and read[0] & read[1] and self._fits(group, other) and self._may_merge(group, other):
+                        groups.remove(other)
+                        self._merge(group, other, shared)
 
-    def _place(self, node: fx.Node, where: Space, place: tuple[Phase, int | None]) -> None:
+    def _assign(self, node: fx.Node, where: Space, place: tuple[Phase, int | None]) -> None:
         """Join the groups that make what ``node`` reads; with none, begin one."""
         opened = self.open.setdefault(place, [])
         makers = dict.fromkeys(self.group[s] for s in reversed(node.all_input_nodes) if s in self.group)
@@ -103,16 +153,23 @@ class _Grouping:
                 if len(group.nodes) < self.most and not self._reach(self._outside([node], group), group):
                     joined, where = group, shared
                     self._add(node, group)
-            elif len(joined.nodes) + len(group.nodes) <= self.most and self._may_merge(joined, group):
+            elif self._fits(joined, group) and self._may_merge(joined, group):
                 opened.remove(group)
-                joined.first, where = min(joined.first, group.first), shared
-                for member in group.nodes:
-                    self._add(member, joined)
+                self._merge(joined, group, where := shared)
         if joined is None:
             joined = Group(where, node)
             opened.append(joined)
             self._add(node, joined)
         joined.space = where
+
+    def _fits(self, one: Group, other: Group) -> bool:
+        return len(one.nodes) + len(other.nodes) <= self.most
+
+    def _merge(self, group: Group, other: Group, space: Space) -> None:
+        """``group`` takes over the nodes of ``other``."""
+        group.first, group.space = min(group.first, other.first), space
+        for member in other.nodes:
+            self._add(member, group)
 
     def _add(self, node: fx.Node, group: Group) -> None:
         group.nodes[node] = None
@@ -152,6 +209,11 @@ class _Grouping:
                 seen.update(unit.nodes)
                 stack += self._outside(unit.nodes, unit)
         return False
+
+
+def _covers(space: Space, node: fx.Node) -> bool:
+    value = val(node)
+    return isinstance(value, torch.Tensor) and space.extent(value) is Extent.FULL
 
 
 def _computing(nodes: Iterable[fx.Node]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -118,7 +118,13 @@ def programs(draw: st.DrawFn) -> tuple[Callable[..., Any], list[Tensor]]:
 @given(programs())
 def test_expressions(interpreter: Interpreter, program: tuple[Callable[..., Any], list[Tensor]]) -> None:
     function, arguments = program
-    check(interpreter, function, *arguments)
+    region = region_from(function, *arguments)
+    try:
+        region(*arguments)
+    except RuntimeError as error:
+        assert "view size is not compatible" in str(error)
+        reject()  # a result has other strides than torch said it would: what was a view of it by those is none
+    check(interpreter, region, *arguments)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
