@@ -122,8 +122,8 @@ def blocked_code(
     for node in region.operations:
         if node in totals:
             inside += _kept_block(names[node], node, name, f"[at : at + {blocks.step}]")
-        elif node.target is gs.kept.default:
-            inside += _kept_elements(node, name, blocks)
+        elif node.target is gs.dropout_mask.default:
+            inside += _masked_elements(node, name, blocks)
         elif node.target is not torch.ops.aten.view.default and node not in picked:
             inside.append(
                 f"{name(node)} = {call(node, name, _last_dim if blocks.rows and is_reduction(node) else None)}"
@@ -138,7 +138,7 @@ def blocked_code(
     return Code((*lines, *(f"    {line}" for line in inside), *behind), lives.peak + kept)
 
 
-def _kept_elements(node: fx.Node, named: Callable[[fx.Node], str], blocks: Blocks) -> list[str]:
+def _masked_elements(node: fx.Node, named: Callable[[fx.Node], str], blocks: Blocks) -> list[str]:
     """A block of dropout's mask, which knows the number of its first element."""
     count = f"min({blocks.step}, {blocks.count} - at)"
     size, first = (f"{count}, {blocks.space.length}", f"at * {blocks.space.length}") if blocks.rows else (count, "at")

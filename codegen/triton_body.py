@@ -239,8 +239,8 @@ class Body:
             (at,) = index
             inner = bool(positions_of(at) & self.columns)
             return self.emit(node.name, f"({self.spell(at)})", torch.int64, inner) if at != 0 else _number(0)
-        if target is gs.kept.default:
-            return self._kept(node, index)
+        if target is gs.dropout_mask.default:
+            return self._dropout_mask(node, index)
         if target is over_count:
             return self._over_count(node, index)
         if target is pick:
@@ -285,7 +285,7 @@ class Body:
         dtype = compute_type(node.meta["val"].dtype)
         return Tile(constant(value, dtype), dtype, False)
 
-    def _kept(self, node: fx.Node, index: Index) -> Tile:
+    def _dropout_mask(self, node: fx.Node, index: Index) -> Tile:
         """Dropout's mask. Where fours of columns are the words of one counter, their block is computed once."""
         given = arguments(node)
         shape = [self.sizes.of(size) for size in node.meta["val"].shape]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -45,10 +46,13 @@ def is_pooled(node: fx.Node) -> bool:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the result shares storage with an input."""
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(
-        argument.alias_info is not None and not argument.alias_info.is_write for argument in target._schema.arguments
-    )
+    return isinstance(node.target, torch._ops.OpOverload) and _shows(node.target)
+
+
+@functools.cache
+def _shows(target: torch._ops.OpOverload) -> bool:
+    infos = (argument.alias_info for argument in target._schema.arguments)
+    return any(info is not None and not info.is_write for info in infos)
 
 
 def is_getitem(node: fx.Node) -> bool:

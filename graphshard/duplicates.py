@@ -191,7 +191,7 @@ class _Decisions:
     def _work(self, node: fx.Node) -> float:
         if is_getitem(node):
             return flops(node)
-        functions = _RANDOM_WORD_FUNCTIONS if kind(node) == "kept" else float(kind(node) in _FUNCTIONS)
+        functions = _RANDOM_WORD_FUNCTIONS if kind(node) == "dropout_mask" else float(kind(node) in _FUNCTIONS)
         return flops(node) * (functions * self.function_flops or 1.0)
 
     def _need(self, node: fx.Node, time: _Time) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import time
@@ -155,13 +156,16 @@ def _census(program: Program) -> Counter[str]:
     for section in program.sections().values():
         for node in section.nodes():
             result["nodes"] += 1
-            if isinstance(node.target, torch._ops.OpOverload):
-                name = node.target._schema.name.rpartition("::")[2]
-                result[_COUNTED.get(name, "")] += 1
+            if isinstance(node.target, torch._ops.OpOverload) and (what := _counted(node.target)):
+                result[what] += 1
             if info(node).phase is Phase.WEIGHT:
                 result["nodes of phase weight"] += 1
-    del result[""]
     return result
+
+
+@functools.cache
+def _counted(target: torch._ops.OpOverload) -> str:
+    return _COUNTED.get(target._schema.name.rpartition("::")[2], "")
 
 
 def load_pass(name: str) -> type[Any]:

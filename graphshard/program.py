@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten
 
 import graphshard.ops  # noqa: F401  a graph may hold any of its operators
 from graphshard.mesh import Mesh
@@ -234,5 +233,7 @@ def val(node: fx.Node) -> Any:
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
-    """The tensors of a nested value, in order."""
-    return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, torch.Tensor)]
+    """The tensors of a value, which may be a nested tuple or list, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for item in value for leaf in tensors(item)] if isinstance(value, (tuple, list)) else []

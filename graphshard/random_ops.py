@@ -19,7 +19,7 @@ from graphshard.philox import at_least
 
 _SCHEMAS = (
     "seed(Tensor key, int id, *, Device device) -> Tensor",
-    "kept(Tensor seed, int[] size, float p, int first=0) -> Tensor",
+    "dropout_mask(Tensor seed, int[] size, float p, int first=0) -> Tensor",
     "bernoulli(Tensor p, Tensor key, int id) -> Tensor",
     "poisson(Tensor rate, Tensor key, int id) -> Tensor",
     "multinomial(Tensor p, Tensor key, int samples, bool replacement, int id) -> Tensor",
@@ -47,7 +47,7 @@ def register(library: torch.library.Library) -> None:
     """Define the operators in ``library``."""
     real: tuple[Callable[..., Any], ...] = (
         seed,
-        kept,
+        dropout_mask,
         bernoulli,
         poisson,
         multinomial,
@@ -57,7 +57,7 @@ def register(library: torch.library.Library) -> None:
     )
     meta: tuple[Callable[..., Any], ...] = (
         _seed_type,
-        _kept_type,
+        _dropout_mask_type,
         _like,
         _like,
         _multinomial_type,
@@ -96,11 +96,11 @@ def _mix(x: int) -> int:
 
 
 def seed(key: Tensor, id: int, *, device: torch.device) -> Tensor:
-    """A seed for :func:`kept`: an int64 scalar on ``device``."""
+    """A seed for :func:`dropout_mask`: an int64 scalar on ``device``."""
     return torch.full((), _mixed(key, id), device=device)
 
 
-def kept(seed: Tensor, size: list[int], p: float, first: int = 0) -> Tensor:
+def dropout_mask(seed: Tensor, size: list[int], p: float, first: int = 0) -> Tensor:
     """Which elements dropout with probability ``p`` keeps: bool, contiguous. Element ``i``, counted from ``first`` on,
     is kept unless word ``i`` of the seed is less than p * 2**32."""
     return at_least(threshold(p), seed, first, math.prod(size)).view(size)
@@ -165,7 +165,7 @@ def _seed_type(key: Tensor, id: int, *, device: torch.device) -> Tensor:
     return torch.empty((), dtype=torch.int64, device=device)
 
 
-def _kept_type(seed: Tensor, size: list[int], p: float, first: int = 0) -> Tensor:
+def _dropout_mask_type(seed: Tensor, size: list[int], p: float, first: int = 0) -> Tensor:
     return torch.empty(size, dtype=torch.bool, device=seed.device)
 
 

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten
 
 from graphshard import fake
-from graphshard.program import NodeInfo, Program, Section, Slot, info, val
+from graphshard.program import NodeInfo, Program, Section, Slot, info, tensors, val
 from graphshard.region import Region, region_of, results_of, title
 
 
@@ -181,8 +180,7 @@ def retype_from(changed: Iterable[fx.Node]) -> None:
 
 def _strides(node: fx.Node) -> list[tuple[Any, ...]]:
     """Shapes, strides and dtypes of a node's values."""
-    leaves = tree_flatten(node.meta["val"])[0]
-    return [(tuple(t.shape), t.stride(), t.dtype) for t in leaves if isinstance(t, torch.Tensor)]
+    return [(tuple(t.shape), t.stride(), t.dtype) for t in tensors(val(node))]
 
 
 def drop_dead(section: Section) -> int:

@@ -81,7 +81,7 @@ def space(node: fx.Node) -> Space | None:
         found = rule(node)
     elif node.target is aten.view.default:
         found = _view(node)
-    elif node.target is gs.kept.default and val(node).dim():
+    elif node.target is gs.dropout_mask.default and val(node).dim():
         found = space_of(val(node))
     if found is None or found.numel <= 1 or any(_operand(found, source) is None for source in node.all_input_nodes):
         return None

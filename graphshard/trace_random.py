@@ -115,7 +115,7 @@ class Sampler:
 
         if mask.is_contiguous():
             seed = self._emit(part("seed"), gs.seed.default, (self._key(),), device=mask.device)
-            kept = call(graph, gs.kept.default, (seed, list(mask.shape), p), part("kept"))
+            kept = call(graph, gs.dropout_mask.default, (seed, list(mask.shape), p), part("kept"))
         else:
             drawn = (x, self._key(), "bernoulli", [1 - p])
             kept = self._emit(part("kept"), gs.sample_like.default, drawn, dtype=mask.dtype)

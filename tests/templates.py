@@ -100,7 +100,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> list[Tensor]:
 
 def dropout(x: Tensor, bias: Tensor, added: Tensor, seed: Tensor) -> Tensor:
     """Of what a projection gives, and the residual stream."""
-    return (x + bias) * gs.kept(seed, list(x.shape), 0.1) * (1 / 0.9) + added  # type: ignore[no-any-return]
+    return (x + bias) * gs.dropout_mask(seed, list(x.shape), 0.1) * (1 / 0.9) + added  # type: ignore[no-any-return]
 
 
 def dropout_norm(x: Tensor, bias: Tensor, added: Tensor, seed: Tensor, weight: Tensor) -> Any:

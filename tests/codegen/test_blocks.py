@@ -176,7 +176,7 @@ def test_what_every_block_reads_is_not_overwritten_by_rows_of_as_many() -> None:
 DROPOUT = """
   %x : f64[{shape}] = batch 0
   %seed : i64[] = batch 1
-  %kept = graphshard.kept.default(%seed, [{shape}], 0.25)
+  %kept = graphshard.dropout_mask.default(%seed, [{shape}], 0.25)
   %masked = aten.mul.Tensor(%x, %kept)
   %y = aten.mul.Tensor(%masked, 1.5){more}
   return output 0 {results}

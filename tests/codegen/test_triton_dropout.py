@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import graphshard.ops  # noqa: F401 - defines graphshard::kept
+import graphshard.ops  # noqa: F401 - defines graphshard::dropout_mask
 from graphshard.codegen.triton import write_kernel
 from interpreted import Interpreter
 from traced import check, region_from
@@ -25,7 +25,7 @@ SEED = torch.tensor(0x1234567890ABCDEF)
 
 
 def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    return x * gs.kept(seed, list(x.shape), p) * (1 / (1 - p))  # type: ignore[no-any-return]
+    return x * gs.dropout_mask(seed, list(x.shape), p) * (1 / (1 - p))  # type: ignore[no-any-return]
 
 
 @quick
@@ -54,8 +54,8 @@ def test_rows(interpreter: Interpreter, shape: tuple[int, ...]) -> None:
 
 def other_places(x: Tensor, seed: Tensor) -> list[Tensor]:
     """Elements of a mask read in another order than they are numbered, and more than once."""
-    kept = gs.kept(seed, list(x.shape), 0.5)
-    row = gs.kept(seed, [x.shape[-1]], 0.5)
+    kept = gs.dropout_mask(seed, list(x.shape), 0.5)
+    row = gs.dropout_mask(seed, [x.shape[-1]], 0.5)
     return [(x * kept).T, x.T * kept.T, x[1:, 1:] * kept[:-1, :-1], x * row, kept.float()]
 
 
@@ -66,7 +66,7 @@ def test_places(interpreter: Interpreter, shape: tuple[int, ...]) -> None:
 
 def test_all_or_nothing(interpreter: Interpreter) -> None:
     x = torch.randn(4, 8)
-    check(interpreter, lambda x, seed: [x * gs.kept(seed, [4, 8], p) for p in (0.0, 1.0)], x, SEED)
+    check(interpreter, lambda x, seed: [x * gs.dropout_mask(seed, [4, 8], p) for p in (0.0, 1.0)], x, SEED)
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,13 @@ def off_by_one(p: Program) -> Program:
 
 def drawn_again(p: Program) -> Program:
     """The backward draws its mask anew, under another id."""
-    mask = first(p, gs.kept.default)
+    mask = first(p, gs.dropout_mask.default)
     seed = mask.all_input_nodes[0]
     backward = next(user for user in mask.users if info(user).phase is not Phase.FORWARD)
     record = replace(info(mask), phase=info(backward).phase)
     with backward.graph.inserting_before(backward):
         other = call(backward.graph, gs.seed.default, (seed.args[0], 8), record, **seed.kwargs)
-        kept = call(backward.graph, gs.kept.default, (other, *mask.args[1:]), record)
+        kept = call(backward.graph, gs.dropout_mask.default, (other, *mask.args[1:]), record)
     backward.replace_input_with(mask, kept)
     return p
 
@@ -116,7 +116,7 @@ def drawn_again(p: Program) -> Program:
 def with_dropout(source: str) -> str:
     """Between the two layers."""
     drawn = """%seed = graphshard.seed.default(%key, 7, device=cpu) {module=a}
-  %kept = graphshard.kept.default(%seed, [2, 4], 0.5) {module=a}
+  %kept = graphshard.dropout_mask.default(%seed, [2, 4], 0.5) {module=a}
   %masked = aten.mul.Tensor(%h, %kept) {module=a}
   %hd = aten.mul.Tensor(%masked, 2.0) {module=a}
   %y = aten.mm.default(%hd, %b)"""

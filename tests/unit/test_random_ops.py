@@ -21,7 +21,7 @@ gs = torch.ops.graphshard
 KEY = torch.tensor([1, 2, 3, 4])
 SEED = torch.tensor(0x1234567890ABCDEF)
 DRAWS: dict[str, Callable[[Tensor, int], Any]] = {
-    "kept": lambda key, id: gs.kept(gs.seed(key, id, device=torch.get_default_device()), [8, 8], 0.5),
+    "dropout_mask": lambda key, id: gs.dropout_mask(gs.seed(key, id, device=torch.get_default_device()), [8, 8], 0.5),
     "bernoulli": lambda key, id: gs.bernoulli(torch.full((64,), 0.5), key, id),
     "poisson": lambda key, id: gs.poisson(torch.full((64,), 5.0), key, id),
     "multinomial": lambda key, id: gs.multinomial(torch.ones(64), key, 32, False, id),
@@ -71,17 +71,17 @@ def test_words_are_those_of_the_paper() -> None:
 
 def test_dropout_keeps_the_mean() -> None:
     for p in (0.1, 0.25, 0.9):
-        kept = gs.kept(SEED, [100_000], p)
+        kept = gs.dropout_mask(SEED, [100_000], p)
         assert abs(float(kept.float().mean()) - (1 - p)) < 0.005
-    assert not gs.kept(SEED, [1000], 1.0).any()
-    assert gs.kept(SEED, [1000], 0.0).all()
+    assert not gs.dropout_mask(SEED, [1000], 1.0).any()
+    assert gs.dropout_mask(SEED, [1000], 0.0).all()
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 0), (0, 1), (3, 2), (4, 8), (65_530, 65_543), (2**34 + 1, 9)])
 def test_any_part_of_a_mask_can_be_drawn(first: int, count: int) -> None:
     begin = first - min(first, 10)
-    whole = gs.kept(SEED, [first - begin + count], 0.5, begin)
-    assert torch.equal(gs.kept(SEED, [count], 0.5, first), whole[first - begin :])
+    whole = gs.dropout_mask(SEED, [first - begin + count], 0.5, begin)
+    assert torch.equal(gs.dropout_mask(SEED, [count], 0.5, first), whole[first - begin :])
 
 
 def test_every_device_computes_the_same_words() -> None:
