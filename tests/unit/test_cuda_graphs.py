@@ -176,8 +176,28 @@ def test_a_step_that_fails_while_it_is_recorded(recorders: list[OnCpu], monkeypa
     assert [one.recorded for one in recorders] == [1, runs], "it is recorded from the beginning again"
 
 
-def test_what_draws_by_a_key_is_run_as_it_is_and_said(recorders: list[OnCpu]) -> None:
+def test_dropout_is_captured_but_for_its_seeds(recorders: list[OnCpu]) -> None:
     make = functools.partial(model, 0.5)
+    run, plain = compiled("accum2+cudagraphs", make), compiled("accum2", make)
+    assert trained(run) == trained(plain)
+    check_same(run, plain)
+    (left,) = run.report()["uncaptured"]
+    assert run.execution_plan.stages[0].segments[left].source.count("torch.ops.graphshard.seed") == 2
+    runs = sum(ins.op.name == "RUN" for ins in run.execution_plan.stages[0].step())
+    assert sum(one.recorded for one in recorders) == runs - 2, "all others are graphs"
+
+
+class Noisy(nn.Module):
+    """It draws from a generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_what_draws_by_a_key_is_run_as_it_is_and_said(recorders: list[OnCpu]) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(Noisy(), model())
+
     run, plain = compiled("pp2:microbatches=2+cudagraphs", make), compiled("pp2:microbatches=2", make)
     report = graphshard.compile(
         make(), "pp2+cudagraphs", loss_fn=nn.functional.mse_loss, example_inputs=batch(0), executor="none"
