@@ -428,10 +428,10 @@ class _StageLowering:
                 receives[_kind(node)].append(node)
         ends = self._read_early()
         pieces = {}
-        for kind, nodes in streams.items():
+        for kind, stream in streams.items():
             # A segment of their own: the host reads the key, and what it has a hand in cannot be a CUDA graph.
-            seeds = [node for node in nodes if node.target is gs.seed.default]
-            others = [node for node in nodes if node.target is not gs.seed.default]
+            seeds = [node for node in stream if node.target is gs.seed.default]
+            others = [node for node in stream if node.target is not gs.seed.default]
             pieces[kind] = self._pieces([*seeds, *others], f"s{self.stage}_{kind}", {*ends, *seeds[-1:]})
         self._finish(pieces.values(), body, self._accumulators())
         self._collect(body, [n for nodes in streams.values() for n in nodes], self._namer(body, 0))
