@@ -3,7 +3,8 @@
 What one operation of a region makes for another never goes through memory, and what another region made is computed
 again where that is cheaper than to read it (duplicates.py). Dropout's mask is computed like any other value, from its
 seed. Matrix products, attention and whatever communicates or draws from a generator stay outside, and bound the stretch
-of a graph in which a region may lie: no value waits for a product that it does not need.
+of a graph in which a region may lie: no value waits for a product that it does not need. In a micro-batch, what only
+reads the same values is computed together, too, as both results of SwiGLU's backward.
 """
 
 from __future__ import annotations
