@@ -17,7 +17,7 @@ from llama import Llama, LlamaSizes
 from llama_rows import SIZES, llama_rows
 from peak_flops import peak_flops
 from speed_part import PARTS
-from speed_rows import ALONE, COPY, EAGER, FUSED, INDUCTOR, OURS, Record, Row, Setting
+from speed_rows import COPY, EAGER, FUSED, INDUCTOR, OURS, Record, Row, Setting
 from speed_table import missed, section
 
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def test_parts_run_in_processes_of_their_own(tmp_path: Path, capsys: pytest.Capt
     for row in results["update"]["rows"]:
         assert row["seconds"].keys() == {OURS, FUSED, COPY}
     forward, backward = results["swiglu"]["rows"][:2]
-    assert forward["seconds"].keys() == {OURS, EAGER, INDUCTOR, COPY}, "one region is all of its forward"
-    assert backward["seconds"].keys() == {OURS, ALONE, EAGER, INDUCTOR, COPY}
+    for row in (forward, backward):
+        assert row["seconds"].keys() == {OURS, EAGER, INDUCTOR, COPY}, "all of it is one region by itself"
     assert "blocks of 1024 elements" in forward["facts"][OURS]
     text = output.read_text()
     assert "another; before" in text and "torch.compile | copy |" in text and "tiny sizes" in text
