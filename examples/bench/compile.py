@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for turn in ("cold", "cached"):
                     measured.setdefault((what, turn), []).append(launched(what, options.layers, Path(folder) / "cache"))
     rows = summarised(measured)
-    Console().print(table(rows, sizes))
+    console = Console() if sys.stdout.isatty() else Console(width=130)  # in a file the table keeps its columns
+    console.print(table(rows, sizes))
     return int(any(row["ratio"] > row["reach"] for row in rows if row["reach"]))
 
 
