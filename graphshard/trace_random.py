@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_flatten
 
 import graphshard.ops  # noqa: F401  (defines the operators)
 from graphshard import fake
 from graphshard.dataflow import arguments
 from graphshard.errors import UnknownRandomOperator
-from graphshard.program import NodeInfo, Role, Section, Slot
+from graphshard.program import NodeInfo, Role, Section, Slot, tensors, val
 from graphshard.rewrite import add_input, call
 
 aten = torch.ops.aten
@@ -145,8 +144,8 @@ class Sampler:
 
 
 def _types(made: Made) -> list[object]:
-    values = made.meta["val"] if isinstance(made, fx.Node) else [node.meta["val"] for node in made]
-    return [(value.dtype, value.stride()) for value in tree_flatten(values)[0]]
+    nodes = [made] if isinstance(made, fx.Node) else made
+    return [(value.dtype, value.stride()) for node in nodes for value in tensors(val(node))]
 
 
 def _type(value: Tensor) -> dict[str, Any]:

@@ -133,13 +133,24 @@ class _Grouping:
             groups = self.open.pop(place, [])
             if not self.siblings:
                 continue
+            read = {group: self._read_in_full(group) for group in groups}
             for at, group in enumerate(groups):
                 for other in groups[at + 1 :]:
                     shared = common(group.space, other.space)
-                    read = [{s for s in self._outside(g.nodes, g) if _covers(g.space, s)} for g in (group, other)]
-                    if shared and read[0] & read[1] and self._fits(group, other) and self._may_merge(group, other):
+                    if (
+                        shared
+                        and read[group] & read[other]
+                        and self._fits(group, other)
+                        and self._may_merge(group, other)
+                    ):
                         groups.remove(other)
                         self._merge(group, other, shared)
+                        read[group] = self._read_in_full(group)
+
+    def _read_in_full(self, group: Group) -> set[fx.Node]:
+        """What others make of which the group reads every element."""
+        sources = self._outside(group.nodes, group)
+        return {s for s in sources if isinstance(val(s), torch.Tensor) and group.space.extent(val(s)) is Extent.FULL}
 
     def _assign(self, node: fx.Node, where: Space, place: tuple[Phase, int | None]) -> None:
         """Join the groups that make what ``node`` reads; with none, begin one."""
@@ -156,7 +167,8 @@ class _Grouping:
                     self._add(node, group)
             elif self._fits(joined, group) and self._may_merge(joined, group):
                 opened.remove(group)
-                self._merge(joined, group, where := shared)
+                where = shared
+                self._merge(joined, group, where)
         if joined is None:
             joined = Group(where, node)
             opened.append(joined)
@@ -210,11 +222,6 @@ class _Grouping:
                 seen.update(unit.nodes)
                 stack += self._outside(unit.nodes, unit)
         return False
-
-
-def _covers(space: Space, node: fx.Node) -> bool:
-    value = val(node)
-    return isinstance(value, torch.Tensor) and space.extent(value) is Extent.FULL
 
 
 def _computing(nodes: Iterable[fx.Node]) -> int:
