@@ -44,6 +44,7 @@ _RESHAPES = (
     aten.squeeze.dims,
 )
 _PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+_JOINS = (aten.cat.default, aten.stack.default)
 _ONE = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
 
@@ -61,7 +62,7 @@ class Normalize:
         for section in program.sections().values():
             changed: list[fx.Node] = []
             for node in list(section.nodes()):
-                for rule in (_canonical, _merge_reshapes, _merge_permutes, _transposed_product, _without_effect):
+                for rule in _RULES:
                     node = rule(node, changed)
             drop_dead(section)
             retype_from(changed)
@@ -198,6 +199,33 @@ def _transposed_product(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
     return product
 
 
+def _joined_in_order(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+    """A copy of joined tensors in another order of dims joins them in that order: the gradient of queries, keys and
+    values that one product made."""
+    turned = node.args[0] if node.target is aten.clone.default else None
+    if not isinstance(turned, fx.Node) or turned.target not in _PERMUTES or len(turned.users) > 1:
+        return node
+    joined: Any = turned.args[0]
+    if joined.target not in _JOINS or len(joined.users) > 1 or not val(node).is_contiguous():
+        return node
+    parts, order = joined.args[0], _permutation(turned)
+    along = joined.args[1] % len(order) if len(joined.args) > 1 else 0
+    inner = order
+    if joined.target is aten.stack.default:
+        inner = [dim - (dim > along) for dim in order if dim != along]
+    elif any(val(part).dim() != len(order) for part in parts):
+        return node  # cat takes empty tensors of one dim
+    record = info(joined)
+    with node.graph.inserting_before(node):
+        if inner != sorted(inner):
+            turns = [call(node.graph, aten.permute.default, (part, inner), record) for part in parts]
+            parts = [_merge_permutes(turn, changed) for turn in turns]
+        result = call(node.graph, joined.target, (list(parts), order.index(along)), record)
+    node.replace_all_uses_with(result)
+    changed.append(result)
+    return result
+
+
 def _without_effect(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
     """Drop an operation that returns its input, type included."""
     source = node.args[0] if node.args else None
@@ -211,6 +239,9 @@ def _without_effect(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
         node.replace_all_uses_with(source)
         return source
     return node
+
+
+_RULES = (_canonical, _merge_reshapes, _merge_permutes, _transposed_product, _joined_in_order, _without_effect)
 
 
 def _derive_weight_views(body: Section) -> None:
