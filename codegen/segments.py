@@ -2,7 +2,7 @@
 
 A gradient has a destination: its view of the bucket's flat buffer. The first micro-batch overwrites it
 (``mm(out=view)``), later ones accumulate into it (``view.addmm_``), so neither packing nor accumulating passes over
-memory once more.
+memory once more. Of an embedding's gradient only the rows that were looked up are added.
 """
 
 from __future__ import annotations
@@ -184,13 +184,15 @@ class _Emitter:
         return result
 
     def _placements(self) -> dict[fx.Node, tuple[_Destination, int]]:
-        """Matrix products that are written straight into a pack's buffer, which is all they are for."""
+        """Products and embeddings' gradients that are written straight into a pack's buffer, which is all they are
+        for."""
         placed: dict[fx.Node, tuple[_Destination, int]] = {}
         for pack, destination in self.packs.items():
             parts: Any = pack.args[0]
             offsets: Any = pack.args[1]
             for part, offset in zip(parts, offsets, strict=True):
-                if part in self.inside and part.target is aten.mm.default and len(part.users) == 1:
+                placeable = part.target is aten.mm.default or (_adds_rows(part) and not self.kernels.on_gpu)
+                if part in self.inside and placeable and len(part.users) == 1:
                     placed[part] = (destination, offset)
         return placed
 
@@ -377,6 +379,9 @@ class _Emitter:
     def _place(self, node: fx.Node, destination: _Destination, offset: int) -> None:
         self._start(destination)
         view = self._view(destination, node, offset)
+        if _adds_rows(node):
+            self._add_rows(node, view, destination.overwrite)
+            return
         left, right = (self._expression(a) for a in node.args)
         if _is_large_product(node):
             self.ledger.temporary(storage_bytes(val(node)))  # what a library that cannot write into the view returns
@@ -386,6 +391,19 @@ class _Emitter:
             self._line(f"torch.mm({left}, {right}, out={view})")
         else:
             self._line(f"{view}.addmm_({left}, {right})")
+
+    def _add_rows(self, node: fx.Node, view: str, overwrite: bool) -> None:
+        """An embedding's gradient is zero in rows that were not looked up, and in the one for padding."""
+        gradient, indices, _, padding = node.args[:4]
+        rows, name = self._expression(gradient), self._expression(indices)
+        taken = 0 if val(gradient).is_contiguous() else storage_bytes(val(gradient))  # type: ignore[arg-type]
+        if isinstance(padding, int) and padding >= 0:
+            rows = f"{rows}.masked_fill(({name} == {padding}).unsqueeze(-1), 0)"
+            taken = storage_bytes(val(gradient))  # type: ignore[arg-type]
+        self.ledger.temporary(taken)
+        if overwrite:
+            self._line(f"{view}.zero_()")
+        self._line(f"{view}.index_add_(0, {name}.reshape(-1), {rows}.reshape(-1, {val(node).shape[1]}))")
 
     def _product_in_blocks(self, node: fx.Node) -> None:
         """A large product may be summed up from several; see products.py."""
@@ -426,6 +444,13 @@ class _Emitter:
 def _count(node: fx.Node) -> int:
     """How many results the node has."""
     return len(val(node)) if isinstance(val(node), tuple) else 1
+
+
+def _adds_rows(node: fx.Node) -> bool:
+    """Whether the node adds the rows of its operand up in rows of its result. Low precision rounds a sum once."""
+    if node.target is not aten.embedding_dense_backward.default or node.args[4]:
+        return False
+    return val(node).dtype in (torch.float32, torch.float64) and len(val(node).shape) == 2
 
 
 def _copies(node: fx.Node) -> bool:

@@ -231,3 +231,42 @@ def test_a_large_product_with_a_bias(
     assert ("products.addmm(b, x, w)" in made.segment.source) == chosen
     assert ("products.mm(x, w)" in made.segment.source) == (dtype == "f32")
     torch.testing.assert_close(list(run(made, dict(values))), evaluate(graph, values))
+
+
+EMBEDDING = """
+  %gy : f32[2,3,4] = batch 0
+  %tokens : i64[2,3] = batch 1
+  %total : f32[40] = carry "grad:w"
+  %rows = aten.embedding_dense_backward.default(%gy, %tokens, 8, PADDING, False)
+  %flat = graphshard.pack.default([%rows], [4], 40)
+  %total1 = aten.add.Tensor(%total, %flat)
+  return carry "grad:w" %total1
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("padding", [-1, 5])
+@pytest.mark.parametrize("dense", [True, False])
+def test_of_an_embedding_the_rows_that_were_looked_up_are_added(padding: int, first: bool, dense: bool) -> None:
+    text = EMBEDDING.replace("PADDING", str(padding))
+    if not dense:
+        text = text.replace("f32[2,3,4] =", "f32[2,3,4]{12,1,3} =")
+    made = code(section(text), first=first)
+    assert "embedding_dense_backward" not in made.segment.source
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(2, 3, 4, generator=generator)
+    if not dense:
+        gradient = torch.randn(2, 4, 3, generator=generator).transpose(1, 2)
+    tokens = torch.tensor([[5, 1, 1], [7, 5, 0]])  # some more than once
+    expected = torch.full((40,), 0.0 if first else 2.0)
+    rows = torch.ops.aten.embedding_dense_backward(gradient, tokens, 8, padding, False)
+    expected[4:36] += rows.reshape(-1)
+    values = {"gy": gradient, "tokens": tokens} | ({} if first else {"total": torch.full((40,), 2.0)})
+    (result,) = run(made, values)
+    torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize(("scaled", "dtype"), [("True", "f32"), ("False", "bf16")])
+def test_an_embedding_s_gradient_that_is_more_than_a_sum_of_rows_is_its_operator_s(scaled: str, dtype: str) -> None:
+    text = EMBEDDING.replace("PADDING, False", f"-1, {scaled}").replace("f32", dtype)
+    assert "embedding_dense_backward" in code(section(text)).segment.source
