@@ -6,15 +6,15 @@ row by row, and summed behind the last block: to the bit what the operator gives
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphshard.codegen.expressions import call, spell
-from graphshard.dataflow import arguments, is_getitem, is_view
+from graphshard.codegen.expressions import arguments_of, call, out_variant, spell
+from graphshard.dataflow import arguments, is_getitem, is_pointwise, is_view
 from graphshard.program import tensors, val
 from graphshard.region import Region
 from graphshard.rows import Extent, Space, is_reduction, space, sums_rows
@@ -117,7 +117,8 @@ def blocked_code(
             (node,) = node.all_input_nodes  # a block of rows is the same for both
         return names[node] if node.op == "placeholder" and not blocks.extent(node) else f"{names[node]}_b"
 
-    lives = _Lives(region, blocks)
+    direct = _written_where_they_go(region, blocks, in_place)
+    lives = _Lives(region, blocks, direct)
     inside = [f"{name(n)} = {names[n]}{part}" for n in inputs]
     for node in region.operations:
         if node in totals:
@@ -125,17 +126,54 @@ def blocked_code(
         elif node.target is gs.dropout_mask.default:
             inside += _masked_elements(node, name, blocks)
         elif node.target is not torch.ops.aten.view.default and node not in picked:
-            inside.append(
-                f"{name(node)} = {call(node, name, _last_dim if blocks.rows and is_reduction(node) else None)}"
-            )
+            change = _last_dim if blocks.rows and is_reduction(node) else None
+            if node in direct:
+                inside += [f"{name(node)} = {names[node]}{part}", _call_into(node, name, change)]
+            else:
+                inside.append(f"{name(node)} = {call(node, name, change)}")
         ended = [n for n in lives.ending(node) if n.target is not torch.ops.aten.view.default]
         inside += _deletes([name(n) for n in ended if n not in totals and n not in picked])
-    inside += [f"{names[n]}{part} = {name(n)}" for n in outputs]
+    inside += [f"{names[n]}{part} = {name(n)}" for n in outputs if n not in direct]
     inside += _deletes([name(n) for n in outputs])
     behind = [_of_kept_rows(names[node], node) for node in totals]
     behind += [f"{names[node]} = {call(node, names.__getitem__)}" for node in picked]
     kept = sum(blocks.space.rows * (_summed_dtype(node).itemsize + torch.int64.itemsize) for node in totals)
     return Code((*lines, *(f"    {line}" for line in inside), *behind), lives.peak + kept)
+
+
+def _written_where_they_go(region: Region, blocks: Blocks, in_place: Mapping[int, int]) -> set[fx.Node]:
+    """The results of which a block's operator can write its part itself, into the whole."""
+    found = set()
+    for index, node in enumerate(region.outputs):
+        if not blocks.extent(node) or sums_rows(node) or not (_is_cast(node) or out_variant(node.target)):
+            continue
+        if index in in_place:
+            # What it is written over must not be read any more; a sum over a row may be read when it is half written.
+            old = region.inputs[in_place[index]]
+            if not is_pointwise(node) or any(node < reader for reader in _readers(old)):
+                continue
+        found.add(node)
+    return found
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """The operations of a region that read ``node``, or a view of it."""
+    users = [user for user in node.users if user.op != "output"]
+    return [reader for user in users for reader in (_readers(user) if is_view(user) else [user])]
+
+
+def _is_cast(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten._to_copy.default and node.kwargs.keys() == {"dtype"}
+
+
+def _call_into(node: fx.Node, name: Callable[[fx.Node], str], change: Callable[[str, Any], Any] | None) -> str:
+    """``node`` as a call that writes to its variable."""
+    if _is_cast(node):
+        return f"{name(node)}.copy_({name(node.all_input_nodes[0])})"
+    variant = out_variant(node.target)
+    assert variant is not None
+    overload, out = variant
+    return f"torch.ops.{overload}({arguments_of(node, name, change)}, {out}={name(node)})"
 
 
 def _masked_elements(node: fx.Node, named: Callable[[fx.Node], str], blocks: Blocks) -> list[str]:
@@ -177,11 +215,11 @@ def _summed_dtype(node: fx.Node) -> torch.dtype:
 
 
 class _Lives:
-    """Follows, operation by operation, which values a block still needs, and the most bytes they take. Views and
-    picked results live as long as what they are of."""
+    """Follows, operation by operation, which values a block still needs, and the most bytes they take beside those that
+    are written ``direct``ly to where they go. Views and picked results live as long as what they are of."""
 
-    def __init__(self, region: Region, blocks: Blocks) -> None:
-        self._nbytes, self._held, self.peak = blocks.nbytes, 0, 0
+    def __init__(self, region: Region, blocks: Blocks, direct: Collection[fx.Node]) -> None:
+        self._blocks, self._direct, self._held, self.peak = blocks, direct, 0, 0
         self._members: dict[fx.Node, list[fx.Node]] = {}
         last: dict[fx.Node, fx.Node] = {}
         for node in region.operations:
@@ -193,6 +231,9 @@ class _Lives:
         for root, node in last.items():
             if root not in returned and root.op != "placeholder":
                 self._ending.setdefault(node, []).append(root)
+
+    def _nbytes(self, node: fx.Node) -> int:
+        return 0 if node in self._direct else self._blocks.nbytes(node)
 
     def ending(self, node: fx.Node) -> list[fx.Node]:
         """The next operation, ``node``, has run: the values that nothing reads from here on."""

@@ -73,6 +73,33 @@ def test_state_is_updated_in_place() -> None:
     torch.testing.assert_close([w1, m1], expected)
 
 
+READ_LATER = """
+  %w : f64[20] = shard "w"
+  %m : f64[20] = state "w" m
+  %g : f64[20] = carry "grad:w"
+  %m1 = aten.add.Tensor(%m, %g)
+  %seen = aten.view.default(%m, [20])
+  %d = aten.mul.Tensor(%m1, %seen)
+  %w1 = aten.add.Tensor(%w, %d)
+  return shard "w" %w1, state "w" m %m1
+"""
+
+
+@SMALL
+def test_a_block_is_not_overwritten_before_its_last_reader() -> None:
+    results, expected = both(update(READ_LATER))
+    torch.testing.assert_close(results, expected)
+
+
+@SMALL
+def test_results_are_written_where_they_go() -> None:
+    made = code(update(MOMENTUM.format(n=20, more="")), accumulate=False)
+    (kernel,) = made.kernels.values()
+    assert "out=add0_b)" in kernel.source
+    assert "out=add1_b)" in kernel.source
+    assert "] = add" not in kernel.source
+
+
 @SMALL
 def test_what_somebody_else_reads_is_not_overwritten() -> None:
     graph = update(
