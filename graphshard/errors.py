@@ -77,8 +77,8 @@ class NoLossGradient(GraphshardError):
 
     def __init__(self) -> None:
         super().__init__(
-            "fp16 scales the gradient of the loss, which is aten.full.default([], 1.0) of phase backward; the body has "
-            "gradients, but none that begin so"
+            "fp16 scales the number, aten.full.default([], …), that the backward begins with; the body has gradients, "
+            "but none that begin so"
         )
 
 

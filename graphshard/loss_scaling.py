@@ -15,6 +15,7 @@ from torch import fx
 
 from graphshard import fake
 from graphshard.errors import NoLossGradient
+from graphshard.loss_gradient import loss_gradient
 from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot, info, val
 from graphshard.rewrite import add_input, after, call, set_outputs
 
@@ -34,20 +35,20 @@ def initial(slot: Slot) -> str:
     return f"scaler.{slot.name}"
 
 
-def scale_loss(program: Program, share: float) -> None:
-    """Multiply the loss by the scale, as far as gradients see it: the gradient of the loss is the scale instead of one.
+def scale_loss(program: Program) -> None:
+    """Multiply the loss by the scale, as far as gradients see it: its gradient becomes the scale times what it was.
 
-    ``share``: a micro-batch's part of the step. It is the scale's factor, as in ``scaler.scale(loss / N).backward()``,
-    so that what is accumulated is the scale times the mean and overflows no earlier than in one large batch.
+    That is a micro-batch's part of the step, as in ``scaler.scale(loss / N).backward()``, so that what is accumulated
+    is the scale times the mean and overflows no earlier than in one large batch.
 
     Raises:
-        NoLossGradient: the body has a backward, which does not begin with that one.
+        NoLossGradient: the body has a backward, which does not begin with a number.
     """
     body = program.body
-    backward = [node for node in body.nodes() if info(node).phase is not Phase.FORWARD]
-    one = next((n for n in backward if n.target is aten.full.default and n.args == ([], 1.0)), None)
+    one = loss_gradient(body)
     if one is None:
         raise NoLossGradient()
+    share = one.args[1]
     mode = fake.graph_mode(body.graph) or fake.new_mode()
     kind = fake.tensor(mode, (), torch.float32, device=val(one).device)
     scale = add_input(body, SCALE, kind, NodeInfo(), "scale")

@@ -40,7 +40,7 @@ def convert(
     Raises:
         GraphshardError: the subclass that names an operator or a use of a tensor that a Program cannot hold.
     """
-    body = _Body(joint, tensors)
+    body = _Body(joint, tensors, microbatches)
     outputs = body.build()
     trained = {tensors.params[port.index].name for port, _ in outputs if port.kind == "grad"}
     program = Program(
@@ -74,6 +74,7 @@ class _Body:
 
     joint: Joint
     tensors: ModelTensors
+    microbatches: int
     section: Section = field(default_factory=empty_section)
     constants: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
@@ -96,7 +97,7 @@ class _Body:
             for node in nodes:
                 if node.meta.get("partitioner_tag") == "is_backward" and tangents:
                     tangent = tangents.pop()
-                    self.made[tangent] = self._one(tangent)
+                    self.made[tangent] = self._share(tangent)
                 if node.op == "call_function":
                     self.made[node] = self._operation(node)
                 elif node.op == "get_attr":
@@ -122,11 +123,12 @@ class _Body:
         module = name.rpartition(".")[0] if port.kind != "batch" else ""
         return add_input(self.section, slot, _plain(node.meta["val"]), NodeInfo(module=module), name)
 
-    def _one(self, node: fx.Node) -> fx.Node:
-        """The gradient of the loss with respect to itself."""
+    def _share(self, node: fx.Node) -> fx.Node:
+        """The gradient of the step's loss with respect to the micro-batch's; see loss_gradient.py."""
         value = node.meta["val"]
         record = NodeInfo(phase=Phase.BACKWARD, origin=node.name)
-        return call(self.section.graph, aten.full.default, ([], 1.0), record, dtype=value.dtype, device=value.device)
+        share, options = 1.0 / self.microbatches, {"dtype": value.dtype, "device": value.device}
+        return call(self.section.graph, aten.full.default, ([], share), record, **options)
 
     def _constant(self, node: fx.Node) -> fx.Node:
         value = getattr(self.joint.module, str(node.target))

@@ -1,4 +1,4 @@
-"""The optimizer's part of the epilogue: average the gradients, clip them, update every parameter.
+"""The optimizer's part of the epilogue: clip the gradients, update every parameter.
 
 An optimizer is not special: its ``step`` is traced, once per distinct (group, dtype) if it looks at no shape, else per
 (group, shape, dtype), and the recorded operators become nodes of the epilogue, once per parameter.
@@ -69,7 +69,7 @@ def add_update(
 
     The epilogue must hold what does not depend on the optimizer: loss and buffers. ``param_names`` maps the id of each
     Parameter to its canonical name. ``first_epilogue`` is made when the optimizer keeps state. Without an optimizer the
-    averaged gradients become outputs named ``grad:<parameter>``. The program is unchanged if this raises.
+    gradients become outputs named ``grad:<parameter>``. The program is unchanged if this raises.
 
     Raises:
         OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
@@ -101,7 +101,7 @@ def add_update(
     for section in program.updates():
         first = section is program.first_epilogue
         writer = _Writer(section, values)
-        gradients = writer.average(program.microbatches)
+        gradients = writer.gradients()
         if max_grad_norm is not None:
             gradients = writer.clip(gradients, max_grad_norm)
         if optimizer is None:
@@ -227,10 +227,9 @@ class _Writer:
         node.meta = {"val": value, "info": NodeInfo(phase=Phase.UPDATE, module=module, origin=origin)}
         return node
 
-    def average(self, microbatches: int) -> dict[str, fx.Node]:
-        """The gradients' means over the micro-batches, by parameter name."""
-        sums = {name: self.input(Slot(Role.CARRY, f"grad:{name}"), value) for name, value in self.values.items()}
-        return {name: self.scale(f"average.{name}", name, node, 1.0 / microbatches) for name, node in sums.items()}
+    def gradients(self) -> dict[str, fx.Node]:
+        """The step's gradients by parameter name: what the backwards of the micro-batches add up to."""
+        return {name: self.input(Slot(Role.CARRY, f"grad:{name}"), value) for name, value in self.values.items()}
 
     def clip(self, gradients: dict[str, fx.Node], max_norm: float) -> dict[str, fx.Node]:
         """As torch.nn.utils.clip_grad_norm_: scaled by ``min(1, max_norm / (norm + CLIP_EPS))``."""

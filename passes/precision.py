@@ -58,7 +58,7 @@ class Precision:
             if slot.role is Role.CARRY and slot.name.removeprefix("grad:") in names
         }
         if carries and self.dtype == "fp16":
-            scale_loss(program, _take_share(program, carries))
+            scale_loss(program)
             program.constants[initial(SCALE)] = torch.tensor(self.init_scale)
             program.constants[initial(TRACKER)] = torch.tensor(0, dtype=torch.int32)
         _lower_body(program, names, carries, lower, reduced)
@@ -69,25 +69,6 @@ class Precision:
                 Scaler(section, gradients, *factors, first=section is program.first_epilogue).run()
             _keep_masters(section, names, lower)
         return program
-
-
-def _take_share(program: Program, carries: set[Slot]) -> float:
-    """What updates multiply every gradient by, to average it over micro-batches; they no longer do. 1.0 if they differ
-    in it."""
-    means = [
-        (node, [reader for reader in node.users if reader.target is aten.mul.Tensor])
-        for section in program.updates()
-        for node, slot in section.inputs.items()
-        if slot in carries
-    ]
-    shares = {readers[0].args[1] if len(node.users) == len(readers) == 1 else None for node, readers in means}
-    share = shares.pop() if len(shares) == 1 else None
-    if not isinstance(share, float):
-        return 1.0
-    for node, (mean,) in means:
-        mean.replace_all_uses_with(node)
-        mean.graph.erase_node(mean)
-    return share
 
 
 def _lower_body(
@@ -117,7 +98,7 @@ def _like(node: fx.Node, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _gradients(section: Section, carries: set[Slot], reduced: torch.dtype) -> list[fx.Node]:
-    """The gradients of an update in float32; averaged over micro-batches, where they are."""
+    """The gradients of an update in float32."""
     found = []
     for slot, node in section.input_slots.items():
         if slot not in carries:
@@ -131,9 +112,7 @@ def _gradients(section: Section, carries: set[Slot], reduced: torch.dtype) -> li
             for reader in readers:
                 reader.replace_input_with(node, wide)
             node = wide
-        readers = list(node.users)
-        averaged = len(readers) == 1 and readers[0].target is aten.mul.Tensor and isinstance(readers[0].args[1], float)
-        found.append(readers[0] if averaged else node)
+        found.append(node)
     return found
 
 

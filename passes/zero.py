@@ -27,6 +27,7 @@ from torch import fx
 from graphshard import fake
 from graphshard.dataflow import downstream, is_pointwise, is_pooled
 from graphshard.errors import OptimizerNotElementwise, StagesNotCut
+from graphshard.loss_gradient import share_loss
 from graphshard.mesh import DATA_AXES
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, Level, NodeInfo, Param, Phase, Program, Role, Section, Slot, info, set_info
@@ -70,6 +71,9 @@ class Zero:
             for stage in param.stages
         ]
         _shard_body(program, shardings)
+        if program.mesh.dp_size > 1 and share_loss(program.body, program.mesh.dp_size):
+            for sharding in shardings:
+                sharding.shared = True
         for section in program.updates():
             _shard_update(section, shardings)
             _average_loss(program, section)
@@ -167,6 +171,7 @@ class _Sharding:
         )
 
         self.carry = Slot(Role.CARRY, f"grad:{slot.name}", stage=slot.stage)
+        self.shared = False  # gradients are of the ranks' mean loss, not of each rank's
 
     def body(self, inputs: dict[Slot, fx.Node], totals: dict[Slot, fx.Node], zeros: dict[Slot, fx.Node]) -> None:
         """Storage, gathers and the reduction of gradients, where it is per micro-batch.
@@ -319,7 +324,8 @@ class _Sharding:
         return changed
 
     def _reduced_gradient(self, section: Section, old: fx.Node) -> fx.Node:
-        """The gradient summed over data-parallel ranks and divided by their number; a shard of it for stages 1 to 3."""
+        """The gradient summed over data-parallel ranks, and divided by their number where the backward has not been; a
+        shard of it for stages 1 to 3."""
         value = self._flat(old, sharded=self.zero >= 2)
         readers = list(old.users)
         node = accumulated = replace_input(section, old, self.accumulator, value, f"grad.{self.bucket.name}")
@@ -331,17 +337,13 @@ class _Sharding:
                 node = self._all_reduce(section, node, self.axis, record)
             if self.replicas > 1:
                 node = self._all_reduce(section, node, "dp", record)
-            ranks = self.parts * self.replicas
+            ranks = 1 if self.shared else self.parts * self.replicas
             # Reduced in a lower precision it is widened first, so that it is not rounded once more.
             widened = len(readers) == 1 and readers[0].target is aten._to_copy.default
-            scaled = list(readers[0].users) if widened else readers
-            means = [r for r in scaled if r.target is aten.mul.Tensor and isinstance(r.args[1], float)]
-            if ranks > 1 and means == scaled:
-                for mean in means:  # the mean over micro-batches: divide by both numbers at once
-                    mean.args = (mean.args[0], mean.args[1] / ranks)  # type: ignore[operator]
-            elif ranks > 1 and not widened:
+            if ranks > 1 and not widened:
                 node = call(section.graph, aten.mul.Tensor, (node, 1.0 / ranks), record)
-        if ranks > 1 and means != scaled and widened:
+        if ranks > 1 and widened:
+            scaled = list(readers[0].users)
             with after(readers[0]):
                 mean = call(section.graph, aten.mul.Tensor, (readers[0], 1.0 / ranks), record)
             for reader in scaled:
