@@ -246,7 +246,8 @@ def summarize(
 
 
 def compare(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Ratios of a row to the faster of its peers; None if either has not run."""
+    """Ratios of a row to the faster of its peers, by their usual steps and by the fastest of each, which others on the
+    machine disturb least; None if either has not run."""
     by_name = {row["name"]: row for row in rows}
     ran = [by_name[name] for name in comparison.peers if name in by_name]
     if comparison.row not in by_name or not ran:
@@ -256,6 +257,7 @@ def compare(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> dict[str,
         "row": comparison.row,
         "peer": peer["name"],
         "ratio": row["seconds"] / peer["seconds"],
+        "fastest_ratio": row["fastest_seconds"] / min(r["fastest_seconds"] for r in ran),
         "reach": comparison.reach,
         "memory_ratio": row["peak_rss_bytes"] / peer["peak_rss_bytes"],
         "all_peers": {r["name"]: row["seconds"] / r["seconds"] for r in ran},
