@@ -118,7 +118,7 @@ def test_a_loop_holds_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 """)
     workspace, (alone, _) = measured(graph, accumulate=False)
     assert max(workspace.held) == alone == 2 * 4096, (
-        "two blocks of 1,024, and the sum of both is written over the state"
+        "two blocks of 1,024, and their sum is written over the state"
     )
 
 
