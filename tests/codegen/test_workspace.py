@@ -117,9 +117,7 @@ def test_a_loop_holds_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
   return state "w" m %m1
 """)
     workspace, (alone, _) = measured(graph, accumulate=False)
-    assert max(workspace.held) == alone == 2 * 4096, (
-        "two blocks of 1,024, and their sum is written over the state"
-    )
+    assert max(workspace.held) == alone == 2 * 4096, "two blocks of 1,024, and their sum is written over the state"
 
 
 def test_a_mean_does_not_keep_what_it_is_the_mean_of() -> None:
