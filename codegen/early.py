@@ -2,18 +2,17 @@
 
 The epilogue keeps its order: bucket after bucket as gradients become final, the reloads of the next one ahead of an
 update. Where there is room, the state of one bucket arrives and that of the one before leaves while the backward of a
-bucket runs; where there is not, updates come later (pacing.py). What needs all gradients (clipping, loss scaling)
-leaves everything where it is.
+bucket runs; where there is not, updates come later (pacing.py). A bucket of which any value needs all gradients
+(clipping, loss scaling) stays where it is, with what only such buckets read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from graphshard.codegen.pacing import Pace, Turn, pace
-from graphshard.execution import Instruction, Op, Ref, Storage, match_waits
+from graphshard.execution import Instruction, Op, Ref, Storage, match_waits, owner_of
 
 _STARTS = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV, Op.RELOAD)
 Part = list[Instruction]
@@ -51,26 +50,27 @@ def update_early(
 
 def _places(body: Part, epilogue: Part, storages: Mapping[str, Storage], room: Sequence[int] | None) -> _Places:
     stays = len(body) + 1
-    late: set[int] = set()
+    late = _of_all_gradients(body, epilogue, storages)
     while True:
         places = _needs(body, epilogue, storages, late)
-        useless = _only_for_late(epilogue, places, storages, stays)
-        if not useless:
+        behind = _of_late_buckets(epilogue, places, stays) | _only_for_late(epilogue, places, storages, stays)
+        if not behind:
             break
-        late |= useless
+        late |= behind
     first = next((place for place, ins in zip(places, epilogue, strict=True) if ins.op is Op.OFFLOAD), stays)
     if first >= len(body):
         return _Places([stays] * len(epilogue))
     # A reload needs nothing: the first ones begin with the action that makes the first gradient.
     action = body[first - 1].action
     floor = begin = next((at for at, ins in enumerate(body) if ins.action == action and ins.op is Op.RUN), first)
+    readers = _readers(epilogue, storages)
     moving = [index for index, place in enumerate(places) if place < stays]
-    for index in moving:
+    for index in (index for index in moving if index not in readers):
         places[index] = floor = _behind_starts(body, max(places[index], floor))
     runs = [index for index in moving if epilogue[index].op is Op.RUN]
     turns = _turns(body, epilogue, runs, places, storages)
     paces = pace(turns, begin, len(body), room)
-    _follow(epilogue, moving, places, dict(zip(runs, paces, strict=True)))
+    _follow(moving, readers, places, dict(zip(runs, paces, strict=True)), epilogue)
     if room is None:
         return _Places(places)
     return _Places(places, _departures(epilogue, runs, paces, len(body)))
@@ -108,21 +108,39 @@ def _nbytes(refs: Iterable[Ref], storages: Mapping[str, Storage]) -> int:
     return sum(storages[ref.name].nbytes for ref in refs if ref.name in storages)
 
 
-def _follow(epilogue: Part, moving: Sequence[int], places: list[int], paces: Mapping[int, Pace]) -> None:
-    """Move ``places`` to where the segments are paced."""
+def _readers(epilogue: Part, storages: Mapping[str, Storage]) -> dict[int, list[int]]:
+    """Of each RELOAD and WAIT that brings something: what reads it."""
+    found: dict[int, list[int]] = {}
+    reading: dict[Ref, list[int]] = {}
+    for index, ins in reversed(list(enumerate(epilogue))):
+        if ins.op in (Op.RELOAD, Op.WAIT):
+            brought = _roots(ins.outputs or ins.inputs, storages)
+            if users := [user for root in brought for user in reading.get(root, ())]:
+                found[index] = users
+        else:
+            for root in _roots(ins.inputs, storages):
+                reading.setdefault(root, []).append(index)
+    return found
+
+
+def _follow(
+    moving: Sequence[int],
+    readers: Mapping[int, Sequence[int]],
+    places: list[int],
+    paces: Mapping[int, Pace],
+    epilogue: Part,
+) -> None:
+    """Move ``places`` to where the segments are paced: in order, and with each what is reloaded and waited for, for
+    what comes first of those that read it."""
     floor = 0
-    begins: dict[Ref, int] = {}
-    for index in moving:
+    for index in (index for index in moving if index not in readers):
         if index in paces:
             places[index] = paces[index].run
-            begins = dict.fromkeys(epilogue[index].inputs, paces[index].begin) | begins
         places[index] = floor = max(places[index], floor)
-    for index, following in reversed(list(pairwise(moving))):
-        ins = epilogue[index]
-        if ins.op is Op.RELOAD:
-            places[index] = begins.get(ins.outputs[0], places[index])
-        elif ins.op is Op.WAIT:  # with what it is for
-            places[index] = max(places[index], places[following])
+    for index in (index for index in moving if index in readers):
+        reader = min(readers[index], key=lambda user: (places[user], user))
+        begins = epilogue[index].op is Op.RELOAD and reader in paces
+        places[index] = max(places[index], paces[reader].begin if begins else places[reader])
 
 
 def _departures(epilogue: Part, runs: Sequence[int], paces: Sequence[Pace], end: int) -> dict[int, Part]:
@@ -177,6 +195,31 @@ def _between_stages(ins: Instruction) -> bool:
 def _behind_next_run(body: Part, start: int) -> int:
     """Where to wait for what the body starts at ``start``, so that it overlaps work."""
     return next((at + 1 for at in range(start, len(body)) if body[at].op is Op.RUN), len(body))
+
+
+def _of_all_gradients(body: Part, epilogue: Part, storages: Mapping[str, Storage]) -> set[int]:
+    """What needs every gradient that the updates read, of several."""
+    sources: dict[Ref, frozenset[Ref]] = {}
+    for ins in body:
+        own = _roots(ins.outputs, storages)
+        if ins.op is Op.REDUCE:  # a gradient and its sum over ranks are one
+            own = {source for root in _roots(ins.inputs, storages) for source in sources.get(root, (root,))}
+        sources |= dict.fromkeys(_roots(ins.outputs, storages), frozenset(own))
+    needs: list[frozenset[Ref]] = []
+    for ins in epilogue:
+        reads = () if ins.op is Op.WAIT else _roots(ins.inputs, storages)
+        needs.append(frozenset().union(*(sources.get(root, ()) for root in reads)))
+        sources |= dict.fromkeys(_roots(ins.outputs, storages), needs[-1])
+    updates = (need for ins, need in zip(epilogue, needs, strict=True) if ins.op is Op.OFFLOAD)
+    gradients = frozenset[Ref]().union(*updates)
+    return {index for index, need in enumerate(needs) if len(gradients) > 1 and need >= gradients}
+
+
+def _of_late_buckets(epilogue: Part, places: list[int], stays: int) -> set[int]:
+    """What moves of a bucket of which something stays: the rest of its update would hold what that reads."""
+    owners = {index: owner_of(ins) for index, ins in enumerate(epilogue) if ins.op is Op.OFFLOAD}
+    late = {owner for index, owner in owners.items() if places[index] >= stays}
+    return {index for index, owner in owners.items() if owner in late and places[index] < stays}
 
 
 def _only_for_late(epilogue: Part, places: list[int], storages: Mapping[str, Storage], stays: int) -> set[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from graphshard.codegen.early import update_early
-from graphshard.execution import MOVES, Instruction, Op, Ref, Storage, match_waits
+from graphshard.execution import MOVES, Instruction, Op, Ref, Storage, match_waits, owner_of
 from graphshard.program import Role
 
 _PERSISTENT = tuple(f"{role}:" for role in Role if role not in (Role.CARRY, Role.BATCH, Role.RNG))
@@ -113,7 +113,7 @@ def _largest_bucket_bytes(ends: list[Part], storages: Mapping[str, Storage]) -> 
     sizes: Counter[str] = Counter()
     for ins in ends[0]:
         if ins.op is Op.OFFLOAD:
-            sizes[_owner(ins)] += storages[ins.inputs[0].name].nbytes
+            sizes[owner_of(ins)] += storages[ins.inputs[0].name].nbytes
     return max(sizes.values(), default=0)
 
 
@@ -264,10 +264,12 @@ def _wait_for_offloads(instructions: list[Instruction]) -> list[Instruction]:
             outstanding = [other for other in outstanding if other.outputs != ins.inputs]
             if ins.inputs in awaited:  # here it comes too late
                 continue
-        own = _owner(ins) if ins.op in MOVES else ""
-        late = dict.fromkeys(_owner(other) for other in outstanding)
+        own = owner_of(ins) if ins.op in MOVES else ""
+        late = dict.fromkeys(owner_of(other) for other in outstanding)
         excess = [owner for owner in late if owner != own][:-1] if own else []
-        done = [o for o in outstanding if _owner(o) in excess or (ins.op is not Op.WAIT and o.outputs[0] in ins.inputs)]
+        done = [
+            o for o in outstanding if owner_of(o) in excess or (ins.op is not Op.WAIT and o.outputs[0] in ins.inputs)
+        ]
         for other in done:
             result.append(Instruction(Op.WAIT, inputs=other.outputs, action=ins.action, made_by=other.made_by))
             outstanding.remove(other)
@@ -279,12 +281,6 @@ def _wait_for_offloads(instructions: list[Instruction]) -> list[Instruction]:
         Instruction(Op.WAIT, inputs=other.outputs, action=result[-1].action, made_by=other.made_by)
         for other in outstanding
     ]
-
-
-def _owner(move: Instruction) -> str:
-    """The bucket that is moved, or the activation."""
-    kept = (move.outputs if move.op is Op.OFFLOAD else move.inputs)[0]
-    return kept.name.split(":")[1] if ":" in kept.name else str(kept)
 
 
 def _with_last_uses(

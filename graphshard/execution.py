@@ -323,6 +323,12 @@ def slot_ref(slot: Slot, microbatch: int | None = None) -> Ref:
     return Ref(f"{slot.role}:{slot.name}" + (f":{slot.key}" if slot.key else ""), microbatch)
 
 
+def owner_of(move: Instruction) -> str:
+    """The bucket that is offloaded or reloaded, or the activation."""
+    kept = (move.outputs if move.op is Op.OFFLOAD else move.inputs)[0]
+    return kept.name.split(":")[1] if ":" in kept.name else str(kept)
+
+
 def made_type(ins: Instruction, given: TensorType, mesh: Mesh) -> TensorType:
     """The type of what a communication makes; ``given`` is the instruction's own."""
     if not ins.axis or ins.name in ("all_reduce", "broadcast"):

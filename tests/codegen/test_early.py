@@ -78,6 +78,38 @@ def test_what_needs_all_gradients_waits_for_them() -> None:
     assert after.split()[:4] == ["norm", "+mc", "+mb", "?mc"]
 
 
+def chosen(bucket: str, reads: str) -> Part:
+    """An update in two parts: averages, and the parameter, which is stored or left as it was."""
+    kept = f"shard:{bucket}"
+    return [
+        move(Op.RELOAD, kept, f"p{bucket}"),
+        *update(bucket),
+        wait(f"p{bucket}", "epilogue"),
+        run(f"v{bucket}", f"new{bucket} p{bucket} {reads}", f"q{bucket}", "epilogue"),
+        move(Op.OFFLOAD, f"q{bucket}", kept),
+    ]
+
+
+def test_an_update_of_which_a_part_needs_all_gradients_stays() -> None:
+    """As where loss scaling may skip it: its averages would be there, and what it is computed from, until the end."""
+    finite = run("finite", "carry:grad:c carry:grad:b carry:grad:a", "finite", "epilogue")
+    c, b = (chosen(bucket, "finite") for bucket in "cb")
+    epilogue = [reload("c"), reload("b"), *c[:4], *b[:4], finite, *c[4:], *b[4:]]
+    assert merged(BODY, epilogue) == (
+        "f bc bb ba",
+        "+mc +mb +pc ?mc uc -state:c:m +pb ?mb ub -state:b:m finite ?pc vc -shard:c ?pb vb -shard:b",
+    )
+
+
+def test_what_is_reloaded_is_waited_for_where_it_is_read() -> None:
+    """An instruction that reads it may come later than what its WAIT stood in front of."""
+    epilogue = [reload("c"), *chosen("c", "carry:grad:b"), reload("a"), *update("a")]
+    first, *rest = epilogue
+    moved = [first, rest[0], rest[4], *rest[1:4], *rest[5:]]  # all arrives ahead of the first part
+    for order in (epilogue, moved):
+        assert merged(BODY, order)[1] == ("+mc bc +pc ?mc uc -state:c:m bb ?pc vc -shard:c +ma ba ?ma ua -state:a:m")
+
+
 def test_what_other_stages_add_to_stays_with_its_reloads() -> None:
     summed = [
         collective(Op.REDUCE, "all_reduce", "carry:grad:b", "sum", X, "epilogue", "pp"),

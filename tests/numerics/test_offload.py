@@ -101,20 +101,22 @@ def state_of(compiled: Compiled) -> dict[str, Any]:
 
 
 @functools.cache
-def expected(plan: str, optimizer: str, max_grad_norm: float | None) -> tuple[list[float], dict[str, Any]]:
-    compiled, losses = trained(plan, plan, optimizer, max_grad_norm=max_grad_norm)
+def expected(plan: str, optimizer: str, max_grad_norm: float | None, name: str) -> tuple[list[float], dict[str, Any]]:
+    compiled, losses = trained(plan, plan, optimizer, name=name, max_grad_norm=max_grad_norm)
     return losses, state_of(compiled)
 
 
-def check(plan: str, places: str, optimizer: str, path: Path, max_grad_norm: float | None = 0.5) -> Compiled:
+def check(
+    plan: str, places: str, optimizer: str, path: Path, max_grad_norm: float | None = 0.5, name: str = "gpt"
+) -> Compiled:
     passes = [TagSaved()] if "activations" in places else []
     moved = offloaded(plan, places, path)
-    compiled, losses = trained(moved, plan, optimizer, passes, max_grad_norm=max_grad_norm)
+    compiled, losses = trained(moved, plan, optimizer, passes, name, max_grad_norm)
     found = state_of(compiled)
-    plain_losses, plain = expected(plan, optimizer, max_grad_norm)
+    plain_losses, plain = expected(plan, optimizer, max_grad_norm, name)
     assert losses == plain_losses
-    for name, value in plain.items():
-        assert torch.equal(found[name], value), name
+    for key, value in plain.items():
+        assert torch.equal(found[key], value), key
     for rank in compiled.report()["ranks"]:
         assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
     assert not list(path.iterdir())
@@ -135,6 +137,16 @@ def test_an_update_during_the_backward_is_the_same_to_the_bit(
     for stage in compiled.execution_plan.stages:
         for end in filter(None, (stage.epilogue, stage.first_epilogue)):
             assert {ins.action for ins in end} > {"epilogue"}
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("plan", ["zero3:size=2+fp16", "zero3:size=2+bf16", "zero3:size=2+accum2+fp16"])
+def test_a_lower_precision_is_the_same_to_the_bit(plan: str, max_grad_norm: float | None, tmp_path: Path) -> None:
+    """Masters are reloaded beside the parameters, and loss scaling keeps either from being updated early."""
+    compiled = check(plan, "optimizer=cpu,params=cpu", "adamw", tmp_path, max_grad_norm, "mlp")
+    (stage,) = compiled.execution_plan.stages
+    early = {ins.action for end in (stage.epilogue, stage.first_epilogue) for ins in end or ()} > {"epilogue"}
+    assert early == ("bf16" in plan and max_grad_norm is None)
 
 
 def test_state_that_the_first_step_makes(tmp_path: Path) -> None:
