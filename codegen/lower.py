@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphshard.analysis import cost, flops_per_moved_byte
+from graphshard.codegen.distance import Clock
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.order import Memory, Parts, order
 from graphshard.codegen.schedule import Schedule
@@ -105,6 +107,7 @@ class _StageLowering:
         self.kernels = kernels
         self.program, self.stage, self.schedule, self.watch = program, stage, schedule, watch
         self.segments: dict[str, Segment] = {}
+        self.work: dict[str, float] = {}  # what each segment takes, in FLOPs
         self.storages: dict[str, Storage] = {}
         self.reused: dict[fx.Node, fx.Node] = {}  # results to the value whose storage they take
         self.reads: dict[Slot, TensorType] = {}
@@ -120,7 +123,7 @@ class _StageLowering:
         if self.program.first_epilogue is not None:
             first = self._once(self.program.first_epilogue, "epilogue", "e1.")
         # A step that is watched is judged between its backward and its update.
-        memory = None if self.watch else Memory(self.storages, self._held)
+        memory = None if self.watch else Memory(self.storages, self._held, Clock(self.work, self._moving))
         return self._stage_plan(order(prologue, body, epilogue, first, memory))
 
     def _stage_plan(self, parts: Parts) -> StagePlan:
@@ -140,6 +143,11 @@ class _StageLowering:
         """Bytes at each instruction of a later step, and of the first one if it ends otherwise."""
         plan = _plan(self.program, self.schedule, [self], [self._stage_plan(parts)])
         return [[sum(now.values()) for now in simulated(plan, 0, first)] for first in variants(plan)]
+
+    def _moving(self, move: Instruction) -> float:
+        """What a copy takes, in FLOPs."""
+        assert move.type is not None
+        return flops_per_moved_byte(move.name, self.kernels.on_gpu) * move.type.nbytes
 
     # Streams
 
@@ -235,6 +243,7 @@ class _StageLowering:
             write = partial(emit, accumulators=accumulators, watch=watch)
             code = write(piece.segment, nodes, outputs, section, self.kernels)
             self.segments[piece.segment] = code.segment
+            self.work[piece.segment] = self.work[f"{piece.segment}_first"] = sum(map(cost, nodes))
             self.reused |= code.reused
             piece.inputs = code.inputs
             if code.accumulators:
@@ -340,6 +349,7 @@ class _StageLowering:
         before: list[Instruction] = []
         if source is None:
             segment = f"zero_{node.name}"
+            self.work[segment] = cost(node)
             kind_of = type_of(val(node))
             self.segments[segment] = Segment(
                 segment,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from graphshard.codegen.distance import Clock, Move, reload_in_time, wait_in_time
 from graphshard.codegen.early import update_early
 from graphshard.execution import MOVES, Instruction, Op, Ref, Storage, match_waits, owner_of
 from graphshard.program import Role
@@ -28,10 +29,11 @@ Parts = tuple[Part, Part, Part, Part | None]
 @dataclass(frozen=True)
 class Memory:
     """What is known of the memory of a stage: where values live, by name, and the bytes held at each instruction of a
-    step that consists of ``Parts``, for each of its epilogues."""
+    step that consists of ``Parts``, for each of its epilogues; and of the time that its work takes."""
 
     storages: Mapping[str, Storage]
     held: Callable[[Parts], list[list[int]]]
+    clock: Clock
 
 
 def order(
@@ -43,7 +45,8 @@ def order(
 ) -> Parts:
     """The same instructions in the order they are issued in, with WAITs of sends, hand-overs and FREEs in place.
 
-    With ``memory``, updates may come before the end of the body: its rest is then part of the epilogues.
+    With ``memory``, updates may come before the end of the body: its rest is then part of the epilogues. Copies start
+    as early as they take, where that needs no more memory.
     """
     body, epilogue, first_epilogue = _reduce_early(body, epilogue, first_epilogue)
     actions = _by_action(body)
@@ -54,9 +57,11 @@ def order(
     body = _wait_for_sends([ins for action in actions for ins in action])
     ends = [_wait_for_sends(end) for end in (epilogue, first_epilogue) if end is not None]
     parts = _finished(prologue, body, ends)
-    if memory is None or not any(ins.op is Op.OFFLOAD for end in ends for ins in end):
+    if memory is None:
         return parts
-    return _updated_early(prologue, body, ends, parts, memory)
+    if any(ins.op is Op.OFFLOAD for end in ends for ins in end):
+        parts = _updated_early(prologue, body, ends, parts, memory)
+    return _copied_in_time(parts, memory)
 
 
 def _finished(prologue: Part, body: Part, ends: list[Part]) -> Parts:
@@ -88,6 +93,33 @@ def _updated_early(prologue: Part, body: Part, ends: list[Part], late: Parts, me
         if excess <= 0 and (limit_bytes > peak_bytes or _mostly_early(parts[2])):
             return parts
     return late
+
+
+def _copied_in_time(parts: Parts, memory: Memory) -> Parts:
+    """Copies as far apart from what waits for them as they take, in the memory that the step needs anyway."""
+    if not any(ins.op in MOVES for part in parts for ins in part or ()):
+        return parts
+    peak_bytes = max(map(max, memory.held(parts)))
+    for move in (reload_in_time, wait_in_time):
+        parts = _apart(parts, memory, peak_bytes, move)
+    return parts
+
+
+def _apart(parts: Parts, memory: Memory, peak_bytes: int, move: Move) -> Parts:
+    """First in what all steps share, then in each end: what starts earlier than that makes less of it shared."""
+    prologue, body, end, first = parts
+    ends = [part for part in (end, first) if part is not None]
+
+    def room(parts: Parts) -> list[list[int]]:
+        return [[peak_bytes - taken for taken in line[len(prologue) :]] for line in memory.held(parts)]
+
+    body = move(body, 0, [min(now) for now in zip(*room(parts), strict=False)], memory.storages, memory.clock)
+    steps = [
+        move(body + part, len(body), spare, memory.storages, memory.clock)
+        for part, spare in zip(ends, room((prologue, body, end, first)), strict=True)
+    ]
+    cut = next((at for at, now in enumerate(zip(body, *steps, strict=False)) if len(set(map(id, now))) > 1), len(body))
+    return prologue, body[:cut], steps[0][cut:], steps[1][cut:] if len(steps) > 1 else None
 
 
 def _step(parts: Parts, end: Part | None) -> Part:

@@ -28,6 +28,9 @@ FLOPS_PER_HOST_BYTE = 1500.0
 FLOPS_PER_STORED_BYTE = 90.0
 """The same of a byte between host memory and a disk: a core of 90 GFLOP/s beside 1 GB/s."""
 
+_GPU_CORES = 750.0
+"""What a GPU computes, in cores: 67 TFLOP/s beside 90 GFLOP/s."""
+
 _CASTS = (aten._to_copy.default, aten.clone.default)
 _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default)
 
@@ -77,6 +80,13 @@ def cost(node: fx.Node) -> float:
     # A lookup reads of its table as much as it returns.
     moved += moved if node.target in _LOOKUPS else sum(nbytes(val(source)) for source in node.all_input_nodes)
     return flops(node) + FLOPS_PER_BYTE * moved
+
+
+def flops_per_moved_byte(home: str, on_gpu: bool) -> float:
+    """What a byte costs that is moved between a device and ``home``, in FLOPs of the device."""
+    if home == "nvme":
+        return FLOPS_PER_STORED_BYTE * (_GPU_CORES if on_gpu else 1.0)
+    return FLOPS_PER_HOST_BYTE if on_gpu else 2 * FLOPS_PER_BYTE  # read in one place and written in another
 
 
 def has_products(node: fx.Node) -> bool:
