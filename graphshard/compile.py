@@ -156,7 +156,8 @@ def _passes_of(plan: Plan, debug_nan: bool, on_gpu: bool) -> list[Pass]:
 
 def offload_folder(plan: Plan) -> str | None:
     """Where the plan lets ranks keep files."""
-    return next((given.path for given in (plan.offload, plan.memory) if given is not None), None)
+    given = (token.path for token in (plan.offload, plan.memory) if token is not None)
+    return next((path for path in given if path is not None), None)
 
 
 def executor_kind(executor: str) -> str:

@@ -257,6 +257,7 @@ def test_a_mesh_has_as_many_ranks_as_asked_for_and_keeps_stated_sizes(plan: Plan
         ("offload:params=nvme", 1, "offload needs path: a folder with nvme"),
         ("offload:params=cpu,path=/x", 25, "path is a folder with nvme, and none without"),
         ("memory:budget_gb=1+recompute:policy=auto,budget_gb=1", 1, "memory has the budget"),
+        ("offload:params=nvme,path=/x+memory:budget_gb=1,path=/y", 1, "memory: expected the path of offload: a rank has"),
         ("memory", 1, "memory needs budget_gb: a finite number above 0"),
         ("memory:budget_gb=-1", 18, "a finite number above 0"),
         ("dp2+cudagraph", 5, "did you mean 'cudagraphs'?"),

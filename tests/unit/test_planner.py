@@ -12,8 +12,10 @@ import torch
 from torch.optim import AdamW
 
 import graphshard
+from graphshard.compile import offload_folder
 from graphshard.errors import BudgetTooSmall, NothingMatches, PassOptionError
 from graphshard.pipeline import parse_passes
+from graphshard.plan import Plan
 from models.zoo import gpt
 from numerics.cases import rows_of
 
@@ -152,6 +154,11 @@ def test_with_a_folder_state_leaves_bucket_by_bucket_before_the_budget_is_refuse
     assert max(peaks(made, "measured_peak_bytes")) <= budget
     roomy = compiled("zero3+accum2", run=True, width=64, length=8, depth=3)
     assert all(torch.equal(value, roomy.state_dict()[name]) for name, value in made.state_dict().items())
+
+
+@pytest.mark.parametrize("tokens", ["offload:optimizer=cpu+memory:budget_gb=1,path=/x", "offload:params=nvme,path=/x"])
+def test_files_are_in_the_folder_that_any_token_gives(tokens: str) -> None:
+    assert offload_folder(Plan.parse(f"zero3+{tokens}")) == "/x"
 
 
 def test_what_the_plan_says_itself_is_not_chosen() -> None:
