@@ -28,6 +28,9 @@ FLOPS_PER_HOST_BYTE = 1500.0
 FLOPS_PER_STORED_BYTE = 90.0
 """The same of a byte between host memory and a disk: a core of 90 GFLOP/s beside 1 GB/s."""
 
+GPU_FLOPS_PER_STORED_BYTE = 67_000.0
+"""The same of a byte between a GPU and a disk, through host memory: 67 TFLOP/s beside 1 GB/s."""
+
 _CASTS = (aten._to_copy.default, aten.clone.default)
 _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default)
 
