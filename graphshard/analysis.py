@@ -28,8 +28,8 @@ FLOPS_PER_HOST_BYTE = 1500.0
 FLOPS_PER_STORED_BYTE = 90.0
 """The same of a byte between host memory and a disk: a core of 90 GFLOP/s beside 1 GB/s."""
 
-_GPU_CORES = 750.0
-"""What a GPU computes, in cores: 67 TFLOP/s beside 90 GFLOP/s."""
+GPU_FLOPS_PER_STORED_BYTE = 67_000.0
+"""The same of a byte between host memory and a disk, beside a GPU: 67 TFLOP/s beside 1 GB/s."""
 
 _CASTS = (aten._to_copy.default, aten.clone.default)
 _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default)
@@ -85,7 +85,7 @@ def cost(node: fx.Node) -> float:
 def flops_per_moved_byte(home: str, on_gpu: bool) -> float:
     """What a byte costs that is moved between a device and ``home``, in FLOPs of the device."""
     if home == "nvme":
-        return FLOPS_PER_STORED_BYTE * (_GPU_CORES if on_gpu else 1.0)
+        return FLOPS_PER_HOST_BYTE + GPU_FLOPS_PER_STORED_BYTE if on_gpu else FLOPS_PER_STORED_BYTE
     return FLOPS_PER_HOST_BYTE if on_gpu else 2 * FLOPS_PER_BYTE  # read in one place and written in another
 
 

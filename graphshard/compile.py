@@ -122,6 +122,9 @@ def compile(
     kind = executor_kind(executor)
     if kind != "none" and (folder := offload_folder(parsed)) is not None:
         check_folder(folder)
+    memory = parsed.memory
+    if memory is not None and memory.path is not None and memory.host_gb is None and _runs_on_gpu(device, model):
+        logger.warning("graphshard: memory: without host_gb host memory has no limit, and nothing goes to its path")
     if world_size is None and kind == "distributed":
         world_size = distributed_world_size()
     compiled = Compiled(
@@ -156,7 +159,8 @@ def _passes_of(plan: Plan, debug_nan: bool, on_gpu: bool) -> list[Pass]:
 
 def offload_folder(plan: Plan) -> str | None:
     """Where the plan lets ranks keep files."""
-    return next((given.path for given in (plan.offload, plan.memory) if given is not None), None)
+    given = (token.path for token in (plan.offload, plan.memory) if token is not None)
+    return next((path for path in given if path is not None), None)
 
 
 def executor_kind(executor: str) -> str:

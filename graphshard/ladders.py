@@ -4,14 +4,15 @@ Every rung gives up one more thing, in the order of what a byte less costs, in F
 
 - the reduction and the gather of a sharded bucket happen per micro-batch instead of once (reshard);
 - values of a block are computed again in the backward, by a minimum cut at a higher price (saving.py);
-- optimizer state of a bucket, what a block keeps for the backward, and parameters of a bucket leave the device. A block
-  whose values leave computes nothing again.
+- optimizer state of a bucket, what a block keeps for the backward, and parameters of a bucket leave the device, each
+  for the nearest home that has room. A block whose values leave computes nothing again.
 
 What is recomputed or moved for every micro-batch saves memory for each one in flight: its price counts that often.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +29,7 @@ from graphshard.saving import PRICES, Ladder, Rung, saved_bytes
 
 @dataclass(frozen=True)
 class Away:
-    """Where values may go, and what a byte that goes or comes costs, in FLOPs."""
+    """A home that values may go to, and what a byte that goes or comes costs, in FLOPs."""
 
     home: str  # "cpu" or "nvme"
     flops_per_byte: float
@@ -36,13 +37,15 @@ class Away:
 
 @dataclass(frozen=True)
 class Levers:
-    """What may be chosen; the rest stays as the plan has it."""
+    """What may be chosen; the rest stays as the plan has it. Homes: the nearest first; (): nothing to choose."""
 
     recompute: bool = True
     reshard: bool = False
-    optimizer: Away | None = None
-    params: Away | None = None
-    activations: Away | None = None
+    optimizer: tuple[Away, ...] = ()
+    params: tuple[Away, ...] = ()
+    activations: tuple[Away, ...] = ()
+    host_bytes: float = math.inf  # what may be in home "cpu"
+    activations_leave: bool = False  # whatever is chosen
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,9 @@ class Setting:
     level: int = 0  # of saving.Rung
     blocks: int = 0
     hoist_bytes: int = 0
-    activations: int = 0  # blocks, from the first one on, whose kept values leave the device
-    optimizer: tuple[str, ...] = ()  # buckets whose state leaves it
-    params: tuple[str, ...] = ()  # buckets that leave it
+    activations: tuple[str, ...] = ()  # homes of what blocks keep, from the first one on; the others' stays
+    optimizer: tuple[tuple[str, str], ...] = ()  # (bucket, home) of state that leaves the device
+    params: tuple[tuple[str, str], ...] = ()  # (bucket, home) of parameters that do
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def ladders(program: Program, sharded: Program | None, schedule: Schedule, lever
 
 
 Change = tuple[float, Callable[[Setting], Setting]]
-"""What a byte less costs, and a setting with one thing more given up. Those about one thing are in order."""
+"""What a byte less costs, and a setting with one thing more given up; the same one where that cannot be. Those about
+one thing are in order."""
 
 
 class _Stage:
@@ -96,6 +100,8 @@ class _Stage:
         self.is_last = stage == stages_of(program)[-1]
         self.microbatches, self.in_flight = schedule.microbatches, schedule.in_flight(position)
         self.cuts = Ladder(program, stage)
+        self._kept: dict[Rung, list[int]] = {}
+        self._all_kept = saved_bytes(self.cuts, set())
         self.state: dict[str, int] = {}
         self.stored: dict[str, int] = {}
         if sharded is not None:
@@ -109,25 +115,28 @@ class _Stage:
             gathers, reductions = hoistable_bytes(self.sharded, self.position)
         setting = Setting(hoist_bytes=sum(gathers + reductions))
         changes = [*self._recompute(), *self._reshard(gathers, reductions), *self._offload()]
-        steps = [setting]
+        steps = [self._step(setting)]
         for _, give_up in sorted(changes, key=lambda change: change[0]):
-            steps.append(give_up(steps[-1]))
-        kept: dict[Rung, list[int]] = {}
-        for step in steps:
-            rung = Rung(step.level, step.blocks)
-            if rung not in kept:
-                kept[rung] = saved_bytes(self.cuts, self.cuts.recomputed(rung))
-        return [Step(step, self._held(step, kept[Rung(step.level, step.blocks)])) for step in steps]
+            setting = give_up(setting)
+            step = self._step(setting)
+            if step.held_bytes < steps[-1].held_bytes:  # else it costs something and holds no less
+                steps.append(step)
+        return steps
 
-    def _held(self, setting: Setting, kept: list[int]) -> int:
-        there = sum(kept[setting.activations :]) * self.in_flight + setting.hoist_bytes
-        there += sum(size for name, size in self.state.items() if name not in setting.optimizer)
-        return there + sum(size for name, size in self.stored.items() if name not in setting.params)
+    def _step(self, setting: Setting) -> Step:
+        rung = Rung(setting.level, setting.blocks)
+        if rung not in self._kept:
+            self._kept[rung] = saved_bytes(self.cuts, self.cuts.recomputed(rung))
+        stays = self._count() if self.levers.activations_leave else len(setting.activations)
+        held = sum(self._kept[rung][stays:]) * self.in_flight + setting.hoist_bytes
+        held += sum(size for name, size in self.state.items() if name not in dict(setting.optimizer))
+        held += sum(size for name, size in self.stored.items() if name not in dict(setting.params))
+        return Step(setting, held)
 
     def _recompute(self) -> list[Change]:
-        away = self.levers.activations
+        homes = self.levers.activations
         # What costs more to compute again than to move is moved.
-        dearest = PRICES[-1] if away is None else 2 * away.flops_per_byte
+        dearest = 2 * homes[-1].flops_per_byte if homes else PRICES[-1]
         repeats = self.microbatches / self.in_flight
         rungs = self.cuts.rungs[1:] if self.levers.recompute else []
         cheap = [rung for rung in rungs if PRICES[rung.level - 1] <= dearest]
@@ -144,23 +153,47 @@ class _Stage:
 
     def _offload(self) -> list[Change]:
         changes: list[Change] = []
-        if (away := self.levers.optimizer) is not None:
-            price = 2 * away.flops_per_byte
-            changes += [(price, partial(replace, optimizer=names)) for names in _prefixes(list(self.state))]
-        if (away := self.levers.activations) is not None:
+        for away in self.levers.optimizer:
+            changes += [(2 * away.flops_per_byte, partial(self._state_to, away.home, name)) for name in self.state]
+        for away in self.levers.activations:
             price = 2 * away.flops_per_byte * self.microbatches / self.in_flight
-            # The last block of all is differentiated at once.
-            count = max(self.cuts.block_of.values(), default=-1) + (not self.is_last)
-            changes += [(price, partial(replace, activations=n)) for n in range(1, count + 1)]
-        if (away := self.levers.params) is not None:
+            changes += [(price, partial(self._activations_to, away.home, block)) for block in range(self._count())]
+        for away in self.levers.params:
             # Each forward and each backward reads them, and the update, which writes them too.
             price = (2 * self.microbatches + 2) * away.flops_per_byte
-            changes += [(price, partial(replace, params=names)) for names in _prefixes(list(self.stored))]
+            changes += [(price, partial(self._params_to, away.home, name)) for name in self.stored]
         return changes
 
+    def _count(self) -> int:
+        """Blocks whose values may leave: the last one of all is differentiated at once."""
+        return max(self.cuts.block_of.values(), default=-1) + (not self.is_last)
 
-def _prefixes(names: list[str]) -> list[tuple[str, ...]]:
-    return [tuple(names[:count]) for count in range(1, len(names) + 1)]
+    def _state_to(self, home: str, bucket: str, setting: Setting) -> Setting:
+        if bucket in dict(setting.optimizer) or not self._has_room(home, self.state[bucket], setting):
+            return setting
+        return replace(setting, optimizer=(*setting.optimizer, (bucket, home)))
+
+    def _params_to(self, home: str, bucket: str, setting: Setting) -> Setting:
+        if bucket in dict(setting.params) or not self._has_room(home, self.stored[bucket], setting):
+            return setting
+        return replace(setting, params=(*setting.params, (bucket, home)))
+
+    def _activations_to(self, home: str, block: int, setting: Setting) -> Setting:
+        if block != len(setting.activations) or not self._has_room(home, self._leaving_bytes(block), setting):
+            return setting
+        return replace(setting, activations=(*setting.activations, home))
+
+    def _leaving_bytes(self, block: int) -> int:
+        """What leaves of a block, which computes nothing again."""
+        return self._all_kept[block] * self.in_flight
+
+    def _has_room(self, home: str, nbytes: int, setting: Setting) -> bool:
+        if home != "cpu":
+            return True
+        there = sum(self.state[bucket] for bucket, where in setting.optimizer if where == home)
+        there += sum(self.stored[bucket] for bucket, where in setting.params if where == home)
+        there += sum(self._leaving_bytes(block) for block, where in enumerate(setting.activations) if where == home)
+        return there + nbytes <= self.levers.host_bytes
 
 
 def _bytes_by_bucket(program: Program, stage: int, roles: tuple[Role, ...]) -> dict[str, int]:

@@ -104,6 +104,9 @@ class Plan:
                 raise PlanFieldError(name, getattr(self, name), f"None or graphshard.plan_options.{kind.__name__}")
         if self.memory is not None and self.recompute is not None and self.recompute.budget_gb is not None:
             raise PlanFieldError("recompute", self.recompute.policy, "another policy than auto: memory has the budget")
+        paths = {given.path for given in (self.offload, self.memory) if given is not None and given.path is not None}
+        if len(paths) > 1 and self.memory is not None:
+            raise PlanFieldError("memory", self.memory.path, "the path of offload: a rank has one file")
         indices = [index for index, _ in self.batch_dims]
         if indices != sorted(set(indices)) or any(n is not None and n < 0 for pair in self.batch_dims for n in pair):
             raise PlanFieldError("batch_dims", self.batch_dims, "pairs (index, dim or None) in order of index")

@@ -103,10 +103,13 @@ class Memory:
 
     budget_gb: float = 0.0  # 10^9 bytes that a rank may hold at its peak
     path: str | None = None  # a folder for what is offloaded to NVMe; None: nothing is
+    host_gb: float | None = None  # 10^9 bytes that a rank on a GPU may keep in host memory; None: no limit
 
     def __post_init__(self) -> None:
         _number(self, "budget_gb", above=0.0)
         _directory(self.path)
+        if self.host_gb is not None and not (isinstance(self.host_gb, (int, float)) and 0 <= self.host_gb < math.inf):
+            raise PlanFieldError("host_gb", self.host_gb, "a finite number of at least 0")
 
 
 TOKENS: Mapping[str, tuple[str, type[Any]]] = {

@@ -8,11 +8,12 @@ stage's peak being its own affair.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from graphshard.analysis import FLOPS_PER_HOST_BYTE, FLOPS_PER_STORED_BYTE
+from graphshard.analysis import flops_per_moved_byte
 from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import Schedule
 from graphshard.errors import BudgetTooSmall
@@ -66,25 +67,29 @@ def fit(
 
     levers = levers_of(plan, on_gpu)
     if settled:
-        levers = replace(levers, optimizer=None, params=None)
+        levers = replace(levers, optimizer=(), params=())
     return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
 
 
 def levers_of(plan: Plan, on_gpu: bool) -> Levers:
     """What a plan with a budget leaves open: all but what it says itself."""
     if plan.memory is None:
-        return Levers()
-    away = None
-    if on_gpu:
-        away = Away("cpu", FLOPS_PER_HOST_BYTE)
-    elif plan.memory.path is not None:  # host memory is where the CPU's values are already
-        away = Away("nvme", FLOPS_PER_STORED_BYTE)
+        return Levers(activations_leave=plan.offload is not None and plan.offload.activations is not None)
     said = asdict(plan.offload) if plan.offload is not None else {}
+    homes = _homes(on_gpu, plan.memory.path is not None)
     return Levers(
         recompute=plan.recompute is None or plan.recompute.policy == "auto",
         reshard=plan.zero_stage == 3 and plan.budget_gb is None,
-        **{name: None if said.get(name) else away for name in ("optimizer", "params", "activations")},
+        host_bytes=math.inf if plan.memory.host_gb is None else plan.memory.host_gb * 1e9,
+        activations_leave=bool(said.get("activations")),
+        **{name: () if said.get(name) else homes for name in ("optimizer", "params", "activations")},
     )
+
+
+def _homes(on_gpu: bool, files: bool) -> tuple[Away, ...]:
+    """Where values may go, the nearest first. Host memory is where the CPU's values are already."""
+    near = ("cpu",) if on_gpu else ()
+    return tuple(Away(home, flops_per_moved_byte(home, on_gpu)) for home in (*near, *(("nvme",) if files else ())))
 
 
 def choose(
@@ -180,35 +185,40 @@ class _Search:
     def _with(self, rungs: Sequence[int]) -> list[Pass]:
         """The passes from memory-policy on, with each stage on its rung."""
         chosen = [ladder[rung].setting for ladder, rung in zip(self.ladders, rungs, strict=True)]
-        return [_set(item, chosen, self.budget.levers) for item in self.rest]
+        return [with_settings(item, chosen, self.budget.levers) for item in self.rest]
 
 
-def _set(item: Pass, chosen: list[Setting], levers: Levers) -> Pass:
+def with_settings(item: Pass, chosen: list[Setting], levers: Levers) -> Pass:
     """``item`` with the options that the stages' settings come to."""
     if isinstance(item, MemoryPolicy):
         if levers.recompute:
             levels, blocks = tuple(s.level for s in chosen), tuple(s.blocks for s in chosen)
             item = replace(item, policy="cut", levels=levels, blocks=blocks)
-        return replace(item, offload_blocks=tuple(s.activations for s in chosen)) if levers.activations else item
+        if levers.activations:
+            near = levers.activations[0].home
+            leaving = [s.activations.count(near) for s in chosen]
+            to_file = [len(s.activations) - n for s, n in zip(chosen, leaving, strict=True)]
+            item = replace(item, offload_blocks=tuple(leaving), file_blocks=tuple(to_file) if any(to_file) else ())
+        return item
     if isinstance(item, Hoist) and levers.reshard:
         return replace(item, budget_gb=tuple((s.hoist_bytes + 0.5) / 1e9 for s in chosen))
     if isinstance(item, Offload):
-        state, stored = (tuple(b for s in chosen for b in of(s)) for of in (_optimizer, _params))
-        if levers.optimizer is not None and state:
-            item = replace(item, optimizer=levers.optimizer.home, optimizer_of=state)
-        if levers.params is not None and stored:
-            item = replace(item, params=levers.params.home, params_of=stored)
-        if levers.activations is not None and any(setting.activations for setting in chosen):
-            item = replace(item, activations=levers.activations.home)
+        item = _set_buckets(item, "optimizer", [pair for s in chosen for pair in s.optimizer])
+        item = _set_buckets(item, "params", [pair for s in chosen for pair in s.params])
+        if any(s.activations for s in chosen):
+            item = replace(item, activations=levers.activations[0].home)
     return item
 
 
-def _optimizer(setting: Setting) -> tuple[str, ...]:
-    return setting.optimizer
-
-
-def _params(setting: Setting) -> tuple[str, ...]:
-    return setting.params
+def _set_buckets(item: Offload, what: str, placed: Sequence[tuple[str, str]]) -> Offload:
+    """With the homes of (bucket, home) pairs; ``what``: "optimizer" or "params"."""
+    near, to_file = (tuple(bucket for bucket, home in placed if home == wanted) for wanted in ("cpu", "nvme"))
+    changes: dict[str, Any] = {}
+    if near:
+        changes = {what: "cpu", f"{what}_of": near, f"{what}_in_file": to_file}
+    elif to_file:
+        changes = {what: "nvme", f"{what}_of": to_file}
+    return replace(item, **changes)
 
 
 def _peak(use: MemoryUse) -> int:

@@ -197,10 +197,13 @@ def _nothing_is_communicated_again(program: Program) -> Iterator[Violation]:
 
 
 def _tagged_is_offloaded(program: Program) -> Iterator[Violation]:
-    """Of a storage that is tagged ``offload``, no value or view is read by the backward. What a step is given, such as
-    its batch, is not the body's to move."""
+    """Of a storage that is tagged to be offloaded, no value or view is read by the backward. What a step is given, such
+    as its batch, is not the body's to move."""
     for node in program.body.nodes():
-        if info(node).tag is not MemoryTag.OFFLOAD or info(node).phase is not Phase.FORWARD:
+        if (
+            info(node).tag not in (MemoryTag.OFFLOAD, MemoryTag.OFFLOAD_TO_FILE)
+            or info(node).phase is not Phase.FORWARD
+        ):
             continue
         if storage_root(node).op == "placeholder":
             continue

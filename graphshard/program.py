@@ -70,6 +70,7 @@ class MemoryTag(StrEnum):
     SAVE = "save"
     RECOMPUTE = "recompute"
     OFFLOAD = "offload"
+    OFFLOAD_TO_FILE = "offload-to-file"
 
 
 @dataclass(frozen=True)

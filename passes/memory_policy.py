@@ -8,7 +8,7 @@ by all, unless ``custom`` names operators: else more than one block would be com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
@@ -34,7 +34,7 @@ class MemoryPolicy:
 
     ``levels`` and ``blocks``, for ``cut``: a rung of the ladder for each stage; the last one is for the stages left.
     ``offload_activations``: what is kept goes out of the device between forward and backward; ``offload_blocks``: of
-    the first blocks alone, so many for each stage.
+    the first blocks alone, so many for each stage; ``file_blocks``: of so many behind those it goes to a file.
     """
 
     policy: str = ""
@@ -44,6 +44,7 @@ class MemoryPolicy:
     blocks: tuple[int, ...] = ()
     offload_activations: bool = False
     offload_blocks: tuple[int, ...] = ()
+    file_blocks: tuple[int, ...] = ()
     name: ClassVar[str] = "memory-policy"
     exact: ClassVar[bool] = True
 
@@ -62,17 +63,19 @@ class MemoryPolicy:
         stages = stages_of(program)
         for position, stage in enumerate(stages):
             forward = forward_of(program, stage)
-            leaving = self._leaving(blocks(forward), position, last=position == len(stages) - 1)
+            block_of = blocks(forward)
+            first, end = self._leaving(block_of, position, last=position == len(stages) - 1)
             again = set(self._again(program, stage, position))
             if self.policy == "cut":  # a block's values leave or are computed again, not both
-                again = {node for node in again if not leaving(node)}
+                again = {node for node in again if block_of.get(node, 0) >= end}
             kept, repeated = divide(forward, again)
             repeats = repeats or bool(repeated)
             for node in repeated:
                 set_info(node, tag=MemoryTag.RECOMPUTE)
             for node in storages(kept):
-                if leaving(node) and nbytes(val(node)) >= _OFFLOADED_BYTES:
-                    set_info(node, tag=MemoryTag.OFFLOAD)
+                block = block_of.get(node, 0)
+                if block < end and nbytes(val(node)) >= _OFFLOADED_BYTES:
+                    set_info(node, tag=MemoryTag.OFFLOAD if block < first else MemoryTag.OFFLOAD_TO_FILE)
         trained = any(info(node).phase is not Phase.FORWARD for node in program.body.nodes())
         if self.policy == "custom" and trained and not repeats:
             raise NothingMatches(self.modules, self.ops)
@@ -95,12 +98,15 @@ class MemoryPolicy:
             kept |= {node for node in forward if _is_dear(node)}
         return [node for node in forward if node not in kept]
 
-    def _leaving(self, block_of: dict[fx.Node, int], position: int, last: bool) -> Callable[[fx.Node], bool]:
-        """Whether what is kept of a stage goes out of the device, by the block that makes it."""
+    def _leaving(self, block_of: dict[fx.Node, int], position: int, last: bool) -> tuple[int, int]:
+        """What is kept of the blocks before the second number goes out of the device, from the first one on to a
+        file."""
+        if self.offload_blocks or self.file_blocks:
+            first = _of_stage(self.offload_blocks, position)
+            return first, first + _of_stage(self.file_blocks, position)
         count = max(block_of.values(), default=0)  # the last block of all is differentiated at once
-        first = count + (not last) if self.offload_activations else 0
-        first = _of_stage(self.offload_blocks, position) if self.offload_blocks else first
-        return lambda node: block_of.get(node, 0) < first
+        end = count + (not last) if self.offload_activations else 0
+        return end, end
 
     def _named(self, node: fx.Node) -> bool:
         target = (node.all_input_nodes[0] if is_getitem(node) else node).target
@@ -112,7 +118,7 @@ class MemoryPolicy:
 
 def _of_stage(given: tuple[int, ...], position: int) -> int:
     """One for each stage, the last one for the stages left."""
-    return given[min(position, len(given) - 1)]
+    return given[min(position, len(given) - 1)] if given else 0
 
 
 def _is_dear(node: fx.Node) -> bool:

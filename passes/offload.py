@@ -32,13 +32,16 @@ _PARAMS = frozenset((Role.SHARD, Role.FLAT))
 @dataclass(frozen=True)
 class Offload:
     """``optimizer``, ``params`` and ``activations`` say where: "cpu" or "nvme"; None: on the device, and in host memory
-    for what is tagged. ``optimizer_of`` and ``params_of`` name the buckets that it is about; (): all."""
+    for what is tagged. ``optimizer_of`` and ``params_of`` name the buckets that it is about; (): all. Those that
+    ``optimizer_in_file`` and ``params_in_file`` name go to "nvme" whatever the others do."""
 
     optimizer: str | None = None
     params: str | None = None
     activations: str | None = None
     optimizer_of: tuple[str, ...] = ()
     params_of: tuple[str, ...] = ()
+    optimizer_in_file: tuple[str, ...] = ()
+    params_in_file: tuple[str, ...] = ()
     name: ClassVar[str] = "offload"
     exact: ClassVar[bool] = True
 
@@ -48,7 +51,7 @@ class Offload:
         for section in program.sections().values():
             _reload_stored(section, self._home)
             _offload_stored(section, self._home)
-        _offload_tagged(program.body, self.activations or "cpu")
+        _offload_tagged(program.body, {MemoryTag.OFFLOAD: self.activations or "cpu", MemoryTag.OFFLOAD_TO_FILE: "nvme"})
         for section in (program.prologue, program.body):
             _reload_early(section)
         for section in program.updates():
@@ -58,10 +61,16 @@ class Offload:
     def _home(self, slot: Slot) -> str | None:
         """Where the value of a slot is between its uses; None: on the device."""
         if slot.role in _OPTIMIZER:
-            return self.optimizer if not self.optimizer_of or slot.name in self.optimizer_of else None
+            return _chosen(slot.name, self.optimizer, self.optimizer_of, self.optimizer_in_file)
         if slot.role in _PARAMS:
-            return self.params if not self.params_of or slot.name in self.params_of else None
+            return _chosen(slot.name, self.params, self.params_of, self.params_in_file)
         return None
+
+
+def _chosen(bucket: str, home: str | None, of: tuple[str, ...], in_file: tuple[str, ...]) -> str | None:
+    if bucket in in_file:
+        return "nvme"
+    return home if not of or bucket in of else None
 
 
 Home = Callable[[Slot], str | None]
@@ -112,10 +121,10 @@ def _offload(node: fx.Node, home: str, stage: int | None) -> fx.Node:
         return call(node.graph, gs.offload.default, (node, home), record)
 
 
-def _offload_tagged(body: Section, home: str) -> None:
+def _offload_tagged(body: Section, home_of: Mapping[MemoryTag | None, str]) -> None:
     """By storage: as long as one view of it is kept, all of it is."""
-    tagged = (node for node in body.nodes() if info(node).tag is MemoryTag.OFFLOAD)
-    for root in sorted({_root(node) for node in tagged}):
+    tagged = {_root(node): home for node in body.nodes() if (home := home_of.get(info(node).tag))}
+    for root, home in sorted(tagged.items()):
         shown = _shown_by(root)
         late: dict[Phase, dict[fx.Node, list[fx.Node]]] = {}
         for value in shown:

@@ -48,7 +48,9 @@ def offloads(draw: st.DrawFn) -> Offload:
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
     zero_stage, stages = draw(st.integers(0, 3)), draw(paths)
-    recompute = draw(st.none() | recomputes())
+    recompute, offload = draw(st.none() | recomputes()), draw(st.none() | offloads())
+    folders = directories if offload is None or offload.path is None else st.sampled_from([None, offload.path])
+    room = st.none() | st.floats(0, exclude_min=True, allow_infinity=False)
     budgeted = recompute is not None and recompute.budget_gb is not None
     fitting = st.sampled_from([len(stages) + 1, max(len(stages), 1)])
     return Plan(
@@ -64,8 +66,8 @@ def plans(draw: st.DrawFn) -> Plan:
         batch_dims=tuple(sorted(draw(st.dictionaries(st.integers(0, 9), st.none() | st.integers(0, 3))).items())),
         precision=draw(st.none() | precisions()),
         recompute=recompute,
-        offload=draw(st.none() | offloads()),
-        memory=None if budgeted else draw(st.none() | st.builds(Memory, positive, directories)),
+        offload=offload,
+        memory=None if budgeted else draw(st.none() | st.builds(Memory, positive, folders, room)),
         cudagraphs=draw(st.booleans()),
     )
 
@@ -113,6 +115,7 @@ def test_any_text_parses_or_is_a_plan_error_within_the_text(text: str) -> None:
         "offload:optimizer=cpu",
         "zero3+offload:optimizer=nvme,params=nvme,activations=cpu,path=/scratch/run=1",
         "zero3+memory:budget_gb=2,path=/scratch",
+        "zero3+memory:budget_gb=2,path=/scratch,host_gb=0.5",
         "cudagraphs",
         "zero3+bf16+cudagraphs",
     ],
@@ -257,8 +260,14 @@ def test_a_mesh_has_as_many_ranks_as_asked_for_and_keeps_stated_sizes(plan: Plan
         ("offload:params=nvme", 1, "offload needs path: a folder with nvme"),
         ("offload:params=cpu,path=/x", 25, "path is a folder with nvme, and none without"),
         ("memory:budget_gb=1+recompute:policy=auto,budget_gb=1", 1, "memory has the budget"),
+        (
+            "offload:params=nvme,path=/x+memory:budget_gb=1,path=/y",
+            1,
+            "memory: expected the path of offload: a rank has",
+        ),
         ("memory", 1, "memory needs budget_gb: a finite number above 0"),
         ("memory:budget_gb=-1", 18, "a finite number above 0"),
+        ("memory:budget_gb=1,host_gb=-1", 28, "a finite number of at least 0"),
         ("dp2+cudagraph", 5, "did you mean 'cudagraphs'?"),
         ("cudagraphs:pool=1", 12, "it takes none"),
         ("cudagraphs+dp2+cudagraphs", 16, "contradicts or repeats 'cudagraphs'"),

@@ -12,8 +12,16 @@ import torch
 from torch.optim import AdamW
 
 import graphshard
+from graphshard import planner
+from graphshard.codegen.lower import lower
+from graphshard.compile import offload_folder
 from graphshard.errors import BudgetTooSmall, NothingMatches, PassOptionError
-from graphshard.pipeline import parse_passes
+from graphshard.ladders import ladders
+from graphshard.offloaded import offloaded_bytes
+from graphshard.pipeline import Context, parse_passes, run_passes
+from graphshard.plan import Plan
+from graphshard.planner import levers_of
+from graphshard.rewrite import copied
 from models.zoo import gpt
 from numerics.cases import rows_of
 
@@ -152,6 +160,60 @@ def test_with_a_folder_state_leaves_bucket_by_bucket_before_the_budget_is_refuse
     assert max(peaks(made, "measured_peak_bytes")) <= budget
     roomy = compiled("zero3+accum2", run=True, width=64, length=8, depth=3)
     assert all(torch.equal(value, roomy.state_dict()[name]) for name, value in made.state_dict().items())
+
+
+@pytest.mark.parametrize("tokens", ["offload:optimizer=cpu+memory:budget_gb=1,path=/x", "offload:params=nvme,path=/x"])
+def test_files_are_in_the_folder_that_any_token_gives(tokens: str) -> None:
+    assert offload_folder(Plan.parse(f"zero3+{tokens}")) == "/x"
+
+
+def homes_of(plan: str, on_gpu: bool) -> list[str]:
+    levers = levers_of(Plan.parse(plan), on_gpu)
+    assert levers.optimizer == levers.params == levers.activations
+    prices = [away.flops_per_byte for away in levers.optimizer]
+    assert prices == sorted(prices)
+    return [away.home for away in levers.optimizer]
+
+
+def test_values_may_go_to_host_memory_on_a_gpu_and_to_files_where_there_is_a_folder() -> None:
+    assert homes_of("zero3+memory:budget_gb=1,path=/x", on_gpu=True) == ["cpu", "nvme"]
+    assert homes_of("zero3+memory:budget_gb=1", on_gpu=True) == ["cpu"]
+    assert homes_of("zero3+memory:budget_gb=1,path=/x", on_gpu=False) == ["nvme"]
+    assert homes_of("zero3+memory:budget_gb=1", on_gpu=False) == []
+    levers = levers_of(Plan.parse("offload:params=cpu+memory:budget_gb=1"), on_gpu=True)
+    assert levers.optimizer and not levers.params, "the plan says where they are"
+
+
+def test_what_host_memory_has_no_room_for_goes_to_files() -> None:
+    """A GPU's ladder, without one."""
+    made = compiled("zero3+accum2+memory:budget_gb=1,path=/x")
+    source = made._compiled().graphs.source
+    assert source is not None
+    at = [item.name for item in made.passes].index("memory-policy")
+    ctx = Context(made.mesh)
+    before = run_passes(copied(source), made.passes[:at], ctx)
+    sharded = run_passes(copied(before), made.passes[at:], ctx)
+    schedule = made._schedule("train", made.microbatches)
+
+    def last(host_gb: float) -> tuple[list[str], list[str], dict[str, int]]:
+        plan = Plan.parse(f"zero3+memory:budget_gb=1,host_gb={host_gb!r},path=/x")
+        (ladder,) = ladders(before, sharded, schedule, levers_of(plan, on_gpu=True))
+        held = [step.held_bytes for step in ladder]
+        assert held == sorted(set(held), reverse=True), "every rung holds less than the one before"
+        setting = ladder[-1].setting
+        passes = [planner.with_settings(item, [setting], levers_of(plan, on_gpu=True)) for item in made.passes[at:]]
+        lowered = lower(run_passes(copied(before), passes, ctx), schedule, on_gpu=True)
+        buckets = [home for _, home in setting.optimizer + setting.params]
+        return buckets, list(setting.activations), offloaded_bytes(lowered, 0)
+
+    buckets, activations, most = last(1)
+    assert {*buckets, *activations} == {"cpu"} and set(most) == {"cpu"}
+    host = 0.6 * most["cpu"]
+    buckets, activations, there = last(host / 1e9)
+    assert {*buckets, *activations} == {"cpu", "nvme"}
+    assert 0 < there["cpu"] <= host
+    assert there["cpu"] + there["nvme"] == most["cpu"]
+    assert set(last(0)[2]) == {"nvme"}
 
 
 def test_what_the_plan_says_itself_is_not_chosen() -> None:
