@@ -46,7 +46,7 @@ from graphshard.plan_cache import PlanCache, open_cache
 from graphshard.plan_directory import Manifest
 from graphshard.plan_key import digest, of_optimizer, of_passes, versions
 from graphshard.planner import fit
-from graphshard.program import Program
+from graphshard.program import Program, Role
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
@@ -260,7 +260,7 @@ class Compiled:
         self._user_optimizer: Optimizer | None = self.optimizer
         if self._user_optimizer is not None:
             self.optimizer = CompiledOptimizer(
-                self._user_optimizer, self._names, self._read_state, self._write_state, self._scaler_state()
+                self._user_optimizer, self._names, self._read_state, self._write_state, self._scaler_state
             )
 
     # Facts
@@ -624,10 +624,11 @@ class Compiled:
         self._start()[1].write_state(state)
 
     def _scaler_factors(self) -> dict[str, float]:
-        """The options of loss scaling, if the passes scale the loss."""
-        scaled = next((p for p in self.passes if isinstance(p, Precision) and p.dtype == "fp16"), None)
-        names = () if scaled is None else ("growth_factor", "backoff_factor", "growth_interval")
-        return {name: getattr(scaled, name) for name in names}
+        """The options of loss scaling, if the program scales the loss."""
+        scaled = next((p for p in self.passes if isinstance(p, Precision)), None)
+        if scaled is None or not any(slot.role is Role.SCALER for read in self._built().plan.reads for slot in read):
+            return {}
+        return {name: getattr(scaled, name) for name in ("growth_factor", "backoff_factor", "growth_interval")}
 
     def _scaler_state(self) -> ScalerState | None:
         """What there is of loss scaling between steps."""
