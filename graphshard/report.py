@@ -17,6 +17,7 @@ from graphshard.runtime.cuda_graphs import refusals
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.meter import Measured
 from graphshard.runtime.traffic import moved_bytes, sent_bytes
+from graphshard.saved_activations import saved_activations
 from graphshard.simulate import simulate_memory
 from graphshard.timeline import simulated_timeline, timeline
 from graphshard.units import human
@@ -27,7 +28,7 @@ def report(
 ) -> dict[str, Any]:
     """Data that json can write: what ``compiled.report()`` promises, plus measured peaks and the machine's
     choices where there is an executor, and what the ``cache`` had to do with the plan."""
-    flops = stage_flops(program)
+    flops, saved = stage_flops(program), saved_activations(program)
     stages = []
     for stage in range(program.stages):
         memory = simulate_memory(plan, stage)
@@ -44,6 +45,8 @@ def report(
                 "gathers_per_microbatch": _gathers(plan, stage),
                 "peak_action": memory.peak_action,
                 "model_states": model_states(program, plan, stage),
+                "saved_activations": saved[stage].by_dtype,
+                "saved_in_float32": saved[stage].float32,
                 "peak_instruction": _told(plan, stage, memory.peak_position),
                 "timeline": simulated_timeline(plan, stage).to_json(),
             }
@@ -206,6 +209,17 @@ def _memory(rank: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def _saved(rank: dict[str, Any]) -> list[str]:
+    """What a forward keeps for its backward, and what of it a lower precision leaves wide."""
+    if not rank["saved_activations"]:
+        return []
+    parts = [f"{human(size)} {dtype}" for dtype, size in rank["saved_activations"].items()]
+    total = human(sum(rank["saved_activations"].values()))
+    lines = _listed(f"           a micro-batch's forward saves {total}: ", parts)
+    kinds = [f"{name} {human(size)}" for name, size in rank["saved_in_float32"].items()]
+    return lines + (_listed("             float32 by autocast's lists and promotion: ", kinds) if kinds else [])
+
+
 def _kernels(kernels: list[dict[str, Any]], unfused: Mapping[str, int]) -> list[str]:
     """What each region became, and in how many segments; which have no kernel, and why."""
     width = max((len(kernel["name"]) for kernel in kernels), default=0)
@@ -253,6 +267,7 @@ def explain(data: dict[str, Any]) -> str:
         lines += _listed("           starts per step: ", started or ["no communication"])
         states = ", ".join(f"{what} {human(n)}" for what, n in rank["model_states"].items())
         lines += [f"           model states {human(sum(rank['model_states'].values()))}: {states}"]
+        lines += _saved(rank)
         if rank["gathers_per_microbatch"]:
             lines.append(
                 f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch"
