@@ -108,7 +108,8 @@ def compile(
             infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first. With
             fp16 the loss alone: a gradient of the scaled loss that is not finite skips the step. Steps take longer.
         measure_memory: follow what every rank of this process holds while it runs a step, for ``report`` and
-            ``explain``. Steps take longer.
+            ``explain``; a warning says if that is more than the plan states by over 5%, or than its budget. Steps take
+            longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
         cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
@@ -253,6 +254,7 @@ class Compiled:
     _runtime: Executor | None = None
     _storage: Storage | None = None
     _steps: int = 0
+    _over_peak: str = ""  # what was said of a step that held more than its plan states
 
     def __post_init__(self) -> None:
         self._params = trace.describe_params(self.model)
@@ -317,6 +319,7 @@ class Compiled:
         build = self._build("train", parts[0][0], self.microbatches)
         lrs = [] if self.optimizer is None else self.optimizer.lrs()
         loss: Tensor | None = self._run(build, parts, lrs).loss
+        self._check_peak(build.plan)
         self._steps += 1
         if self.optimizer is not None:
             self.optimizer.note_step()
@@ -363,6 +366,14 @@ class Compiled:
         first = self.dp_rank if self.executor == "distributed" else 0
         batches = {first + i: [part.leaves for part in row] for i, row in enumerate(parts)}
         return runtime.step(build.plan, batches, seed=self.seed, step=self._steps, lrs=lrs)
+
+    def _check_peak(self, plan: ExecutionPlan) -> None:
+        """Say once if a step is seen to hold more than the plan states."""
+        if not self.measure_memory or self._over_peak or self._runtime is None:
+            return
+        self._over_peak = report.over_peak(plan, self.plan, self._runtime)
+        if self._over_peak:
+            logger.warning("graphshard: %s; explain shows of what", self._over_peak)
 
     # Building
 
@@ -655,7 +666,7 @@ class Compiled:
         """Write all but the graphs, which are there."""
         build = self._compiled()
         passes = build.graphs.passes
-        measured = {} if self._runtime is None else report.measured_peaks(build.plan, self._runtime)
+        measured = {} if self._runtime is None else report.measured_timelines(build.plan, self._runtime)
         dump.write_memory(folder, build.plan, self._title(), measured)
         manifest = Manifest(
             graphshard=__version__,
