@@ -46,7 +46,7 @@ from graphshard.plan_cache import PlanCache, open_cache
 from graphshard.plan_directory import Manifest
 from graphshard.plan_key import digest, of_optimizer, of_passes, versions
 from graphshard.planner import fit
-from graphshard.program import Program
+from graphshard.program import Program, Role
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
@@ -108,7 +108,8 @@ def compile(
             infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first. With
             fp16 the loss alone: a gradient of the scaled loss that is not finite skips the step. Steps take longer.
         measure_memory: follow what every rank of this process holds while it runs a step, for ``report`` and
-            ``explain``. Steps take longer.
+            ``explain``; a warning says if that is more than the plan states by over 5%, or than its budget. Steps take
+            longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
         cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
@@ -257,6 +258,7 @@ class Compiled:
     _runtime: Executor | None = None
     _storage: Storage | None = None
     _steps: int = 0
+    _over_peak: str = ""  # what was said of a step that held more than its plan states
 
     def __post_init__(self) -> None:
         self._params = trace.describe_params(self.model)
@@ -264,7 +266,7 @@ class Compiled:
         self._user_optimizer: Optimizer | None = self.optimizer
         if self._user_optimizer is not None:
             self.optimizer = CompiledOptimizer(
-                self._user_optimizer, self._names, self._read_state, self._write_state, self._scaler_state()
+                self._user_optimizer, self._names, self._read_state, self._write_state, self._scaler_state
             )
 
     # Facts
@@ -321,6 +323,7 @@ class Compiled:
         build = self._build("train", parts[0][0], self.microbatches)
         lrs = [] if self.optimizer is None else self.optimizer.lrs()
         loss: Tensor | None = self._run(build, parts, lrs).loss
+        self._check_peak(build.plan)
         self._steps += 1
         if self.optimizer is not None:
             self.optimizer.note_step()
@@ -367,6 +370,14 @@ class Compiled:
         first = self.dp_rank if self.executor == "distributed" else 0
         batches = {first + i: [part.leaves for part in row] for i, row in enumerate(parts)}
         return runtime.step(build.plan, batches, seed=self.seed, step=self._steps, lrs=lrs)
+
+    def _check_peak(self, plan: ExecutionPlan) -> None:
+        """Say once if a step is seen to hold more than the plan states."""
+        if not self.measure_memory or self._over_peak or self._runtime is None:
+            return
+        self._over_peak = report.over_peak(plan, self.plan, self._runtime)
+        if self._over_peak:
+            logger.warning("graphshard: %s; explain shows of what", self._over_peak)
 
     # Building
 
@@ -628,10 +639,11 @@ class Compiled:
         self._start()[1].write_state(state)
 
     def _scaler_factors(self) -> dict[str, float]:
-        """The options of loss scaling, if the passes scale the loss."""
-        scaled = next((p for p in self.passes if isinstance(p, Precision) and p.dtype == "fp16"), None)
-        names = () if scaled is None else ("growth_factor", "backoff_factor", "growth_interval")
-        return {name: getattr(scaled, name) for name in names}
+        """The options of loss scaling, if the program scales the loss."""
+        scaled = next((p for p in self.passes if isinstance(p, Precision)), None)
+        if scaled is None or not any(slot.role is Role.SCALER for read in self._built().plan.reads for slot in read):
+            return {}
+        return {name: getattr(scaled, name) for name in ("growth_factor", "backoff_factor", "growth_interval")}
 
     def _scaler_state(self) -> ScalerState | None:
         """What there is of loss scaling between steps."""
@@ -658,7 +670,7 @@ class Compiled:
         """Write all but the graphs, which are there."""
         build = self._compiled()
         passes = build.graphs.passes
-        measured = {} if self._runtime is None else report.measured_peaks(build.plan, self._runtime)
+        measured = {} if self._runtime is None else report.measured_timelines(build.plan, self._runtime)
         dump.write_memory(folder, build.plan, self._title(), measured)
         manifest = Manifest(
             graphshard=__version__,

@@ -13,6 +13,7 @@ from graphshard.files import write_atomic
 from graphshard.memory_picture import stage_memory, to_svg
 from graphshard.pipeline import Observer
 from graphshard.program import Program
+from graphshard.timeline import Timeline
 
 SOURCES = "sources.json"
 
@@ -36,12 +37,14 @@ def graph_file(index: int, name: str) -> str:
     return f"{index:02}-{name}.graph"
 
 
-def write_memory(folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[int, int] | None = None) -> None:
+def write_memory(
+    folder: Path, plan: ExecutionPlan, title: str, measured: Mapping[int, tuple[Timeline, bool]] | None = None
+) -> None:
     """``memory.json`` and ``memory.svg`` with what the ranks of every stage hold over a step.
 
     Args:
         title: of the picture.
-        measured: peaks by stage, in bytes.
+        measured: by stage, what was measured, and whether that was a first step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stages = stage_memory(plan, measured or {})
@@ -49,8 +52,10 @@ def write_memory(folder: Path, plan: ExecutionPlan, title: str, measured: Mappin
         {
             "stage": item.stage,
             "peak_bytes": item.simulated.peak_bytes,
-            "measured_peak_bytes": item.measured_peak_bytes,
             "timeline": item.simulated.to_json(),
+            "measured_peak_bytes": None if item.measured is None else item.measured.peak_bytes,
+            "measured_timeline": None if item.measured is None else item.measured.to_json(),
+            "measured_first_step": item.first_step,
         }
         for item in stages
     ]

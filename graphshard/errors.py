@@ -82,6 +82,17 @@ class NoLossGradient(GraphshardError):
         )
 
 
+class NothingToLower(GraphshardError):
+    """A plan in bf16 or fp16 of a model that has no float32 parameters to lower, or, in fp16, updates none."""
+
+    def __init__(self, precision: str, updated: Iterable[str]) -> None:
+        super().__init__(
+            f"{precision}: of the model's parameters that are updated none is float32, they are "
+            f"{' and '.join(sorted(updated))}; give a float32 model, which the plan lowers itself, or leave "
+            f"{precision} out of the plan, which then trains the model as it is"
+        )
+
+
 class PassFailed(GraphshardError):
     """A pass raises what is no error of ours, or returns something else than a program."""
 

@@ -1,4 +1,5 @@
-"""Memory over a step as an SVG: a stacked area per pipeline stage, and the schedule's actions below it."""
+"""Memory over a step as an SVG: a stacked area per pipeline stage, the outline of what was measured over it, and the
+schedule's actions below it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ _STYLE = """
   .quiet { fill: #666666; }
   .title { font-size: 16px; font-weight: 600; }
   .axis { stroke: #bbbbbb; stroke-width: 1; }
-  .measured { stroke: #000000; stroke-width: 1.5; stroke-dasharray: 6 4; }
+  .measured { stroke: #000000; stroke-width: 1.5; fill: none; stroke-linejoin: round; }
   .forward { fill: #cfe2f3; } .backward { fill: #f6d5c3; } .weight { fill: #d5ead8; } .other { fill: #e4e4e4; }
   .action { font-size: 10px; text-anchor: middle; pointer-events: none; }
   @media (prefers-color-scheme: dark) {
@@ -51,22 +52,24 @@ _LETTER = 6.0  # width of one in an action's label
 
 @dataclass(frozen=True)
 class StageMemory:
-    """What is drawn of one stage; ``actions``: of every instruction."""
+    """What is drawn of one stage; ``actions``: of every instruction. ``first_step``: what was measured is one, which
+    ends otherwise."""
 
     stage: int
     simulated: Timeline
     actions: tuple[str, ...]
-    measured_peak_bytes: int | None = None
+    measured: Timeline | None = None
+    first_step: bool = False
 
 
-def stage_memory(plan: ExecutionPlan, measured: Mapping[int, int]) -> list[StageMemory]:
-    """Of every stage of ``plan``; ``measured``: peaks by stage, where they are known."""
+def stage_memory(plan: ExecutionPlan, measured: Mapping[int, tuple[Timeline, bool]]) -> list[StageMemory]:
+    """Of every stage of ``plan``; ``measured``: by stage, with whether it is of a first step, where there is any."""
     return [
         StageMemory(
             stage,
             simulated_timeline(plan, stage),
             tuple(ins.action for ins in plan.stages[stage].step()),
-            measured.get(stage),
+            *measured.get(stage, ()),
         )
         for stage in range(len(plan.stages))
     ]
@@ -78,7 +81,8 @@ def to_svg(stages: Sequence[StageMemory], title: str) -> str:
     names = [name for name in _COLORS if name in names] + [name for name in names if name not in _COLORS]
     other = iter(_OTHER * len(names))
     colors = {name: _COLORS.get(name) or next(other) for name in names}
-    most = max([*(s.simulated.peak_bytes for s in stages), *(s.measured_peak_bytes or 0 for s in stages), 1])
+    drawn = [line for stage in stages for line in (stage.simulated, stage.measured) if line is not None]
+    most = max([*(line.peak_bytes for line in drawn), 1])
     height = _TOP + len(stages) * (_PANEL + _BAND + _GAP)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" '
@@ -87,7 +91,7 @@ def to_svg(stages: Sequence[StageMemory], title: str) -> str:
         f"<title>{escape(title)}</title>",
         f'<rect class="page" width="{_WIDTH}" height="{height}"/>',
         f'<text class="title" x="{_LEFT}" y="28">{escape(title)}</text>',
-        *_legend(colors, any(stage.measured_peak_bytes is not None for stage in stages)),
+        *_legend(colors, any(stage.measured is not None for stage in stages)),
     ]
     for index, stage in enumerate(stages):
         lines += _panel(stage, _TOP + index * (_PANEL + _BAND + _GAP), most, colors)
@@ -102,12 +106,12 @@ def _legend(colors: Mapping[str, str], measured: bool) -> list[str]:
         x += 17 + 6.4 * len(name) + 18
     if measured:
         lines.append(f'<line class="measured" x1="{x:.0f}" y1="48" x2="{x + 24:.0f}" y2="48"/>')
-        lines.append(f'<text x="{x + 30:.0f}" y="52">measured peak</text>')
+        lines.append(f'<text x="{x + 30:.0f}" y="52">measured</text>')
     return lines
 
 
 def _panel(stage: StageMemory, top: int, most: int, colors: Mapping[str, str]) -> list[str]:
-    width, length = _WIDTH - _LEFT - _RIGHT, max(stage.simulated.length, 1)
+    width, length = _WIDTH - _LEFT - _RIGHT, max(stage.simulated.length, stage.measured.length if stage.measured else 1)
 
     def x(position: float) -> float:
         return _LEFT + width * position / length
@@ -116,14 +120,14 @@ def _panel(stage: StageMemory, top: int, most: int, colors: Mapping[str, str]) -
         return top + _PANEL * (1 - size / (most * 1.08))
 
     held = f"stage {stage.stage}: peak {human(stage.simulated.peak_bytes)}"
-    if stage.measured_peak_bytes is not None:
-        held += f", measured {human(stage.measured_peak_bytes)}"
+    if stage.measured is not None:
+        held += f", measured {human(stage.measured.peak_bytes)}" + (" in the first step" if stage.first_step else "")
     lines = [f'<text x="{_LEFT}" y="{top - 8}">{held}</text>']
     for tick in _ticks(most):
         lines.append(f'<line class="axis" x1="{_LEFT}" y1="{y(tick):.1f}" x2="{_WIDTH - _RIGHT}" y2="{y(tick):.1f}"/>')
         label = f'x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end"'
         lines.append(f'<text class="quiet" {label}>{human(tick)}</text>')
-    ends = (*stage.simulated.positions[1:], length)
+    ends = (*stage.simulated.positions[1:], stage.simulated.length)
     below = [0] * len(ends)
     for name, color in colors.items():
         above = [low + row.get(name, 0) for low, row in zip(below, stage.simulated.rows, strict=True)]
@@ -133,9 +137,12 @@ def _panel(stage: StageMemory, top: int, most: int, colors: Mapping[str, str]) -
             points = " ".join([*upper, *reversed(lower)])
             lines.append(f'<polygon fill="{color}" points="{points}"><title>{escape(name)}</title></polygon>')
         below = above
-    if stage.measured_peak_bytes is not None:
-        at = f'y1="{y(stage.measured_peak_bytes):.1f}" y2="{y(stage.measured_peak_bytes):.1f}"'
-        lines.append(f'<line class="measured" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {at}/>')
+    if stage.measured is not None:
+        line = stage.measured
+        ends = (*line.positions[1:], line.length)
+        held_then = [sum(row.values()) for row in line.rows]
+        outline = _steps([(x(a), x(b), y(v)) for a, b, v in zip(line.positions, ends, held_then, strict=True)])
+        lines.append(f'<polyline class="measured" points="{" ".join(outline)}"/>')
     return lines + _band(stage, top + _PANEL, width / length)
 
 

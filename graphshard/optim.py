@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from graphshard.errors import OptimizerForeignParameter, OptimizerStateMismatch, UpdateIsPartOfStep
+
+logger = logging.getLogger("graphshard")
 
 NamedState = dict[str, dict[str, Tensor]]
 """Parameter name to state key to full tensor."""
@@ -68,9 +71,10 @@ class CompiledOptimizer(Optimizer):
         param_names: Mapping[int, str],
         read_state: Callable[[], NamedState],
         write_state: Callable[[NamedState], None],
-        scaler: ScalerState | None = None,
+        scaler: Callable[[], ScalerState | None] = lambda: None,
     ) -> None:
-        """``param_names`` maps the id of each Parameter to its canonical name; ``scaler``: None without loss scaling.
+        """``param_names`` maps the id of each Parameter to its canonical name; ``scaler`` gives None where the compiled
+        step does not scale the loss.
 
         Raises:
             OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
@@ -144,20 +148,22 @@ class CompiledOptimizer(Optimizer):
             {key: value for key, value in group.items() if key != "params"} | {"params": list(names)}
             for group, names in zip(self.param_groups, self._names, strict=True)
         ]
-        scaler = {} if self._scaler is None else {"scaler": self._scaler.state_dict()}
-        return {"state": self._read_state(), "param_groups": groups, **scaler}
+        state, scaler = self._read_state(), self._scaler()
+        return {"state": state, "param_groups": groups} | ({} if scaler is None else {"scaler": scaler.state_dict()})
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over options and state of :meth:`state_dict`, or of an eager optimizer's over the same parameters in the
         same order.
 
+        A scaler's state that only one side has is left out with a warning.
+
         Raises:
             OptimizerStateMismatch: other groups, other parameters, state that is no tensor or number, or a scaler with
                 other factors. Nothing is changed then.
         """
-        scaler = state_dict.get("scaler") if self._scaler is not None else None
-        if self._scaler is not None and scaler is not None:
-            self._scaler.check(scaler)
+        scaler, scale = self._scaler(), state_dict.get("scaler")
+        if scaler is not None and scale is not None:
+            scaler.check(scale)
         groups = _part(state_dict, "param_groups", list)
         if len(groups) != len(self._names):
             raise OptimizerStateMismatch("number of parameter groups", len(groups), len(self._names))
@@ -181,8 +187,12 @@ class CompiledOptimizer(Optimizer):
                 k: _tensor(f"state {k!r} of {names[key]!r}", v) for k, v in values.items() if _is_value(v)
             }
         self._write_state(state)
-        if self._scaler is not None and scaler is not None:
-            self._scaler.load_state_dict(scaler)
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scale)
+        elif scaler is not None:
+            logger.warning("graphshard: the optimizer state has no 'scaler': the loss scale stays what it is here")
+        elif scale is not None:
+            logger.warning("graphshard: the 'scaler' of the optimizer state is left out: this plan scales no loss")
         for group, own_group in zip(groups, self.param_groups, strict=True):
             own_group.update({key: value for key, value in group.items() if key != "params"})
 

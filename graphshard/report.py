@@ -17,9 +17,13 @@ from graphshard.runtime.cuda_graphs import refusals
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.meter import Measured
 from graphshard.runtime.traffic import moved_bytes, sent_bytes
+from graphshard.saved_activations import saved_activations
 from graphshard.simulate import simulate_memory
-from graphshard.timeline import simulated_timeline, timeline
+from graphshard.timeline import Timeline, simulated_timeline, timeline
 from graphshard.units import human
+
+MOST_OFF = 1.05
+"""A measured peak may be so many times the simulated one."""
 
 
 def report(
@@ -27,7 +31,7 @@ def report(
 ) -> dict[str, Any]:
     """Data that json can write: what ``compiled.report()`` promises, plus measured peaks and the machine's
     choices where there is an executor, and what the ``cache`` had to do with the plan."""
-    flops = stage_flops(program)
+    flops, saved = stage_flops(program), saved_activations(program)
     stages = []
     for stage in range(program.stages):
         memory = simulate_memory(plan, stage)
@@ -44,6 +48,8 @@ def report(
                 "gathers_per_microbatch": _gathers(plan, stage),
                 "peak_action": memory.peak_action,
                 "model_states": model_states(program, plan, stage),
+                "saved_activations": saved[stage].by_dtype,
+                "saved_in_float32": saved[stage].float32,
                 "peak_instruction": _told(plan, stage, memory.peak_position),
                 "timeline": simulated_timeline(plan, stage).to_json(),
             }
@@ -55,6 +61,8 @@ def report(
         entry = {"rank": rank, "stage": stage, **stages[stage]}
         if rank in measured:
             entry |= _measured(plan, stage, measured[rank])
+        if executor is not None and rank in executor.arenas:
+            entry["arena_bytes"] = executor.arenas[rank].nbytes
         ranks.append(entry)
     costs = {phase: [float(f[phase]) for f in flops] for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.WEIGHT)}
     schedule = Schedule.parse(plan.schedule)
@@ -138,13 +146,17 @@ def _measured(plan: ExecutionPlan, stage: int, step: Measured) -> dict[str, Any]
     }
 
 
-def measured_peaks(plan: ExecutionPlan, executor: Executor) -> dict[int, int]:
-    """Of the ranks here, the highest peak of each stage, where it was measured."""
-    peaks: dict[int, int] = {}
+def measured_timelines(plan: ExecutionPlan, executor: Executor) -> dict[int, tuple[Timeline, bool]]:
+    """By stage, where it was measured: the timeline of the fullest of the ranks here, and whether it is of a first
+    step, which finds no optimizer state."""
+    fullest: dict[int, Measured] = {}
     for rank, step in executor.measured(plan).items():
         stage = plan.mesh.coordinates(rank)["pp"]
-        peaks[stage] = max(peaks.get(stage, 0), step.peak_bytes)
-    return peaks
+        if stage not in fullest or step.peak_bytes > fullest[stage].peak_bytes:
+            fullest[stage] = step
+    return {
+        stage: (timeline(plan.stages[stage].step(step.first), step.rows), step.first) for stage, step in fullest.items()
+    }
 
 
 def stage_flops(program: Program) -> list[dict[Phase, int]]:
@@ -193,17 +205,58 @@ def _memory(rank: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
     at = rank["peak_instruction"]
     lines = [f"           peak {human(rank['peak_bytes'])}, at {at if len(at) <= 110 else at[:109] + '…'}"]
     fullest = max(measured, key=lambda r: int(r["measured_peak_bytes"]), default=None)
-    columns = [("simulated", rank["memory"])]
+    columns = [("simulated", rank["memory"], rank["timeline"]["most"])]
     if fullest is not None:
-        columns.append(("measured", fullest["measured_memory"]))
-    lines.append(f"           {'':22}" + "".join(f"{title:>12}" for title, _ in columns))
-    names = [name for name in CATEGORIES if any(column.get(name) for _, column in columns)]
-    rows = [(name, [column.get(name, 0) for _, column in columns]) for name in names]
-    rows.append(("all", [sum(column.values()) for _, column in columns]))
-    lines += [f"             {name:20}" + "".join(f"{human(n):>12}" for n in sizes) for name, sizes in rows]
+        columns.append(("measured", fullest["measured_memory"], fullest["measured_timeline"]["most"]))
+    titles, width = "".join(f"{title:>12}" for title, *_ in columns), 12 * len(columns)
+    lines += [
+        f"           {'':22}{'at the peak':>{width}}   {'each at most':>{width}}",
+        f"           {'':22}{titles}   {titles}",
+    ]
+    for name in CATEGORIES:
+        if any(most.get(name) for *_, most in columns):
+            at_peak = "".join(f"{human(held.get(name, 0)):>12}" for _, held, _ in columns)
+            ever = "".join(f"{human(most.get(name, 0)):>12}" for *_, most in columns)
+            lines.append(f"             {name:20}{at_peak}   {ever}")
+    lines.append(f"             {'all':20}" + "".join(f"{human(sum(held.values())):>12}" for _, held, _ in columns))
     if fullest is not None and fullest["measured_first_step"]:
         lines.append("             measured in the first step, which has no optimizer state to begin with")
+    elif fullest is not None:
+        share = fullest["measured_peak_bytes"] / max(rank["peak_bytes"], 1) - 1
+        lines.append(
+            f"             the measured peak is {abs(share):.1%} {'below' if share < 0 else 'above'} the simulated one"
+        )
+    if "arena_bytes" in rank:
+        block = human(rank["arena_bytes"])
+        lines.append(
+            f"             what a step makes lies in a block of {block}; the rest outlives the step or is outside"
+        )
     return lines
+
+
+def over_peak(plan: ExecutionPlan, asked: Plan, executor: Executor) -> str:
+    """What a rank here that held more than the plan states, by more than the simulation may be off, or than the budget
+    did; "" if none did."""
+    for rank, step in executor.measured(plan).items():
+        stated = plan.peak_bytes[plan.mesh.coordinates(rank)["pp"]]
+        allowed = asked.budget_per_rank_bytes
+        held = f"rank {rank} held {human(step.peak_bytes)} as measured"
+        if step.peak_bytes > stated * MOST_OFF:
+            return f"{held}, {step.peak_bytes / max(stated, 1) - 1:.0%} more than the {human(stated)} by simulation"
+        if allowed is not None and step.peak_bytes > allowed:
+            return f"{held}, more than its budget of {human(allowed)}"
+    return ""
+
+
+def _saved(rank: dict[str, Any]) -> list[str]:
+    """What a forward keeps for its backward, and what of it a lower precision leaves wide."""
+    if not rank["saved_activations"]:
+        return []
+    parts = [f"{human(size)} {dtype}" for dtype, size in rank["saved_activations"].items()]
+    total = human(sum(rank["saved_activations"].values()))
+    lines = _listed(f"           a micro-batch's forward saves {total}: ", parts)
+    kinds = [f"{name} {human(size)}" for name, size in rank["saved_in_float32"].items()]
+    return lines + (_listed("             float32 by autocast's lists and promotion: ", kinds) if kinds else [])
 
 
 def _kernels(kernels: list[dict[str, Any]], unfused: Mapping[str, int]) -> list[str]:
@@ -218,7 +271,8 @@ def _kernels(kernels: list[dict[str, Any]], unfused: Mapping[str, int]) -> list[
 def _kept_to(budget: dict[str, int]) -> list[str]:
     line = f"budget {human(budget['bytes'])} a rank: the fullest one holds {human(budget['peak_bytes'])} by simulation"
     if "measured_peak_bytes" in budget:
-        line += f", {human(budget['measured_peak_bytes'])} as measured"
+        over = "; that is over it" if budget["measured_peak_bytes"] > budget["bytes"] else ""
+        line += f", {human(budget['measured_peak_bytes'])} as measured{over}"
     return ["", line]
 
 
@@ -253,6 +307,7 @@ def explain(data: dict[str, Any]) -> str:
         lines += _listed("           starts per step: ", started or ["no communication"])
         states = ", ".join(f"{what} {human(n)}" for what, n in rank["model_states"].items())
         lines += [f"           model states {human(sum(rank['model_states'].values()))}: {states}"]
+        lines += _saved(rank)
         if rank["gathers_per_microbatch"]:
             lines.append(
                 f"           each parameter is gathered {rank['gathers_per_microbatch']:.2f} times per micro-batch"

@@ -18,12 +18,14 @@ Row = dict[str, int]
 
 @dataclass(frozen=True)
 class Timeline:
-    """Row i holds from instruction ``positions[i]`` up to the next one; ``length`` instructions in all."""
+    """Row i holds from instruction ``positions[i]`` up to the next one; ``length`` instructions in all. ``most``: the
+    most of each category, whenever that is, those of rows that were left out included."""
 
     length: int
     positions: tuple[int, ...]
     actions: tuple[str, ...]  # the schedule's, of each position
     rows: tuple[Row, ...]
+    most: Row
 
     @property
     def peak_bytes(self) -> int:
@@ -33,17 +35,18 @@ class Timeline:
     @property
     def categories(self) -> list[str]:
         """Those that take any memory, in the order of execution.CATEGORIES."""
-        found = {name for row in self.rows for name, size in row.items() if size}
+        found = set(self.most)
         return [name for name in CATEGORIES if name in found] + sorted(found - set(CATEGORIES))
 
     def to_json(self) -> dict[str, Any]:
-        """A column per category: ``{"positions": […], "actions": […], "bytes": {category: […]}}``."""
+        """A column per category, ``{"positions": […], "actions": […], "bytes": {category: […]}}``, and its largest."""
         columns = {name: [row.get(name, 0) for row in self.rows] for name in self.categories}
         return {
             "instructions": self.length,
             "positions": list(self.positions),
             "actions": list(self.actions),
             "bytes": columns,
+            "most": {name: self.most[name] for name in self.categories},
         }
 
 
@@ -55,8 +58,10 @@ def simulated_timeline(plan: ExecutionPlan, stage: int, first: bool = False) -> 
 def timeline(instructions: Sequence[Instruction], rows: Iterable[Row], points: int = MOST_POINTS) -> Timeline:
     """``rows`` of all ``instructions``, with only those kept where something changes, and ``points`` at most."""
     kept: list[tuple[int, Row]] = []
+    most: Row = {}
     for position, row in enumerate(rows):
         row = {name: size for name, size in row.items() if size}
+        most |= {name: size for name, size in row.items() if size > most.get(name, 0)}
         if not kept or row != kept[-1][1]:
             kept.append((position, row))
     if len(kept) > points:
@@ -69,4 +74,5 @@ def timeline(instructions: Sequence[Instruction], rows: Iterable[Row], points: i
         tuple(position for position, _ in kept),
         tuple(instructions[position].action for position, _ in kept),
         tuple(row for _, row in kept),
+        most,
     )

@@ -4,7 +4,7 @@ Micikevicius et al. 2018, "Mixed Precision Training". A float32 parameter is sto
 what the body reads, gathers and keeps; its float32 master is state of the update, sharded as such, and the parameter
 is the master's cast, made once per step, on the shard. With Adam and gradients reduced in the lower precision that is
 the 16 bytes a parameter of Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12. A parameter that is never updated has no
-master. Float64 stays.
+master. Parameters in another precision stay, unless there would be nothing to do: see NothingToLower.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import fx
 from graphshard import fake
 from graphshard.autocast import HALVES
 from graphshard.casting import Caster
-from graphshard.errors import PassOptionError, PassTooLate
+from graphshard.errors import NothingToLower, PassOptionError, PassTooLate
 from graphshard.loss_scaling import SCALE, TRACKER, Scaler, initial, scale_loss
 from graphshard.pipeline import Context
 from graphshard.program import Level, NodeInfo, Phase, Program, Role, Section, Slot, info, val
@@ -52,21 +52,27 @@ class Precision:
         lower = HALVES[self.dtype]
         reduced = HALVES.get(self.reduce, torch.float32)
         names = {name for name, param in program.params.items() if param.dtype is torch.float32}
-        carries = {
-            slot
+        # The scale is in every gradient, that of a parameter which is not lowered, too.
+        gradients = {
+            slot: program.params[slot.name.removeprefix("grad:")].dtype
             for slot in program.body.output_slots
-            if slot.role is Role.CARRY and slot.name.removeprefix("grad:") in names
+            if slot.role is Role.CARRY and slot.name.startswith("grad:")
         }
-        if carries and self.dtype == "fp16":
+        carries = {slot for slot, dtype in gradients.items() if dtype is torch.float32}
+        scales = bool(gradients) and self.dtype == "fp16"
+        if gradients and not (carries if scales else names):
+            # GradScaler, too, refuses to unscale gradients of float16 parameters: there are no masters.
+            raise NothingToLower(self.dtype, {str(dtype).removeprefix("torch.") for dtype in gradients.values()})
+        if scales:
             scale_loss(program)
             program.constants[initial(SCALE)] = torch.tensor(self.init_scale)
             program.constants[initial(TRACKER)] = torch.tensor(0, dtype=torch.int32)
         _lower_body(program, names, carries, lower, reduced)
         for section in program.updates():
-            gradients = _gradients(section, carries, reduced)
-            if gradients and self.dtype == "fp16":
+            found = _gradients(section, carries, set(gradients) if scales else carries, reduced)
+            if found and scales:
                 factors = (self.growth_factor, self.backoff_factor, self.growth_interval)
-                Scaler(section, gradients, *factors, first=section is program.first_epilogue).run()
+                Scaler(section, found, *factors, first=section is program.first_epilogue).run()
             _keep_masters(section, names, lower)
         return program
 
@@ -97,20 +103,26 @@ def _like(node: fx.Node, dtype: torch.dtype) -> torch.Tensor:
     return fake.tensor(value.fake_mode, value.shape, dtype, device=value.device)
 
 
-def _gradients(section: Section, carries: set[Slot], reduced: torch.dtype) -> list[fx.Node]:
-    """The gradients of an update in float32."""
+def _gradients(section: Section, carries: set[Slot], wanted: set[Slot], reduced: torch.dtype) -> list[fx.Node]:
+    """The gradients of an update that are ``wanted``, in float32 at least. ``carries``: those of lowered parameters,
+    which the update reads in float32."""
     found = []
     for slot, node in section.input_slots.items():
-        if slot not in carries:
+        if slot not in wanted:
             continue
-        if reduced is not torch.float32:
+        if slot in carries and reduced is not torch.float32:
             node.meta["val"] = _like(node, reduced)
+        stored = val(node).dtype
+        if stored in HALVES.values():
             readers = list(node.users)
+            record = replace(info(node), origin="", made_by="precision")
             with after(node):
-                record = replace(info(node), origin="", made_by="precision")
-                wide = call(section.graph, aten._to_copy.default, (node,), record, dtype=torch.float32)
+                read = wide = call(section.graph, aten._to_copy.default, (node,), record, dtype=torch.float32)
+            if slot not in carries:  # its parameter is updated in that precision
+                with after(wide):
+                    read = call(section.graph, aten._to_copy.default, (wide,), record, dtype=stored)
             for reader in readers:
-                reader.replace_input_with(node, wide)
+                reader.replace_input_with(node, read)
             node = wide
         found.append(node)
     return found

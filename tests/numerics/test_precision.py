@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import graphshard
+from graphshard.errors import NothingToLower
+from graphshard.passes.precision import Precision
+from graphshard.pipeline import Context
+from graphshard.program import Program
 from numerics.cases import maker, sgd
 from numerics.mixed import both
 from numerics.reference import rolled
@@ -220,3 +225,110 @@ def test_a_frozen_parameter_has_no_master() -> None:
     assert torch.equal(compiled.state_dict()["0.weight"], rounded)
     masters = {slot.name for slot in compiled.execution_plan.reads[0] if slot.role == "master"}
     assert masters == {"1"}
+
+
+# Parameters that are in another precision already
+
+
+@pytest.mark.parametrize("plan", ["dp1+fp16:init_scale=1024", "dp2+bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_without_a_float32_parameter_to_update_the_token_is_refused(plan: str, dtype: torch.dtype) -> None:
+    """GradScaler says "Attempting to unscale FP16 gradients"; autocast leaves float64 alone."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).to(dtype)
+    token = plan.partition("+")[2][:4]
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(NothingToLower, match=f"^{token}: of the .* updated none is float32, they are {name}; "):
+        graphshard.compile(
+            model, plan, loss_fn=nn.functional.mse_loss, optimizer=sgd(model), example_inputs=rows(dtype)
+        )
+
+
+def test_adapters_in_float16_on_a_frozen_float32_model_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8).requires_grad_(False), Half())
+    with pytest.raises(NothingToLower, match="they are float16"):
+        graphshard.compile(
+            model, "dp1+fp16", loss_fn=nn.functional.mse_loss, optimizer=sgd(model), example_inputs=rows(torch.float32)
+        )
+
+
+class Half(nn.Module):
+    """A layer that is in another precision than what is around it."""
+
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x.to(self.inner.weight.dtype)).float()
+        return result
+
+
+def rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(4, 8, dtype=dtype), torch.randn(4, 4, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+@pytest.mark.parametrize("plan", ["dp1", "zero3:size=2+accum2"])
+def test_every_gradient_is_unscaled_and_looked_at(plan: str, dtype: torch.dtype) -> None:
+    """A scale of 1024 is no part of what a layer in another precision learns, and a step is skipped for all."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Half(dtype))
+    trained = {}
+    batch = rows(torch.float32)
+    for scale in (1, 1024):
+        compiled = graphshard.compile(
+            copy.deepcopy(model),
+            f"{plan}+fp16:init_scale={scale}",
+            loss_fn=nn.functional.mse_loss,
+            optimizer=partial(torch.optim.SGD, lr=0.1),
+        )
+        compiled.step(*batch)
+        trained[scale] = compiled.state_dict()
+    moved = trained[1]["1.inner.weight"] - model.get_parameter("1.inner.weight").detach()
+    assert moved.abs().max() > 1e-3
+    for name, value in trained[1].items():
+        torch.testing.assert_close(trained[1024][name], value, rtol=2e-2, atol=1e-4)
+    compiled.step(batch[0] * 1e5, batch[1])
+    assert all(torch.equal(value, trained[1024][name]) for name, value in compiled.state_dict().items())
+    assert compiled.optimizer.state_dict()["scaler"]["scale"] == 512.0
+
+
+class Idle(Precision):
+    """Stands for the pass, and does nothing."""
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        return program
+
+
+def test_the_scaler_follows_the_program() -> None:
+    """Where no pass scales the loss there is no state of it, whatever the plan string says."""
+    model = nn.Linear(8, 4)
+    compiled = graphshard.compile(
+        model, "dp1+fp16", loss_fn=nn.functional.mse_loss, optimizer=sgd(model), passes=[Idle("fp16")]
+    )
+    compiled.step(*rows(torch.float32))
+    assert "scaler" not in compiled.optimizer.state_dict()
+
+
+def test_a_scaler_that_only_one_side_has_is_left_out_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    run = {}
+    for precision in ("fp16:init_scale=256", "bf16"):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 4)
+        run[precision[:4]] = graphshard.compile(
+            model, f"dp1+{precision}", loss_fn=nn.functional.mse_loss, optimizer=sgd(model)
+        )
+        run[precision[:4]].step(*rows(torch.float32))
+    with_one, without = (run[name].optimizer.state_dict() for name in ("fp16", "bf16"))
+    run["fp16"].optimizer.load_state_dict(with_one)
+    run["bf16"].optimizer.load_state_dict(without)
+    assert not any(record.name == "graphshard" for record in caplog.records)
+    caplog.clear()
+    run["fp16"].optimizer.load_state_dict(without)
+    run["bf16"].optimizer.load_state_dict(with_one)
+    assert [r.getMessage() for r in caplog.records if r.name == "graphshard"] == [
+        "graphshard: the optimizer state has no 'scaler': the loss scale stays what it is here",
+        "graphshard: the 'scaler' of the optimizer state is left out: this plan scales no loss",
+    ]
+    assert run["fp16"].optimizer.state_dict()["scaler"]["scale"] == 256.0

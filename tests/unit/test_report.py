@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 import graphshard
+from graphshard.plan_options import Memory
+from graphshard.units import human
 from models import zoo
 
 
@@ -73,9 +76,46 @@ def test_simulated_and_measured_memory_stand_side_by_side(name: str) -> None:
             columns = rank[key]["bytes"].values()
             assert max(map(sum, zip(*columns, strict=True))) == rank["peak_bytes"]
             assert len(rank[key]["positions"]) == len(rank[key]["actions"]) == len(next(iter(columns)))
+        assert rank["timeline"]["most"] == pytest.approx(rank["measured_timeline"]["most"], rel=0.01)
+        assert all(size <= rank["timeline"]["most"][name] for name, size in rank["memory"].items())
     assert {"parameters", "saved activations", "workspace"} <= report["ranks"][0]["memory"].keys()
     page = made.explain()
-    assert "simulated    measured" in page and "first step" not in page
+    assert "simulated    measured      simulated    measured" in page and "first step" not in page
+    assert "the measured peak is 0.0% above the simulated one" in page and "lies in a block" not in page
+
+
+@pytest.mark.parametrize("plan", ["dp", "memory:budget_gb=1"])
+def test_a_measured_peak_above_what_is_stated_is_said_once(plan: str, caplog: pytest.LogCaptureFixture) -> None:
+    made, (args, kwargs) = compiled("mlp", plan, measure_memory=True)
+    made.step(*args, **kwargs)
+    made.step(*args, **kwargs)
+    assert not told(caplog)
+    held = made.report()["ranks"][0]["measured_peak_bytes"]
+    if made.plan.memory is None:
+        stated = int(held / 1.06)
+        object.__setattr__(made.execution_plan, "peak_bytes", (stated,))
+        says = f"6% more than the {human(stated)} by simulation"
+    else:
+        made.plan = dataclasses.replace(made.plan, memory=Memory(budget_gb=held / 1e9 - 1e-8))
+        says = "more than its budget of "
+    made.step(*args, **kwargs)
+    made.step(*args, **kwargs)
+    assert ("as measured; that is over it" in made.explain()) == (made.plan.memory is not None)
+    (line,) = told(caplog)
+    assert line.startswith(f"graphshard: rank 0 held {human(held)} as measured, ") and says in line
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.getMessage() for r in caplog.records if r.name == "graphshard" and r.levelname == "WARNING"]
+
+
+def test_the_block_that_a_step_uses_is_beside_the_peak() -> None:
+    made, (args, kwargs) = compiled("mlp", "dp")
+    assert "lies in a block" not in made.explain()
+    made.step(*args, **kwargs)
+    size = made.report()["ranks"][0]["arena_bytes"]
+    assert size > 0
+    assert f"what a step makes lies in a block of {human(size)}; " in made.explain()
 
 
 def test_memory_is_measured_only_where_that_is_asked_for() -> None:
