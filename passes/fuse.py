@@ -3,8 +3,8 @@
 What one operation of a region makes for another never goes through memory, and what another region made is computed
 again where that is cheaper than to read it (duplicates.py). Dropout's mask is computed like any other value, from its
 seed. Matrix products, attention and whatever communicates or draws from a generator stay outside, and bound the stretch
-of a graph in which a region may lie: no value waits for a product that it does not need. In a micro-batch, what only
-reads the same values is computed together, too, as both results of SwiGLU's backward.
+of a graph in which a region may lie: no value waits for a product that it does not need. What only reads the same
+values is computed together, too, as both results of SwiGLU's backward are, and Lion's parameter and average.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Fuse:
             in_body = name == "body"  # an update writes over state, which nobody else may read meanwhile
             if in_body:
                 _bring_forward(section)
-            groups = _Grouping(section, self.most, siblings=in_body).run()
+            groups = _Grouping(section, self.most).run()
             if in_body:
                 repeat_cheap(section, groups, self.most, self.function_flops)
             for group in groups:
@@ -102,10 +102,10 @@ def _nbytes(node: fx.Node) -> int:
 
 
 class _Grouping:
-    """Assigns the nodes of one section, in order; ``siblings``: groups that only read the same may become one."""
+    """Assigns the nodes of one section, in order."""
 
-    def __init__(self, section: Section, most: int, siblings: bool) -> None:
-        self.section, self.most, self.siblings = section, most, siblings
+    def __init__(self, section: Section, most: int) -> None:
+        self.section, self.most = section, most
         self.group: dict[fx.Node, Group] = {}
         self.open: dict[tuple[Phase, int | None], list[Group]] = {}  # groups that may grow, by phase and stage
 
@@ -131,8 +131,6 @@ class _Grouping:
         """The groups of these places grow no more. Those that read the same values in full become one."""
         for place in places:
             groups = self.open.pop(place, [])
-            if not self.siblings:
-                continue
             read = {group: self._read_in_full(group) for group in groups}
             for at, group in enumerate(groups):
                 for other in groups[at + 1 :]:

@@ -138,7 +138,8 @@ def test_every_formula(interpreter: Interpreter, dtype: torch.dtype) -> None:
     def unary(x: Tensor, positive: Tensor) -> list[Tensor]:
         return [
             *(f(x) for f in (torch.abs, torch.sign, torch.exp, torch.expm1, torch.erf, torch.tanh, torch.sigmoid)),
-            *(f(x) for f in (torch.floor, torch.ceil, torch.trunc, torch.round, torch.relu, F.silu, F.gelu)),
+            *(f(x) for f in (torch.floor, torch.ceil, torch.trunc, torch.round, torch.relu, F.silu)),
+            F.gelu(x.clamp(-100, 100)),  # of infinity torch makes NaN where it has AVX-512, of vectors alone
             *(f(positive) for f in (torch.log, torch.log2, torch.log1p, torch.sqrt, torch.rsqrt, torch.reciprocal)),
             *(x.pow(n) for n in (1, 2, 3, 4)),
             *(positive.pow(n) for n in (0.5, -0.5, -1, 1.7)),
