@@ -11,6 +11,10 @@ from typing import Any
 class GraphshardError(Exception):
     """Base of all errors caused by input. Our own bugs are assertions, never this."""
 
+    def add(self, consequence: str) -> None:
+        """Say in the same line what follows from it."""
+        self.args = (f"{self}; {consequence}",)
+
 
 class IllegalProgram(GraphshardError):
     """A Program breaks a rule of its level: what is wrong and the node where it was found."""
@@ -334,6 +338,20 @@ class NoValue(GraphshardError):
 
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} has no value yet; call load_state_dict, or give compile an init function")
+
+
+class ValueLost(GraphshardError):
+    """A parameter, buffer or optimizer state that a failed step had begun to replace is needed."""
+
+    CURE = "load a checkpoint, with load_state_dict and optimizer.load_state_dict, before going on"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} was lost when a step failed in the middle of its update; {self.CURE}")
+
+    @classmethod
+    def of_step(cls, what: str) -> str:
+        """What the error of that step adds. ``what`` is lost."""
+        return f"the update was half done: {what} of this run are lost; {cls.CURE}"
 
 
 class OffloadPath(GraphshardError):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import graphshard
-from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace
+from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace, ValueLost
 from graphshard.execution import type_of
 from graphshard.runtime.nvme import ALIGN, PIECE, Disk
 from graphshard.runtime.offload import Homes
@@ -190,6 +195,111 @@ def test_a_step_that_fails_while_it_reads_leaves_parameters_as_they_were(
     monkeypatch.undo()
     assert all(torch.equal(value, before[name]) for name, value in made.state_dict().items())
     made.step(x, x)
+
+
+class Failing:
+    """A system call that fails at its ``nth`` time from now on, and every time after that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.left = sys.maxsize
+        self._real, self._lock = getattr(os, name), threading.Lock()
+        monkeypatch.setattr(os, name, self)
+
+    def __call__(self, *args: object) -> int:
+        with self._lock:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.EIO, "Input/output error")
+        made: int = self._real(*args)
+        return made
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+@pytest.mark.parametrize(
+    ("plan", "places"),
+    [
+        ("zero3:size=2", "optimizer=nvme"),
+        ("dp2", "optimizer=nvme"),
+        ("zero3:size=2", "optimizer=nvme,params=nvme"),
+        ("zero3:size=2+fp16", "optimizer=nvme"),
+    ],
+)
+def test_whenever_the_disk_fails_a_step_nothing_is_half_new(
+    plan: str, places: str, call: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every failure either all is as it was, or what is not is said to be lost; a checkpoint brings it back."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 4)
+    made = graphshard.compile(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        f"{plan}+offload:{places},path={tmp_path}",
+        loss_fn=nn.functional.mse_loss,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
+        example_inputs=(x, x),
+        executor="local",
+    )
+    for _ in range(steps):
+        made.step(x, x)
+    parameters, state = made.state_dict(), made.optimizer.state_dict()
+    made.step(x, x)
+    following = made.state_dict(), made.optimizer.state_dict()
+    failing = Failing(monkeypatch, call)
+    outcomes = []
+    for nth in range(sys.maxsize):
+        made.load_state_dict(parameters)
+        made.optimizer.load_state_dict(state)
+        failing.left = nth
+        try:
+            made.step(x, x)
+        except OffloadFailed as error:
+            outcomes.append(
+                re.findall("; the update was half done: .* of this run are lost; load a checkpoint", str(error))
+            )
+        else:
+            break
+        finally:
+            failing.left = sys.maxsize
+        if outcomes[-1]:
+            with pytest.raises(ValueLost, match="was lost when a step failed in the middle of its update; load a"):
+                made.step(x, x)
+            for read, wanted in ((made.state_dict, parameters), (made.optimizer.state_dict, state)):
+                with suppress(ValueLost):
+                    assert same(read(), wanted)
+        else:
+            assert same((made.state_dict(), made.optimizer.state_dict()), (parameters, state))
+            made.step(x, x)
+            assert same((made.state_dict(), made.optimizer.state_dict()), following)
+    assert same((made.state_dict(), made.optimizer.state_dict()), following)
+    assert any(outcomes) or call == "preadv"
+
+
+def same(found: object, wanted: object) -> bool:
+    """Whether the tensors in two containers are the same to the bit."""
+    pairs = [[leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in (found, wanted)]
+    return all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = graphshard.compile(
+        nn.Linear(4, 4),
+        f"zero3:size=2+offload:params=nvme,path={tmp_path}",
+        loss_fn=nn.functional.mse_loss,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+        executor="local",
+    )
+    x = torch.ones(4, 4)
+    made.step(x, x)
+    parameters = made.state_dict()
+    failing = Failing(monkeypatch, "pwritev")
+    failing.left = 1
+    with pytest.raises(OffloadFailed):
+        made.load_state_dict({name: value + 1 for name, value in parameters.items()})
+    failing.left = sys.maxsize
+    with pytest.raises(ValueLost):
+        made.state_dict()
+    made.load_state_dict(parameters)
+    assert same(made.state_dict(), parameters)
 
 
 def test_a_full_disk_says_what_is_needed_and_what_is_free(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
