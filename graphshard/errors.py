@@ -362,12 +362,18 @@ class OffloadPath(GraphshardError):
 
 
 class OffloadSpace(GraphshardError):
-    """The disk has no room for what is to be offloaded."""
+    """The disk has no room for what is to be offloaded. ``free``: the bytes that the file system says are free; None:
+    what counts is a quota."""
 
-    def __init__(self, path: str, needed: int, free: int, cause: str) -> None:
+    def __init__(self, path: str, needed: int, free: int | None, cause: str) -> None:
+        if free is None:
+            reason = f"which are over the quota there ({cause})"
+        elif free < needed:
+            reason = f"where {free:,} are free ({cause})"
+        else:
+            reason = f"which it refuses although {free:,} are free ({cause}): a quota or reserved space may be why"
         super().__init__(
-            f"offloading needs {needed:,} bytes more in {path!r}, where {free:,} are free ({cause}); offload less, or "
-            "give another path"
+            f"offloading needs {needed:,} bytes more in {path!r}, {reason}; offload less, or give another path"
         )
 
 

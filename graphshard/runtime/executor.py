@@ -132,7 +132,7 @@ class Executor(ABC):
         if loaded is None:
             assert plan.mesh == self.mesh, f"the plan is for mesh {plan.mesh}, the executor for {self.mesh}"
             prove(plan)
-            self._reserve(plan)
+            self.reserve(plan)
             functions: dict[int, dict[str, SegmentFunction]] = {}
             layouts: dict[tuple[int, bool], Layout] = {}
             machines = {}
@@ -185,8 +185,12 @@ class Executor(ABC):
             return None
         return graphs_of(plan, self.mesh.coordinates(rank)["pp"], self.recorder, rank in self.meters)
 
-    def _reserve(self, plan: ExecutionPlan) -> None:
-        """Room for all that the ranks here ever keep off the device at once, before the first step needs it."""
+    def reserve(self, plan: ExecutionPlan) -> None:
+        """Room for all that the ranks here ever keep off the device at once, before anything is stored there.
+
+        Raises:
+            OffloadSpace, OffloadPath: there is none in files.
+        """
         stages = [self.mesh.coordinates(rank)["pp"] for rank in self.ranks]
         self.homes.reserve(
             {home: sum((offloaded(plan, stage, home) for stage in stages), Counter[int]()) for home in PLACES}

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 import graphshard
 from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace, ValueLost
 from graphshard.execution import type_of
+from graphshard.runtime.leftovers import Owner
 from graphshard.runtime.nvme import ALIGN, PIECE, Disk
 from graphshard.runtime.offload import Homes
 
@@ -125,6 +127,47 @@ def test_a_file_system_without_direct_access_or_unnamed_files(tmp_path: Path, mo
     found = torch.empty(5000)
     disk.read(region, found).wait()
     assert torch.equal(found, value)
+
+
+_NAMED = """
+import os, signal, sys
+from graphshard.runtime.leftovers import make_file
+print(make_file(sys.argv[1])[1], flush=True)
+if sys.argv[2] == "killed": os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()
+"""
+
+
+def test_what_a_process_left_that_was_killed_before_its_file_lost_its_name(tmp_path: Path) -> None:
+    """Another one's, which is alive, stays; and so does what is not known to be left."""
+
+    def started(how: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _NAMED, str(tmp_path), how]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with started("killed") as dead, started("stays") as alive:
+        assert dead.stdout is not None and alive.stdout is not None
+        left, used = (Path(output.readline().strip()) for output in (dead.stdout, alive.stdout))
+        dead.wait()
+        machine, boot, *others = left.name.removeprefix(".graphshard-").split("-")
+        elsewhere, before = (
+            left.with_name("-".join([".graphshard", *begin, *others])) for begin in (["a", boot], [machine, "b"])
+        )
+        unknown = tmp_path / ".graphshard-notes"
+        for file in (elsewhere, before, unknown):
+            file.touch()
+        assert left.exists()
+        Disk(str(tmp_path), CPU).close()
+        assert set(tmp_path.iterdir()) == {used, elsewhere, unknown}
+        alive.communicate()
+    Disk(str(tmp_path), CPU).close()
+    assert set(tmp_path.iterdir()) == {elsewhere, unknown}
+
+
+def test_an_id_that_another_process_has_now(tmp_path: Path) -> None:
+    owner = Owner.this()
+    assert not owner.is_gone()
+    assert replace(owner, began="1").is_gone() and not replace(owner, namespace="1").is_gone()
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
@@ -302,13 +345,49 @@ def test_a_checkpoint_that_cannot_be_written_leaves_no_mixture(tmp_path: Path, m
     assert same(made.state_dict(), parameters)
 
 
-def test_a_full_disk_says_what_is_needed_and_what_is_free(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "pages", "says"),
+    [
+        (errno.ENOSPC, 2, r", which it refuses although [\d,]+ are free \(No space left on device\): a quota or"),
+        (errno.ENOSPC, 2**48, r", where [\d,]+ are free \(No space left on device\); offload less"),
+        (errno.EDQUOT, 2, r", which are over the quota there \(Disk quota exceeded\); offload less"),
+    ],
+)
+def test_a_full_disk_says_what_is_needed_and_why_it_is_not_there(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, code: int, pages: int, says: str
+) -> None:
     def full(file: int, offset: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OffloadSpace, match=r"needs 8,192 bytes more in '.*', where [\d,]+ are free \(No space left"):
-        disk.reserve({ALIGN: 2})
+    with pytest.raises(OffloadSpace, match=f"needs {pages * ALIGN:,} bytes more in '.*'{says}"):
+        disk.reserve({pages * ALIGN: 1})
+
+
+def test_all_that_a_plan_needs_is_named_before_a_parameter_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def full(file: int, offset: int, length: int) -> None:
+        asked.append(length)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    made = graphshard.compile(
+        nn.Linear(64, 64, bias=False),
+        f"zero3:size=2+offload:optimizer=nvme,params=nvme,path={tmp_path}",
+        loss_fn=nn.functional.mse_loss,
+        optimizer=torch.optim.AdamW,
+        executor="local",
+    )
+    x = torch.ones(4, 64)
+    states = 3 * 64 * 64 * 4  # the parameter and two averages, in shards of whole pages
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OffloadSpace, match=f"needs {states:,} bytes more"):
+        made.step(x, x)
+    monkeypatch.undo()
+    assert asked == [states]
+    made.step(x, x)
 
 
 def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
