@@ -540,7 +540,8 @@ class Compiled:
         if self.executor == "none":
             raise ExecutorNone()
         self._built()
-        self._runtime = self._make_executor()
+        if self._runtime is None:  # else it had no room for what is stored
+            self._runtime = self._make_executor()
         self._storage = Storage(self._runtime, *self._plans())
         self._state_names = list(self.model.state_dict(keep_vars=True))
         user = self._user_optimizer

@@ -11,6 +11,10 @@ from typing import Any
 class GraphshardError(Exception):
     """Base of all errors caused by input. Our own bugs are assertions, never this."""
 
+    def add(self, consequence: str) -> None:
+        """Say in the same line what follows from it."""
+        self.args = (f"{self}; {consequence}",)
+
 
 class IllegalProgram(GraphshardError):
     """A Program breaks a rule of its level: what is wrong and the node where it was found."""
@@ -347,6 +351,20 @@ class NoValue(GraphshardError):
         super().__init__(f"{what} has no value yet; call load_state_dict, or give compile an init function")
 
 
+class ValueLost(GraphshardError):
+    """A parameter, buffer or optimizer state that a failed step had begun to replace is needed."""
+
+    CURE = "load a checkpoint, with load_state_dict and optimizer.load_state_dict, before going on"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} was lost when a step failed in the middle of its update; {self.CURE}")
+
+    @classmethod
+    def of_step(cls, what: str) -> str:
+        """What the error of that step adds. ``what`` is lost."""
+        return f"the update was half done: {what} of this run are lost; {cls.CURE}"
+
+
 class OffloadPath(GraphshardError):
     """The folder that offloaded values are to be kept in cannot be used."""
 
@@ -355,12 +373,18 @@ class OffloadPath(GraphshardError):
 
 
 class OffloadSpace(GraphshardError):
-    """The disk has no room for what is to be offloaded."""
+    """The disk has no room for what is to be offloaded. ``free``: the bytes that the file system says are free; None:
+    what counts is a quota."""
 
-    def __init__(self, path: str, needed: int, free: int, cause: str) -> None:
+    def __init__(self, path: str, needed: int, free: int | None, cause: str) -> None:
+        if free is None:
+            reason = f"which are over the quota there ({cause})"
+        elif free < needed:
+            reason = f"where {free:,} are free ({cause})"
+        else:
+            reason = f"which it refuses although {free:,} are free ({cause}): a quota or reserved space may be why"
         super().__init__(
-            f"offloading needs {needed:,} bytes more in {path!r}, where {free:,} are free ({cause}); offload less, or "
-            "give another path"
+            f"offloading needs {needed:,} bytes more in {path!r}, {reason}; offload less, or give another path"
         )
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphshard.errors import NonFiniteStep, NoValue, PeerFailed, PlanMismatch, WaitTimeout
+from graphshard.errors import NonFiniteStep, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.mesh import Mesh, ranks_by
 from graphshard.runtime.blame import Blame
@@ -105,8 +105,6 @@ class DistributedExecutor(Executor):
         shape = (kind.shape[0] * size, *kind.shape[1:]) if size > 1 else kind.shape
         full = torch.empty(shape, dtype=kind.dtype, device=self.device)
         if self.mesh.coordinates(self.rank)["pp"] == stage:
-            if ref not in self.stores[self.rank]:
-                raise NoValue(ref.name)
             mine = self.stored(self.rank, ref).contiguous()
             if size > 1:
                 self._complete(self._link.all_gather(axis, full, mine), f"gather of {ref}")

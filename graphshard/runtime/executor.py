@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graphshard.arena import Layout, lay_out
-from graphshard.errors import NoValue
+from graphshard.errors import GraphshardError, NoValue, ValueLost
 from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref, variants
 from graphshard.loss_scaling import SKIPPED
 from graphshard.mesh import Mesh
@@ -78,6 +78,7 @@ class Executor(ABC):
         self.device = device
         self.homes = Homes(device, path)
         self.stores: dict[int, dict[Ref, Value]] = {rank: {} for rank in self.ranks}
+        self.lost: dict[int, set[Ref]] = {rank: set() for rank in self.ranks}  # what a failed step has left unusable
         self.sent_bytes: dict[int, dict[str, int]] = {rank: {} for rank in self.ranks}  # by axis, all steps so far
         self.state_keys: frozenset[str] = frozenset()  # the optimizer state that exists, the same on every rank
         self.meters = {rank: make_meter(device, len(self.ranks)) for rank in self.ranks} if measure_memory else {}
@@ -131,7 +132,7 @@ class Executor(ABC):
         if loaded is None:
             assert plan.mesh == self.mesh, f"the plan is for mesh {plan.mesh}, the executor for {self.mesh}"
             prove(plan)
-            self._reserve(plan)
+            self.reserve(plan)
             functions: dict[int, dict[str, SegmentFunction]] = {}
             layouts: dict[tuple[int, bool], Layout] = {}
             machines = {}
@@ -184,8 +185,12 @@ class Executor(ABC):
             return None
         return graphs_of(plan, self.mesh.coordinates(rank)["pp"], self.recorder, rank in self.meters)
 
-    def _reserve(self, plan: ExecutionPlan) -> None:
-        """Room for all that the ranks here ever keep off the device at once, before the first step needs it."""
+    def reserve(self, plan: ExecutionPlan) -> None:
+        """Room for all that the ranks here ever keep off the device at once, before anything is stored there.
+
+        Raises:
+            OffloadSpace, OffloadPath: there is none in files.
+        """
         stages = [self.mesh.coordinates(rank)["pp"] for rank in self.ranks]
         self.homes.reserve(
             {home: sum((offloaded(plan, stage, home) for stage in stages), Counter[int]()) for home in PLACES}
@@ -204,7 +209,11 @@ class Executor(ABC):
         Raises:
             PlanError: the plan cannot run (first use).
             NoValue: a parameter or buffer has no value.
+            ValueLost: it has none since a step before failed during its update.
             NonFiniteStep: the plan is watched, and the loss or a gradient is not finite; what is stored is as it was.
+
+        After any other error what the step had not begun to replace is stored as it was. The rest is lost, and the
+        error says so.
         """
         loaded = self.load(plan)
         # All ranks decide alike, also those that keep no state: the two epilogues may order collectives differently.
@@ -213,17 +222,16 @@ class Executor(ABC):
         values = {
             rank: self._values(loaded, rank, feeds[rank], batches, (seed, step), lrs) for rank in self.ranks
         }  # before anything is taken from a store, so that a missing value leaves all as it was
-        for rank in self.ranks:
-            self._take(loaded.machines[rank], feeds[rank], values[rank])
         try:
+            for rank in self.ranks:
+                self._take(loaded.machines[rank], feeds[rank], values[rank])
             with torch.no_grad():
                 results = self._run(loaded, values, first)
-        except BaseException:
+        except BaseException as error:
             self.homes.settle()
-            for rank, machine in loaded.machines.items():
-                reads = machine.reads[first]
-                left = machine.abandon() | values[rank]
-                self.stores[rank].update((ref, value) for ref, value in left.items() if reads[ref][0].role in STORED)
+            if lost := self._put_back(loaded, values, first):
+                add = error.add if isinstance(error, GraphshardError) else error.add_note
+                add(ValueLost.of_step(lost))
             raise
         for rank in self.ranks:
             totals = self.sent_bytes[rank]
@@ -242,7 +250,13 @@ class Executor(ABC):
         """
 
     def stored(self, rank: int, ref: Ref) -> Tensor:
-        """What a rank of this process stores under ``ref``, brought back if it is offloaded."""
+        """What a rank of this process stores under ``ref``, brought back if it is offloaded.
+
+        Raises:
+            NoValue, ValueLost: it stores nothing.
+        """
+        if ref not in self.stores[rank]:
+            raise self._absent(rank, ref, ref.name)
         value = self.stores[rank][ref]
         return self.homes.fetch(value) if isinstance(value, Offloaded) else value
 
@@ -255,11 +269,13 @@ class Executor(ABC):
                 continue
             part = value.chunk(self.mesh.size(axis))[at[axis]] if axis else value
             if home:
-                old = self.stores[rank].get(ref)
+                old = self.stores[rank].pop(ref, None)
+                self.lost[rank].add(ref)  # unless all of it is written
                 kept = old if isinstance(old, Offloaded) else None
                 self.stores[rank][ref] = self.homes.keep(part.detach().to(self.device), home, kept)
             else:
                 self.stores[rank][ref] = part.detach().to(self.device, copy=True)
+            self.lost[rank].discard(ref)
 
     def close(self) -> None:
         """Give back what the executor holds outside of memory."""
@@ -294,8 +310,25 @@ class Executor(ABC):
         for stored in (feed.kept, feed.taken):
             for ref, slot in stored:
                 if ref not in store:
-                    raise NoValue(str(slot))
+                    raise self._absent(rank, ref, str(slot))
         return values
+
+    def _absent(self, rank: int, ref: Ref, name: str) -> GraphshardError:
+        """What to raise where the store of ``rank`` has nothing under ``ref``."""
+        return ValueLost(name) if ref in self.lost[rank] else NoValue(name)
+
+    def _put_back(self, loaded: Loaded, values: Mapping[int, dict[Ref, Value]], first: bool) -> str:
+        """Store again what a failed step has not begun to replace; the rest in words, "" if there is none."""
+        lost: set[Role] = set()
+        for rank, machine in loaded.machines.items():
+            reads, store = machine.reads[first], self.stores[rank]
+            left = machine.abandon() | values[rank]
+            store.update((ref, value) for ref, value in left.items() if reads[ref][0].role in STORED)
+            gone = {ref: slot.role for ref, slot in loaded.feeds[first][rank].taken if ref not in store}
+            self.lost[rank] |= set(gone)
+            lost |= set(gone.values())
+        named = {Role.STATE: "optimizer state", Role.BUFFER: "buffers", Role.SCALER: "the loss scale"}
+        return " and ".join(sorted({named.get(role, "parameters") for role in lost}))
 
     def _typed(self, value: Tensor, kind: TensorType, slot: Slot) -> Tensor:
         assert tuple(value.shape) == kind.shape and value.dtype == kind.dtype, f"{slot} is {kind}, given {value.shape}"

@@ -23,6 +23,7 @@ from graphshard.execution import (
     result_refs,
 )
 from graphshard.program import Slot
+from graphshard.replaced import replaced_at
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import Council
 from graphshard.runtime.cuda_graphs import SegmentGraphs
@@ -234,12 +235,13 @@ class Machine:
             raise error
 
     def abandon(self) -> dict[Ref, Value]:
-        """After a failed step: what it had been given and the update had not begun to replace."""
+        """After a failed step: what it had been given and had not begun to replace."""
         kept = {}
-        if self._environment and self.position < self.update_begins:
+        if self._environment:
+            replaced = replaced_at(self._plan, self.stage, self._first)
             for ref, place in self._places_in[self._first].items():
                 value = self._environment[place]
-                if value is not None:
+                if value is not None and self.position < replaced.get(ref, self.position + 1):
                     kept[ref] = value
         self._forget()
         return kept

@@ -1,6 +1,7 @@
 """Values in a file: written and read in the background, around the page cache where the file system can.
 
-The file has no name, so that nothing is left of it whenever and however the process ends. It grows before it is written
+The file has no name, so that nothing is left of it whenever and however the process ends; where it must have one for a
+moment, the next process removes what is left (leftovers.py). It grows before it is written
 to: a disk without room says so then. A value has a region of its own, and a transfer is cut into pieces that a few
 threads carry out, so that one is copied while another is on its way.
 """
@@ -11,7 +12,6 @@ import ctypes
 import errno
 import os
 import resource
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -26,6 +26,7 @@ from torch import Tensor
 from graphshard.errors import OffloadFailed, OffloadFileLimit, OffloadPath, OffloadSpace
 from graphshard.execution import TensorType
 from graphshard.offloaded import span
+from graphshard.runtime.leftovers import make_file, remove_leftovers
 from graphshard.runtime.streams import Lane, streams_of
 
 ALIGN = 4096
@@ -125,7 +126,8 @@ class Disk:
             if error.errno not in _FULL:
                 raise OffloadFailed(self.path, f"cannot grow: {error.strerror}") from error
             status = os.statvfs(self.path)
-            raise OffloadSpace(self.path, nbytes, status.f_bavail * status.f_frsize, str(error.strerror)) from error
+            free = None if error.errno == errno.EDQUOT else status.f_bavail * status.f_frsize
+            raise OffloadSpace(self.path, nbytes, free, str(error.strerror)) from error
         self._size += nbytes
 
     def _transfer(self, value: Tensor, region: Region, move: Callable[[Tensor, int], None]) -> Pieces:
@@ -234,6 +236,7 @@ def check_folder(path: str) -> None:
 def _open(path: str) -> tuple[int, bool]:
     """A file without a name in the folder ``path``, and whether it is accessed directly."""
     check_folder(path)
+    remove_leftovers(path)
     error: OSError | None = None
     for direct in (getattr(os, "O_DIRECT", 0), 0):
         try:
@@ -248,7 +251,7 @@ def _unnamed(path: str, flags: int) -> int:
     if hasattr(os, "O_TMPFILE"):
         with suppress(OSError):  # not every file system can: one that has a name for a moment will do
             return os.open(path, os.O_TMPFILE | os.O_RDWR | flags, 0o600)
-    made, name = tempfile.mkstemp(dir=path)
+    made, name = make_file(path)
     os.close(made)
     try:
         return os.open(name, os.O_RDWR | flags)

@@ -49,7 +49,12 @@ class Storage:
             self.learn(plan)
 
     def learn(self, plan: ExecutionPlan) -> None:
-        """Take note of the slots of one more plan."""
+        """Take note of the slots of one more plan, and have room for them where they are kept.
+
+        Raises:
+            OffloadSpace, OffloadPath: there is no room for what it offloads to files.
+        """
+        self.executor.reserve(plan)
         self.params |= plan.params
         self.buckets |= plan.buckets
         for stage, (reads, results) in enumerate(zip(plan.reads, plan.results, strict=True)):

@@ -5,19 +5,26 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import graphshard
-from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace
+from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace, ValueLost
 from graphshard.execution import type_of
+from graphshard.runtime.leftovers import Owner
 from graphshard.runtime.nvme import ALIGN, PIECE, Disk
 from graphshard.runtime.offload import Homes
 
@@ -122,6 +129,47 @@ def test_a_file_system_without_direct_access_or_unnamed_files(tmp_path: Path, mo
     assert torch.equal(found, value)
 
 
+_NAMED = """
+import os, signal, sys
+from graphshard.runtime.leftovers import make_file
+print(make_file(sys.argv[1])[1], flush=True)
+if sys.argv[2] == "killed": os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()
+"""
+
+
+def test_what_a_process_left_that_was_killed_before_its_file_lost_its_name(tmp_path: Path) -> None:
+    """Another one's, which is alive, stays; and so does what is not known to be left."""
+
+    def started(how: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", _NAMED, str(tmp_path), how]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    with started("killed") as dead, started("stays") as alive:
+        assert dead.stdout is not None and alive.stdout is not None
+        left, used = (Path(output.readline().strip()) for output in (dead.stdout, alive.stdout))
+        dead.wait()
+        machine, boot, *others = left.name.removeprefix(".graphshard-").split("-")
+        elsewhere, before = (
+            left.with_name("-".join([".graphshard", *begin, *others])) for begin in (["a", boot], [machine, "b"])
+        )
+        unknown = tmp_path / ".graphshard-notes"
+        for file in (elsewhere, before, unknown):
+            file.touch()
+        assert left.exists()
+        Disk(str(tmp_path), CPU).close()
+        assert set(tmp_path.iterdir()) == {used, elsewhere, unknown}
+        alive.communicate()
+    Disk(str(tmp_path), CPU).close()
+    assert set(tmp_path.iterdir()) == {elsewhere, unknown}
+
+
+def test_an_id_that_another_process_has_now(tmp_path: Path) -> None:
+    owner = Owner.this()
+    assert not owner.is_gone()
+    assert replace(owner, began="1").is_gone() and not replace(owner, namespace="1").is_gone()
+
+
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(OffloadPath, match=r"the folder for offloaded values '.*nowhere' is not a folder"):
         Disk(str(tmp_path / "nowhere"), CPU)
@@ -192,13 +240,154 @@ def test_a_step_that_fails_while_it_reads_leaves_parameters_as_they_were(
     made.step(x, x)
 
 
-def test_a_full_disk_says_what_is_needed_and_what_is_free(disk: Disk, monkeypatch: pytest.MonkeyPatch) -> None:
+class Failing:
+    """A system call that fails at its ``nth`` time from now on, and every time after that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+        self.left = sys.maxsize
+        self._real, self._lock = getattr(os, name), threading.Lock()
+        monkeypatch.setattr(os, name, self)
+
+    def __call__(self, *args: object) -> int:
+        with self._lock:
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(errno.EIO, "Input/output error")
+        made: int = self._real(*args)
+        return made
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+@pytest.mark.parametrize(
+    ("plan", "places"),
+    [
+        ("zero3:size=2", "optimizer=nvme"),
+        ("dp2", "optimizer=nvme"),
+        ("zero3:size=2", "optimizer=nvme,params=nvme"),
+        ("zero3:size=2+fp16", "optimizer=nvme"),
+    ],
+)
+def test_whenever_the_disk_fails_a_step_nothing_is_half_new(
+    plan: str, places: str, call: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every failure either all is as it was, or what is not is said to be lost; a checkpoint brings it back."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 4)
+    made = graphshard.compile(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        f"{plan}+offload:{places},path={tmp_path}",
+        loss_fn=nn.functional.mse_loss,
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
+        example_inputs=(x, x),
+        executor="local",
+    )
+    for _ in range(steps):
+        made.step(x, x)
+    parameters, state = made.state_dict(), made.optimizer.state_dict()
+    made.step(x, x)
+    following = made.state_dict(), made.optimizer.state_dict()
+    failing = Failing(monkeypatch, call)
+    outcomes = []
+    for nth in range(sys.maxsize):
+        made.load_state_dict(parameters)
+        made.optimizer.load_state_dict(state)
+        failing.left = nth
+        try:
+            made.step(x, x)
+        except OffloadFailed as error:
+            outcomes.append(
+                re.findall("; the update was half done: .* of this run are lost; load a checkpoint", str(error))
+            )
+        else:
+            break
+        finally:
+            failing.left = sys.maxsize
+        if outcomes[-1]:
+            with pytest.raises(ValueLost, match="was lost when a step failed in the middle of its update; load a"):
+                made.step(x, x)
+            for read, wanted in ((made.state_dict, parameters), (made.optimizer.state_dict, state)):
+                with suppress(ValueLost):
+                    assert same(read(), wanted)
+        else:
+            assert same((made.state_dict(), made.optimizer.state_dict()), (parameters, state))
+            made.step(x, x)
+            assert same((made.state_dict(), made.optimizer.state_dict()), following)
+    assert same((made.state_dict(), made.optimizer.state_dict()), following)
+    assert any(outcomes) or call == "preadv"
+
+
+def same(found: object, wanted: object) -> bool:
+    """Whether the tensors in two containers are the same to the bit."""
+    pairs = [[leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in (found, wanted)]
+    return all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = graphshard.compile(
+        nn.Linear(4, 4),
+        f"zero3:size=2+offload:params=nvme,path={tmp_path}",
+        loss_fn=nn.functional.mse_loss,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+        executor="local",
+    )
+    x = torch.ones(4, 4)
+    made.step(x, x)
+    parameters = made.state_dict()
+    failing = Failing(monkeypatch, "pwritev")
+    failing.left = 1
+    with pytest.raises(OffloadFailed):
+        made.load_state_dict({name: value + 1 for name, value in parameters.items()})
+    failing.left = sys.maxsize
+    with pytest.raises(ValueLost):
+        made.state_dict()
+    made.load_state_dict(parameters)
+    assert same(made.state_dict(), parameters)
+
+
+@pytest.mark.parametrize(
+    ("code", "pages", "says"),
+    [
+        (errno.ENOSPC, 2, r", which it refuses although [\d,]+ are free \(No space left on device\): a quota or"),
+        (errno.ENOSPC, 2**48, r", where [\d,]+ are free \(No space left on device\); offload less"),
+        (errno.EDQUOT, 2, r", which are over the quota there \(Disk quota exceeded\); offload less"),
+    ],
+)
+def test_a_full_disk_says_what_is_needed_and_why_it_is_not_there(
+    disk: Disk, monkeypatch: pytest.MonkeyPatch, code: int, pages: int, says: str
+) -> None:
     def full(file: int, offset: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OffloadSpace, match=r"needs 8,192 bytes more in '.*', where [\d,]+ are free \(No space left"):
-        disk.reserve({ALIGN: 2})
+    with pytest.raises(OffloadSpace, match=f"needs {pages * ALIGN:,} bytes more in '.*'{says}"):
+        disk.reserve({pages * ALIGN: 1})
+
+
+def test_all_that_a_plan_needs_is_named_before_a_parameter_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def full(file: int, offset: int, length: int) -> None:
+        asked.append(length)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    made = graphshard.compile(
+        nn.Linear(64, 64, bias=False),
+        f"zero3:size=2+offload:optimizer=nvme,params=nvme,path={tmp_path}",
+        loss_fn=nn.functional.mse_loss,
+        optimizer=torch.optim.AdamW,
+        executor="local",
+    )
+    x = torch.ones(4, 64)
+    states = 3 * 64 * 64 * 4  # the parameter and two averages, in shards of whole pages
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OffloadSpace, match=f"needs {states:,} bytes more"):
+        made.step(x, x)
+    monkeypatch.undo()
+    assert asked == [states]
+    made.step(x, x)
 
 
 def test_a_limit_on_file_sizes(tmp_path: Path) -> None:
