@@ -178,11 +178,22 @@ class Homes:
             made.append(replaced or over or self._place(kind, "cpu"))
         if self._worker is None:
             self._worker = ThreadPoolExecutor(1, "graphshard-host")
-        done = self._worker.submit(self._compute, work, list(kept), made, before)
-        self._computing |= {_block(value): done for value in (*kept, *made)}
+        touched = [_block(value) for value in (*kept, *made)]
+        earlier = [found for block in touched if (found := self._computing.get(block)) is not None]
+        done = self._worker.submit(self._compute, work, list(kept), made, before, earlier)
+        self._computing |= dict.fromkeys(touched, done)
         return made
 
-    def _compute(self, work: HostWork, kept: list[Offloaded], made: Sequence[Offloaded], before: Sequence[Any]) -> None:
+    def _compute(
+        self,
+        work: HostWork,
+        kept: Sequence[Offloaded],
+        made: Sequence[Offloaded],
+        before: Sequence[Any],
+        earlier: Sequence[Future[None]],
+    ) -> None:
+        for done in earlier:  # it is; what it failed to make is not to be read
+            done.result()
         for event in before:
             self._streams.block(event)
         with torch.no_grad():

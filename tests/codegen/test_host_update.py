@@ -212,6 +212,19 @@ def test_what_fails_on_the_cpu_fails_where_it_is_read() -> None:
     homes.close()
 
 
+def test_what_failed_is_not_built_on() -> None:
+    def fails(*_: object) -> Any:
+        raise RuntimeError("no such update")
+
+    homes = Homes(torch.device("cpu"))
+    kept = homes.keep(torch.ones(4), "cpu")
+    for function in (fails, lambda values, *_: (values[0],)):
+        (kept,) = homes.compute(HostWork(function, {}, [kept.kind], {0: 0}), [kept], [None])
+    with pytest.raises(RuntimeError, match="no such update"):
+        homes.fetch(kept)
+    homes.close()
+
+
 def test_work_on_the_cpu_is_done_in_order() -> None:
     def doubled(values: list[torch.Tensor], *_: object) -> tuple[torch.Tensor, ...]:
         return (values[0].mul_(2),)
