@@ -35,7 +35,9 @@ def reload_in_time(step: Part, begin: int, room: Sequence[int], storages: Mappin
     """
     spare, times = list(room), _times(step, clock)
     wait_of = {started: wait for wait, started in match_waits(step).items()}
-    starts = [at for at, ins in enumerate(step) if ins.op is Op.RELOAD and at in wait_of]
+    # What the CPU makes is waited for before its copy starts: earlier, it would hold up what is computed meanwhile.
+    made = {ref for ins in step if ins.device for ref in ins.outputs}
+    starts = [at for at, ins in enumerate(step) if ins.op is Op.RELOAD and at in wait_of and ins.inputs[0] not in made]
     wanted: dict[int, float] = {}
     latest = float("inf")  # when the copy that comes next starts
     for at in reversed(starts):

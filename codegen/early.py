@@ -177,6 +177,8 @@ def _needs(body: Part, epilogue: Part, storages: Mapping[str, Storage], late: se
                 place = max(place, _behind_next_run(body, waits[position]))
             place = max([place, *(written.get(root, 0) for root in reads | writes)])
             place = max([place, *(read.get(root, 0) for root in writes)])
+            if ins.device and place < len(body):  # what it reads is on its way to the host meanwhile
+                place = _behind_next_run(body, place)
             places.append(place)
         read |= {root: max(place, read.get(root, 0)) for root in reads}
         written |= {root: max(place, written.get(root, 0)) for root in writes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -17,6 +17,7 @@ from graphshard.codegen.triton import supports, write_kernel
 from graphshard.codegen.workspace import storage_bytes
 from graphshard.dataflow import is_getitem
 from graphshard.execution import Kernel, type_of
+from graphshard.homes import on_host
 from graphshard.program import Program, Section, val
 from graphshard.region import Region, kind, region_of, title
 from graphshard.rewrite import copied, inline
@@ -28,6 +29,7 @@ class Kernels:
     what they would be called, with the reason."""
 
     on_gpu: bool = False
+    placed: bool = True  # whether segments can be given memory for results
     table: dict[str, Kernel] = field(default_factory=dict)
     left: Counter[str] = field(default_factory=Counter)
 
@@ -36,11 +38,15 @@ class Kernels:
         result = copied(program)
         for section in result.sections().values():
             regions = [(node, node.target) for node in section.nodes() if isinstance(node.target, Region)]
-            for node, region, reason in [(n, r, self._refusal(n, r, section)) for n, r in regions]:
+            for node, region, reason in [(n, r, self.of(n)._refusal(n, r, section)) for n, r in regions]:
                 if reason:
                     self.left[f"{title(region)}: {reason}"] += 1
                     inline(section, node)
         return result
+
+    def of(self, node: fx.Node) -> Kernels:
+        """The kernels, in the same table, of the device that ``node`` is for."""
+        return replace(self, on_gpu=False, placed=False) if on_host(node) else self
 
     def _refusal(self, node: fx.Node, region: Region, section: Section) -> str:
         """Why there is to be no kernel; "" if there is."""

@@ -42,8 +42,8 @@ from graphshard.execution import (
     type_of,
     variants,
 )
-from graphshard.homes import homes
-from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
+from graphshard.homes import homes, on_host
+from graphshard.program import HOST, Level, Phase, Program, Role, Section, Slot, info, val
 from graphshard.simulate import simulate_memory, simulated
 
 c10d = torch.ops._c10d_functional
@@ -100,6 +100,7 @@ class _Piece:
     inputs: list[fx.Node] = field(default_factory=list)
     first_inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
+    device: str = ""  # that runs it
 
 
 class _StageLowering:
@@ -201,6 +202,8 @@ class _StageLowering:
                 else:
                     pieces.append(_Piece("wait", node))
             else:
+                if run and on_host(run[-1]) != on_host(node):
+                    flush()
                 run.append(node)
                 if node in ends:
                     flush()
@@ -241,15 +244,20 @@ class _StageLowering:
             ]
             watch = self.watch and section is self.program.body
             write = partial(emit, accumulators=accumulators, watch=watch)
-            code = write(piece.segment, nodes, outputs, section, self.kernels)
+            kernels = self.kernels.of(nodes[0])
+            code = write(piece.segment, nodes, outputs, section, kernels)
             self.segments[piece.segment] = code.segment
-            self.work[piece.segment] = self.work[f"{piece.segment}_first"] = sum(map(cost, nodes))
+            if on_host(nodes[0]):  # it takes none of the device's memory
+                piece.device = HOST
+                self.segments[piece.segment] = replace(code.segment, workspace=Workspace(), ends=())
+            work = 0.0 if piece.device else sum(map(cost, nodes))  # of the device
+            self.work[piece.segment] = self.work[f"{piece.segment}_first"] = work
             self.reused |= code.reused
             piece.inputs = code.inputs
             if code.accumulators:
                 piece.first_segment = f"{piece.segment}_first"
                 name = piece.first_segment
-                first = write(name, nodes, outputs, section, self.kernels, first=True)
+                first = write(name, nodes, outputs, section, kernels, first=True)
                 self.segments[piece.first_segment] = first.segment
                 piece.first_inputs = first.inputs
                 self.initialised |= code.accumulators
@@ -300,6 +308,7 @@ class _StageLowering:
                         tuple(name(n) for n in (piece.first_inputs if use_first else piece.inputs)),
                         tuple(name(n) for n in piece.outputs),
                         action=action,
+                        device=piece.device,
                     )
                 )
                 continue
@@ -386,7 +395,7 @@ class _StageLowering:
         direct = {
             node: slot
             for slot, node in outputs.items()
-            if (slot.role is Role.CARRY or node.target is gs.offload.default)
+            if (slot.role is Role.CARRY or node.target is gs.offload.default or on_host(node))
             and len(node.users) == 1
             and node.op != "placeholder"
             and returned[node] == 1

@@ -280,7 +280,12 @@ class _Emitter:
     def _memory(self, node: fx.Node) -> str:
         """Where the result of ``node``, which the next line defines, is to be written; "": the operator is to say."""
         value = val(node)
-        if self.kernels.on_gpu or not isinstance(value, torch.Tensor) or value.nbytes < PLACED_BYTES:
+        if (
+            self.kernels.on_gpu
+            or not self.kernels.placed
+            or not isinstance(value, torch.Tensor)
+            or value.nbytes < PLACED_BYTES
+        ):
             return ""
         # Elements that share memory, as an expanded value's do, cannot be written each by itself.
         return f"memory({self.ledger.ask(node)})" if storage_bytes(value) == value.nbytes else ""

@@ -25,6 +25,9 @@ through shared memory, a GPU of 67 TFLOP/s beside 450 GB/s of NVLink, or a tenth
 FLOPS_PER_HOST_BYTE = 1500.0
 """The same of a byte between a GPU and its host: 67 TFLOP/s beside 45 GB/s."""
 
+FLOPS_PER_HOST_MEMORY_BYTE = 670.0
+"""What a byte costs a GPU that its host's cores read or write meanwhile: 67 TFLOP/s beside 100 GB/s."""
+
 FLOPS_PER_STORED_BYTE = 90.0
 """The same of a byte between host memory and a disk: a core of 90 GFLOP/s beside 1 GB/s."""
 

@@ -39,6 +39,7 @@ from graphshard.optim import CompiledOptimizer, ScalerState, given_state, spell_
 from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.fuse import Fuse
+from graphshard.passes.offload import Offload
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context, Pass, Placement, placement_of, run_passes
 from graphshard.plan import Plan
@@ -155,7 +156,10 @@ def compile(
 def _passes_of(plan: Plan, debug_nan: bool, on_gpu: bool) -> list[Pass]:
     """The plan's passes; a value inside a region could not be looked at."""
     flops = GPU_FUNCTION_FLOPS if on_gpu else CPU_FUNCTION_FLOPS
-    return with_passes(default_passes(plan), [Fuse(body=not debug_nan, function_flops=flops)])
+    passes = default_passes(plan)
+    # Without a GPU the CPU updates everything anyway.
+    offloads = [replace(item, update="cheaper") for item in passes if isinstance(item, Offload) and on_gpu]
+    return with_passes(passes, [Fuse(body=not debug_nan, function_flops=flops), *offloads])
 
 
 def offload_folder(plan: Plan) -> str | None:

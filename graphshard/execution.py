@@ -94,14 +94,15 @@ class Instruction:
     """One step of one rank.
 
     RUN: ``name`` is the segment; it reads ``inputs`` and defines ``outputs``; those in ``last`` are read for the last
-    time and are handed over. GATHER and REDUCE: ``name`` is the collective ("all_gather", "reduce_scatter",
-    "all_reduce", "broadcast"), over ``axis``; one input, one output; ``peer`` is a broadcast's source coordinate. SEND
-    has one input and RECV one output; ``peer`` is the other stage. WAIT: ``inputs`` holds the one value waited for (of
-    a SEND, what is sent). A collective's or RECV's output may be read only after its WAIT; a SEND's input may be freed
-    only after its WAIT. OFFLOAD and RELOAD: ``name`` is where to, or where from ("cpu", "nvme"); one input, one output,
-    under the same rules; of an OFFLOAD's output nothing but RELOAD reads, and if it names an offloaded value that is
-    there, it replaces that in its place. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that
-    of ``outputs[i]``, all at once.
+    time and are handed over; with ``device`` "host" these are kept in host memory, where the CPU computes. GATHER and
+    REDUCE: ``name`` is the collective ("all_gather", "reduce_scatter", "all_reduce", "broadcast"), over ``axis``; one
+    input, one output; ``peer`` is a broadcast's source coordinate. SEND has one input and RECV one output; ``peer`` is
+    the other stage. WAIT: ``inputs`` holds the one value waited for (of a SEND, what is sent). A collective's or RECV's
+    output may be read only after its WAIT; a SEND's input may be freed only after its WAIT. OFFLOAD and RELOAD:
+    ``name`` is where to, or where from ("cpu", "nvme"); one input, one output,
+    under the same rules; of an OFFLOAD's output nothing but RELOAD and the host read, and if it names an offloaded
+    value that is there, it replaces that in its place. FREE: ``inputs`` are forgotten. BIND: the value of
+    ``inputs[i]`` becomes that of ``outputs[i]``, all at once.
     """
 
     op: Op
@@ -115,10 +116,12 @@ class Instruction:
     action: str = ""  # the schedule's action this belongs to: "F0.3", "B1.2", "epilogue"
     bucket: str = ""  # the parameter bucket a GATHER or REDUCE is for, for messages
     made_by: str = ""  # the pass or schedule that put it there
+    device: str = ""  # of a RUN: program.HOST, or the rank's device
 
     def __str__(self) -> str:
         words = [str(self.op)]
         words += [self.name] if self.name else []
+        words += [f"on {self.device}"] if self.device else []
         words += [",".join(map(str, self.inputs))] if self.inputs else []
         words += ["->", ",".join(map(str, self.outputs))] if self.outputs else []
         words += [f"over {self.axis}"] if self.axis else []

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from graphshard.communication import MOVES
-from graphshard.program import Program, Section, Slot
+from graphshard.program import HOST, Program, Section, Slot, info
 
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
@@ -40,12 +40,22 @@ def replaced_slots(section: Section) -> dict[fx.Node, Slot]:
 
 
 def home_of(node: fx.Node) -> str:
-    """Where ``node`` is, of an offloaded value or a placeholder for one; "" for what is on the device."""
+    """Where ``node`` is, of an offloaded value, a placeholder for one, or what the CPU made; "" for what is on the
+    device."""
+    if on_host(node):
+        return "cpu"
     if node.target is gs.offload.default:
         return str(node.args[1])
     if node.op == "placeholder":
+        if any(map(on_host, node.users)):
+            return "cpu"
         return next((str(user.args[1]) for user in node.users if user.target is gs.reload.default), "")
     return ""
+
+
+def on_host(node: fx.Node) -> bool:
+    """Whether the CPU computes ``node``, in host memory."""
+    return node.op == "call_function" and info(node).device == HOST
 
 
 def homes(program: Program) -> dict[Slot, str]:

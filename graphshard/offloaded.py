@@ -15,6 +15,7 @@ from graphshard.execution import (
     variants,
 )
 from graphshard.plan_options import PLACES
+from graphshard.program import HOST
 
 
 def span(kind: TensorType) -> int:
@@ -55,6 +56,12 @@ def _activations(plan: StagePlan, first: bool, home: str, stored: set[Ref]) -> C
             gone = [ref for ref in instructions[waits[position]].last if ref in sizes]
         for ref in gone:
             live[sizes.pop(ref)] -= 1
+        made = ins.outputs if ins.op is Op.RUN and ins.device == HOST and home == "cpu" else ()
+        for ref in made:
+            if ref not in stored and ref not in sizes:
+                sizes[ref] = plan.storages[ref.name].nbytes
+                live[sizes[ref]] += 1
+                most |= live
         if ins.op is Op.OFFLOAD and ins.name == home and ins.outputs[0] not in stored:
             assert ins.type is not None
             sizes[ins.outputs[0]] = span(ins.type)

@@ -73,6 +73,10 @@ class MemoryTag(StrEnum):
     OFFLOAD_TO_FILE = "offload-to-file"
 
 
+HOST = "host"
+"""What ``NodeInfo.device`` says of an operation that the CPU computes, in host memory, whatever the device is."""
+
+
 @dataclass(frozen=True)
 class NodeInfo:
     """The one metadata record of a node, at ``node.meta["info"]``; its fake value is at ``node.meta["val"]``."""
@@ -84,6 +88,7 @@ class NodeInfo:
     stage: int | None = None  # None before pipeline-cut, and for values that every stage has
     tag: MemoryTag | None = None
     layout: str = ""  # how the value is laid out over mesh axes: "", "dp:flat", "dp:partial"; see analysis.py
+    device: str = ""  # HOST; "": the rank's device
     made_by: str = ""  # the pass that made the node; "" for captured ones
 
 

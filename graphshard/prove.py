@@ -42,7 +42,7 @@ from graphshard.execution import (
 )
 from graphshard.mesh import AXES
 from graphshard.plan_options import PLACES
-from graphshard.program import Role
+from graphshard.program import HOST, Role
 from graphshard.prove_memory import check_memory
 from graphshard.prove_update import check_update
 
@@ -151,7 +151,8 @@ class _Values:
         if ins.op is Op.BIND and len(ins.inputs) != len(ins.outputs):
             self._fail(f"BIND gives {len(ins.inputs)} values {len(ins.outputs)} names", position)
         for index, ref in enumerate(ins.outputs):
-            kind, home = sources[index] if ins.op is Op.BIND else (self._made(ins, index), "")
+            here = "cpu" if ins.device == HOST else ""
+            kind, home = sources[index] if ins.op is Op.BIND else (self._made(ins, index), here)
             self._define(position, ins, ref, kind, ins.name if ins.op is Op.OFFLOAD else home)
         if ins.op in (Op.GATHER, Op.REDUCE, Op.RECV, *MOVES):
             self.arriving.update(ins.outputs)
@@ -221,8 +222,13 @@ class _Values:
             self._fail(f"{ref} is read before the WAIT for it", position)
 
     def _at_home(self, position: int, ins: Instruction, ref: Ref) -> None:
-        """What is offloaded can be reloaded from where it is, and given another name; nothing else reads it."""
+        """What is offloaded can be reloaded from where it is, and given another name; nothing else reads it but a
+        RUN of the host, which reads that alone."""
         home = self.away.get(ref, "")
+        if ins.device == HOST:
+            if home != "cpu":
+                self._fail(f"{ref} is read by the CPU, but it is {f'in {home}' if home else 'on the device'}", position)
+            return
         if home and ins.op not in (Op.RELOAD, Op.BIND):
             self._fail(f"{ref} is read while it is offloaded to {home}", position)
         if ins.op is Op.RELOAD and home != ins.name:

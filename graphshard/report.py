@@ -43,6 +43,7 @@ def report(
                 "sent_bytes": sent_bytes(plan, rank, first=False),
                 "offloaded_bytes": offloaded_bytes(plan, stage),
                 "moved_bytes": moved_bytes(plan, stage),
+                "updated_by_cpu_bytes": _updated_by_cpu(plan, stage),
                 "flops": sum(flops[stage].values()) * plan.microbatches,
                 "collectives": _communications(plan, stage),
                 "gathers_per_microbatch": _gathers(plan, stage),
@@ -189,6 +190,13 @@ def _gathers(plan: ExecutionPlan, stage: int) -> float:
     return gathered / whole / plan.microbatches
 
 
+def _updated_by_cpu(plan: ExecutionPlan, stage: int) -> int:
+    """Bytes of what a rank keeps in host memory and the CPU updates there, instead of the device."""
+    part = plan.stages[stage]
+    read = {ref for ins in part.step() if ins.device for ref in ins.inputs if ref in part.homes}
+    return sum(part.storages[ref.name].nbytes for ref in read)
+
+
 def _listed(prefix: str, items: list[str], width: int = 140) -> list[str]:
     """``items`` behind ``prefix``, on as many lines as they need."""
     lines = [prefix]
@@ -303,6 +311,8 @@ def explain(data: dict[str, Any]) -> str:
         away = [f"{human(n)} in {home}" for home, n in rank["offloaded_bytes"].items()]
         away += [f"{human(n)} {way} a step" for way, n in rank["moved_bytes"].items()]
         lines += _listed("           off the device: ", away) if away else []
+        if rank["updated_by_cpu_bytes"]:
+            lines.append(f"           updated by the CPU, in host memory: {human(rank['updated_by_cpu_bytes'])}")
         started = [f"{count} {name.replace('_', '-')}" for name, count in rank["collectives"].items()]
         lines += _listed("           starts per step: ", started or ["no communication"])
         states = ", ".join(f"{what} {human(n)}" for what, n in rank["model_states"].items())

@@ -254,6 +254,7 @@ class GraphParser:
             "stage": lambda: cursor.integer("a stage"),
             "tag": lambda: MemoryTag(cursor.one_of(MemoryTag, "memory tag")),
             "layout": label,
+            "device": label,
             "made_by": label,
         }
         cursor.items(lambda: cursor.attribute(parsers, "attribute", values), "{", "}", "the attributes")

@@ -10,10 +10,10 @@ from torch import fx
 
 from graphshard.communication import MOVES, communicates
 from graphshard.errors import IllegalProgram
-from graphshard.homes import home_of, homes
+from graphshard.homes import home_of, homes, on_host
 from graphshard.plan_options import PLACES
 from graphshard.postconditions import require
-from graphshard.program import Level, Phase, Program, Role, Section, Slot, info, val
+from graphshard.program import HOST, Level, Phase, Program, Role, Section, Slot, info, val
 from graphshard.region import Region
 from graphshard.text_spelling import TypeText, type_of
 
@@ -126,6 +126,8 @@ def _check_region(node: fx.Node, region: Region, level: Level, where: str) -> No
         _check_operator(inner, level, within)
         if (info(inner).phase, info(inner).stage) != (place.phase, place.stage):
             _fail(f"an operation is not of the region's phase {place.phase} and stage {place.stage}", inner, within)
+        if info(inner).device != place.device:
+            _fail(f"an operation is not of the region's device {place.device or 'of the rank'}", inner, within)
     if any(not isinstance(val(output), torch.Tensor) for output in region.outputs):
         _fail("a region returns tensors", node, where)
 
@@ -182,14 +184,20 @@ def _check_waits(section: Section, where: str) -> None:
 
 
 def _check_moves(section: Section, where: str) -> None:
-    """What is offloaded is reloaded from where it is, and nothing else reads it."""
+    """What is offloaded is reloaded from where it is, and nothing else reads it but the CPU, which reads that alone."""
     for node in section.nodes():
+        if info(node).device not in ("", HOST):
+            _fail(f"{info(node).device!r} is no device; there is {HOST}", node, where)
+        for source in node.all_input_nodes if on_host(node) else ():
+            if home_of(source) != "cpu":
+                there = home_of(source) or "the device"
+                _fail(f"an operation in host memory reads %{source.name}, which is on {there}", node, where)
         if node.target in MOVES and node.args[1] not in PLACES:
             _fail(f"{node.args[1]!r} is no place to keep a value; there are {', '.join(PLACES)}", node, where)
     for node in section.graph.nodes:
         home = home_of(node) if node.op != "output" else ""
         for user in node.users:
-            if home and user.op != "output" and user.target is not _RELOAD:
+            if home and user.op != "output" and user.target is not _RELOAD and not (on_host(user) and home == "cpu"):
                 _fail(f"%{user.name} reads %{node.name}, which is offloaded to {home}", node, where)
             if user.target is _RELOAD and home != user.args[1]:
                 there = f"is in {home}" if home else "is not offloaded"

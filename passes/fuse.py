@@ -28,6 +28,8 @@ from graphshard.rows import Extent, Space, common, picks, space, sums_rows
 aten = torch.ops.aten
 gs = torch.ops.graphshard
 
+_Place = tuple[Phase, int | None, str]
+
 
 @dataclass(frozen=True)
 class Fuse:
@@ -92,9 +94,9 @@ def _may_move(section: Section, node: fx.Node) -> bool:
     return not (packed and node.target is aten._to_copy.default)
 
 
-def _place(node: fx.Node) -> tuple[Phase, int | None]:
-    """No region mixes phases or stages."""
-    return info(node).phase, info(node).stage
+def _place(node: fx.Node) -> _Place:
+    """No region mixes phases, stages or devices."""
+    return info(node).phase, info(node).stage, info(node).device
 
 
 def _nbytes(node: fx.Node) -> int:
@@ -107,7 +109,7 @@ class _Grouping:
     def __init__(self, section: Section, most: int) -> None:
         self.section, self.most = section, most
         self.group: dict[fx.Node, Group] = {}
-        self.open: dict[tuple[Phase, int | None], list[Group]] = {}  # groups that may grow, by phase and stage
+        self.open: dict[_Place, list[Group]] = {}  # groups that may grow
 
     def run(self) -> list[Group]:
         for node in self.section.nodes():
@@ -127,7 +129,7 @@ class _Grouping:
         self._close(*self.open)
         return list(dict.fromkeys(self.group.values()))  # in order of their first nodes
 
-    def _close(self, *places: tuple[Phase, int | None]) -> None:
+    def _close(self, *places: _Place) -> None:
         """The groups of these places grow no more. Those that read the same values in full become one."""
         for place in places:
             groups = self.open.pop(place, [])
@@ -150,7 +152,7 @@ class _Grouping:
         sources = self._outside(group.nodes, group)
         return {s for s in sources if isinstance(val(s), torch.Tensor) and group.space.extent(val(s)) is Extent.FULL}
 
-    def _assign(self, node: fx.Node, where: Space, place: tuple[Phase, int | None]) -> None:
+    def _assign(self, node: fx.Node, where: Space, place: _Place) -> None:
         """Join the groups that make what ``node`` reads; with none, begin one."""
         opened = self.open.setdefault(place, [])
         makers = dict.fromkeys(self.group[s] for s in reversed(node.all_input_nodes) if s in self.group)

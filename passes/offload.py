@@ -17,7 +17,8 @@ from torch import fx
 
 from graphshard.communication import MOVES, communication_axis
 from graphshard.dataflow import downstream, is_getitem, is_view
-from graphshard.homes import before_moves
+from graphshard.homes import before_moves, on_host
+from graphshard.host_update import buckets, move_to_host, prices
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, NodeInfo, Phase, Program, Role, Section, Slot, info, val
 from graphshard.rewrite import call, clone, set_outputs
@@ -31,9 +32,10 @@ _PARAMS = frozenset((Role.SHARD, Role.FLAT))
 
 @dataclass(frozen=True)
 class Offload:
-    """``optimizer``, ``params`` and ``activations`` say where: "cpu" or "nvme"; None: on the device, and in host memory
-    for what is tagged. ``optimizer_of`` and ``params_of`` name the buckets that it is about; (): all. Those that
-    ``optimizer_in_file`` and ``params_in_file`` name go to "nvme" whatever the others do."""
+    """``optimizer``, ``params`` and ``activations`` say where: "cpu" or "nvme"; None: on the device, and in host
+    memory for what is tagged. ``optimizer_of`` and ``params_of`` name the buckets that it is about; (): all. Those
+    that ``optimizer_in_file`` and ``params_in_file`` name go to "nvme" whatever the others do. ``update``: where
+    state in host memory is updated, on the "device", by the CPU ("host"), or as is "cheaper" on a GPU."""
 
     optimizer: str | None = None
     params: str | None = None
@@ -42,6 +44,7 @@ class Offload:
     params_of: tuple[str, ...] = ()
     optimizer_in_file: tuple[str, ...] = ()
     params_in_file: tuple[str, ...] = ()
+    update: str = "device"
     name: ClassVar[str] = "offload"
     exact: ClassVar[bool] = True
 
@@ -51,6 +54,10 @@ class Offload:
         for section in program.sections().values():
             _reload_stored(section, self._home)
             _offload_stored(section, self._home)
+        if self.update != "device":
+            found = [(bucket, prices(bucket)) for bucket in buckets(program.epilogue)]
+            chosen = [bucket for bucket, cost in found if self.update == "host" or cost.host < cost.device]
+            move_to_host(program.epilogue, chosen)
         _offload_tagged(program.body, {MemoryTag.OFFLOAD: self.activations or "cpu", MemoryTag.OFFLOAD_TO_FILE: "nvme"})
         for section in (program.prologue, program.body):
             _reload_early(section)
@@ -229,22 +236,31 @@ def _update_bucket_by_bucket(section: Section, finished: Mapping[Slot, int]) -> 
         return
     turn = _turns(section, finished)
     last = 1 + max(turn.values(), default=0)
+    # What the CPU makes comes back behind all updates, so that none waits for it: there is time until the step ends.
+    brought = {n for n in section.nodes() if n.target is gs.reload.default and on_host(n.all_input_nodes[0])}
+    behind = {*brought, *downstream(brought)}
     turns: dict[fx.Node, int] = {}
     results: dict[fx.Node, list[int]] = {}
     for slot, node in section.outputs.items():
         # What is gathered after the update is waited for when the next bucket has been updated.
-        late = before_moves(node).target is c10d.wait_tensor.default
+        late = int(before_moves(node).target is c10d.wait_tensor.default)
+        late += last + 2 if node in behind else 0
         results.setdefault(node, []).append(turn[slot] + late if slot in turn else last)
     for node in reversed(list(section.nodes())):
-        wanted = [turns[user] for user in node.users if user.op != "output"]
+        wanted = [turns[user] - (last + 1 if user in brought else 0) for user in node.users if user.op != "output"]
         turns[node] = min([*wanted, *results.get(node, ())], default=last)
-        if node.target is gs.reload.default or communication_axis(node):
+        sent = node.target is gs.offload.default and any(map(on_host, node.users))
+        if node.target is gs.reload.default or communication_axis(node) or sent:
             turns[node] -= 1  # it is on its way for one turn
         if communication_axis(node) and all(source.op == "placeholder" for source in node.all_input_nodes):
             turns[node] = min(turns[node], -1)
     # What a turn reads has arrived before its first operation, so that the update is one piece.
-    within: dict[Any, int] = {gs.reload.default: 0, c10d.wait_tensor.default: 1, gs.offload.default: 3}
-    for node in sorted(section.nodes(), key=lambda n: (turns[n], within.get(n.target, 2))):
+    within: dict[Any, int] = {gs.reload.default: 0, c10d.wait_tensor.default: 1, gs.offload.default: 4}
+
+    def place(node: fx.Node) -> tuple[int, int]:
+        return turns[node], 5 if node in brought else within.get(node.target, 2 + on_host(node))
+
+    for node in sorted(section.nodes(), key=place):
         section.output_node.prepend(node)
 
 

@@ -131,8 +131,9 @@ def refusals(plan: ExecutionPlan, stage: int) -> dict[str, str]:
     if plan.watched:
         return dict.fromkeys(plan.stages[stage].segments, "debug_nan looks at its values")
     keys = {ref for ref, (slot, _) in read_refs(plan, stage, first=False).items() if slot.role is Role.RNG}
-    runs = (ins for ins in plan.stages[stage].step() if ins.op is Op.RUN)
-    return {ins.name: "it draws random numbers by a key that the host reads" for ins in runs if keys & {*ins.inputs}}
+    runs = [ins for ins in plan.stages[stage].step() if ins.op is Op.RUN]
+    drawing = {ins.name: "it draws random numbers by a key that the host reads" for ins in runs if keys & {*ins.inputs}}
+    return drawing | {ins.name: "the CPU runs it" for ins in runs if ins.device}
 
 
 class _State(Enum):

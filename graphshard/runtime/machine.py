@@ -22,14 +22,14 @@ from graphshard.execution import (
     read_refs,
     result_refs,
 )
-from graphshard.program import Slot
+from graphshard.program import HOST, Slot
 from graphshard.replaced import replaced_at
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import Council
 from graphshard.runtime.cuda_graphs import SegmentGraphs
 from graphshard.runtime.meter import Measured, Meter
 from graphshard.runtime.nonfinite import judge
-from graphshard.runtime.offload import Homes, Offloaded
+from graphshard.runtime.offload import Homes, HostWork, Offloaded
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.watch import Watch
 
@@ -317,7 +317,26 @@ class _Resolver:
             case Op.RELOAD:
                 return self._reload(position, ins)
 
+    def _run_on_host(self, ins: Instruction) -> Action:
+        """Inputs and outputs are where offloaded values are."""
+        segment = self.segments[ins.name]
+        work = HostWork(self.functions[ins.name], self.coordinates, segment.output_types, dict(segment.aliases))
+        compute = self.homes.compute
+        inputs, outputs, last = ([self.place(ref) for ref in refs] for refs in (ins.inputs, ins.outputs, ins.last))
+
+        def run(environment: Environment, handles: Handles) -> None:
+            kept = [value for place in inputs if isinstance(value := environment[place], Offloaded)]
+            old = [value if isinstance(value := environment[place], Offloaded) else None for place in outputs]
+            for place, result in zip(outputs, compute(work, kept, old), strict=True):
+                environment[place] = result
+            for place in last:
+                environment[place] = None
+
+        return run
+
     def _run(self, position: int, ins: Instruction) -> Action:
+        if ins.device == HOST:
+            return self._run_on_host(ins)
         function, coordinates, device = self.functions[ins.name], self.coordinates, self.device
         memory = self._placing.of_run(position, self.segments[ins.name].places)
         if self.graphs is not None:

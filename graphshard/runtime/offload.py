@@ -7,7 +7,8 @@ before it, and its WAIT holds what is computed after it; the host blocks for fil
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from graphshard.errors import OffloadPath
 from graphshard.execution import TensorType, type_of
 from graphshard.offloaded import span
 from graphshard.runtime.nvme import Disk, Region
+from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.streams import Lane, Streams, streams_of
 
 
@@ -47,6 +49,17 @@ class Offloaded:
     home: str
     kind: TensorType
     place: HostBlock | Region
+
+
+@dataclass(frozen=True)
+class HostWork:
+    """A segment that the CPU runs: the types of its results, and by their numbers those of the values that they are
+    written over."""
+
+    function: SegmentFunction
+    coordinates: Mapping[str, int]
+    results: Sequence[TensorType]
+    aliases: Mapping[int, int]
 
 
 class HostMemory:
@@ -96,6 +109,8 @@ class Homes:
         self._streams = streams_of(device) if streams is None else streams
         self._host = HostMemory(self._streams.pins)
         self._disk: Disk | None = None
+        self._worker: ThreadPoolExecutor | None = None  # of what the CPU computes
+        self._computing = weakref.WeakKeyDictionary[HostBlock, Future[None]]()  # the last work on a block
 
     @property
     def disk(self) -> Disk:
@@ -130,6 +145,7 @@ class Homes:
     def offload(self, value: Tensor, home: str, old: Offloaded | None = None) -> tuple[Offloaded, Transfer]:
         """Start moving ``value`` out, into the place of ``old`` if there is one."""
         kept = old if old is not None else self._place(type_of(value), home)
+        self._finish(kept)
         if isinstance(kept.place, Region):
             return kept, self.disk.write(value, kept.place)
         computed = self._streams.record(Lane.COMPUTE)
@@ -139,6 +155,7 @@ class Homes:
     def reload(self, kept: Offloaded) -> tuple[Tensor, Transfer]:
         """Start bringing a value back; it may be read when that is done."""
         kind = kept.kind
+        self._finish(kept)
         if isinstance(kept.place, Region):
             value = self.disk.empty(kind)
             return value, self.disk.read(kept.place, value)
@@ -146,6 +163,51 @@ class Homes:
         computed = self._streams.record(Lane.COMPUTE)
         copied = self._streams.behind(Lane.IN, computed, value, _host_value(kept.place, kind))
         return value, _Copy(self._streams, copied, (value, kept))
+
+    def compute(self, work: HostWork, kept: Sequence[Offloaded], old: Sequence[Offloaded | None]) -> list[Offloaded]:
+        """Have the CPU do ``work`` on values in host memory, one after the other in a thread of its own. Each result is
+        in the place of ``old`` if there is one, else in that of the value it is written over, else in a new one.
+
+        Who touches one of these places from here on waits for that; and what fails, fails there.
+        """
+        before = [self._streams.record(lane) for lane in (Lane.OUT, Lane.IN)]  # until then they are being copied
+        made = []
+        for index, (kind, replaced) in enumerate(zip(work.results, old, strict=True)):
+            source = kept[work.aliases[index]] if index in work.aliases else None
+            over = source if source is not None and source.kind == kind else None
+            made.append(replaced or over or self._place(kind, "cpu"))
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, "graphshard-host")
+        touched = [_block(value) for value in (*kept, *made)]
+        earlier = [found for block in touched if (found := self._computing.get(block)) is not None]
+        done = self._worker.submit(self._compute, work, list(kept), made, before, earlier)
+        self._computing |= dict.fromkeys(touched, done)
+        return made
+
+    def _compute(
+        self,
+        work: HostWork,
+        kept: Sequence[Offloaded],
+        made: Sequence[Offloaded],
+        before: Sequence[Any],
+        earlier: Sequence[Future[None]],
+    ) -> None:
+        for done in earlier:  # it is; what it failed to make is not to be read
+            done.result()
+        for event in before:
+            self._streams.block(event)
+        with torch.no_grad():
+            values = [_host_value(_block(value), value.kind) for value in kept]
+            results = work.function(values, work.coordinates, torch.device("cpu"), _no_memory)
+            for result, there in zip(results, made, strict=True):
+                target = _host_value(_block(there), there.kind)
+                if target.data_ptr() != result.data_ptr():
+                    target.copy_(result)
+
+    def _finish(self, kept: Offloaded) -> None:
+        """Return when the CPU is done with the place of ``kept``."""
+        if isinstance(kept.place, HostBlock) and (done := self._computing.pop(kept.place, None)) is not None:
+            done.result()
 
     def keep(self, value: Tensor, home: str, old: Offloaded | None = None) -> Offloaded:
         """Move ``value`` out and wait for it."""
@@ -160,12 +222,17 @@ class Homes:
         return value
 
     def settle(self) -> None:
-        """Return when all copies have ended, also those that nobody waits for: after a step that failed."""
+        """Return when all copies have ended, and all that the CPU computes, also what nobody waits for: after a step
+        that failed."""
+        wait(list(self._computing.values()))
         for lane in (Lane.OUT, Lane.IN):
             self._streams.block(self._streams.record(lane))
 
     def close(self) -> None:
         """Give the file back."""
+        if self._worker is not None:
+            self._worker.shutdown()
+            self._worker = None
         if self._disk is not None:
             self._disk.close()
             self._disk = None
@@ -173,6 +240,15 @@ class Homes:
     def _place(self, kind: TensorType, home: str) -> Offloaded:
         holder = self.disk if home == "nvme" else self._host
         return Offloaded(home, kind, holder.allocate(span(kind)))
+
+
+def _block(kept: Offloaded) -> HostBlock:
+    assert isinstance(kept.place, HostBlock), "the CPU computes with what is in host memory"
+    return kept.place
+
+
+def _no_memory(place: int) -> Tensor:
+    raise AssertionError(f"the CPU has no memory laid out, and is asked for place {place}")
 
 
 def _host_value(block: HostBlock, kind: TensorType) -> Tensor:
