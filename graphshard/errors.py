@@ -307,8 +307,8 @@ class PlanMismatch(GraphshardError):
     def __init__(self, what: str, by_plan: dict[str, list[int]]) -> None:
         groups = "; ".join(f"ranks {', '.join(map(str, ranks))} have {plan}" for plan, ranks in by_plan.items())
         super().__init__(
-            f"ranks disagree on the {what}: {groups}; "
-            "every rank must be given the same model, plan, options and input shapes"
+            f"ranks disagree on the {what}: {groups}; every rank must be given the same model, plan and options, and "
+            "the ranks of one pipeline the same input shapes"
         )
 
 

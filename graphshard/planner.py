@@ -18,6 +18,7 @@ from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import Schedule
 from graphshard.errors import BudgetTooSmall
 from graphshard.execution import variants
+from graphshard.fingerprints import collectives_of
 from graphshard.first_fit import first_fit
 from graphshard.ladders import Away, Levers, Setting, ladders
 from graphshard.passes.hoist import Hoist
@@ -32,6 +33,9 @@ from graphshard.units import human
 
 Measure = Callable[[Program], list[MemoryUse]]
 """The simulated memory of each stage, of a program that all passes have been through."""
+
+_NEVER = 2**62
+"""The peak of what must not be chosen."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,14 @@ def fit(
     *,
     on_gpu: bool = False,
     settled: bool = False,
+    collectives: int | None = None,
 ) -> list[Pass]:
-    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget. ``settled``: where
-    parameters and optimizer state live is not to be chosen any more.
+    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget.
+
+    Args:
+        settled: where parameters and optimizer state live is not to be chosen any more.
+        collectives: see fingerprints.py; the program must have these. Nothing that is about buckets is chosen then, and
+            ``passes`` come back as they are if that is not enough.
 
     Raises:
         BudgetTooSmall: see :func:`choose`.
@@ -64,12 +73,22 @@ def fit(
     def measure(program: Program) -> list[MemoryUse]:
         lowered = lower(program, schedule, on_gpu=on_gpu)
         uses = [[simulate_memory(lowered, s, first) for first in variants(lowered)] for s in range(program.stages)]
-        return [max(of_stage, key=_peak) for of_stage in uses]
+        found = [max(of_stage, key=_peak) for of_stage in uses]
+        if collectives in (None, collectives_of(lowered)):
+            return found
+        return [replace(use, peak_bytes=_NEVER) for use in found]
 
     levers = levers_of(plan, on_gpu)
-    if settled:
+    if settled or collectives is not None:
         levers = replace(levers, optimizer=(), params=())
-    return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
+    if collectives is not None:
+        levers = replace(levers, reshard=False)
+    try:
+        return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
+    except BudgetTooSmall as error:
+        if error.smallest_bytes < _NEVER:
+            raise
+        return passes
 
 
 def levers_of(plan: Plan, on_gpu: bool) -> Levers:
