@@ -217,7 +217,7 @@ def uneven(budget_gb: str) -> dict[str, Any]:
     the third, with and without a budget."""
     found: dict[str, Any] = {}
     for given in ("zero3+accum2", f"zero3+accum2+memory:budget_gb={budget_gb}"):
-        module, _, loss_fn = gpt(depth=1, width=16, length=128)
+        module, _, loss_fn = gpt(depth=1, width=32, length=128)
         torch.manual_seed(RANK)
         more: dict[str, Any] = {
             "loss_fn": loss_fn,
@@ -228,7 +228,7 @@ def uneven(budget_gb: str) -> dict[str, Any]:
         c = graphshard.compile(module, given, optimizer=functools.partial(torch.optim.SGD, lr=0.1), **more)
         losses = []
         for length in ((32, 128), (128, 32), (64, 32)):
-            ids = torch.randint(32, (4, length[RANK] + 1))
+            ids = torch.randint(32, (2, length[RANK] + 1))
             losses.append(c.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).item())
         builds: list[Any] = list(c._builds.values())
         peaks = [max(build.plan.peak_bytes) for build in builds]
