@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from graphshard.errors import BatchDoesNotSplit
+
+Shapes = tuple[tuple[int, ...] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,26 @@ class MicroBatch:
     def tensors(self) -> dict[str, torch.Tensor]:
         """BATCH slot name to tensor."""
         return {str(i): leaf for i, leaf in enumerate(self.leaves) if isinstance(leaf, torch.Tensor)}
+
+    def shapes(self) -> Shapes:
+        """Of each argument that is a tensor, its shape; None for the others."""
+        return tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in self.leaves)
+
+    def like(self, shapes: Shapes) -> MicroBatch:
+        """One with tensors of other shapes, all zeros; this one where arguments are not tensors in the same places."""
+        mine = self.shapes()
+        if shapes == mine or [s is None for s in shapes] != [s is None for s in mine]:
+            return self
+        leaves = [
+            leaf if shape is None or shape == tuple(leaf.shape) else leaf.new_zeros(shape)
+            for leaf, shape in zip(self.leaves, shapes, strict=True)
+        ]
+        return MicroBatch(tuple(leaves), self.spec)
+
+
+def largest(given: Sequence[Shapes]) -> Shapes:
+    """Those of most elements."""
+    return max(given, key=lambda shapes: (sum(prod(shape) for shape in shapes if shape is not None), str(shapes)))
 
 
 def split_batch(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphshard import dump, fake, plan_directory, report, trace
-from graphshard.batch import MicroBatch, split_batch
+from graphshard.batch import MicroBatch, largest, split_batch
 from graphshard.bisect import Seen, Until, bisect
 from graphshard.built import Built, assemble
 from graphshard.check import require_fits
@@ -32,6 +32,7 @@ from graphshard.errors import (
     UnknownExecutor,
 )
 from graphshard.execution import ExecutionPlan
+from graphshard.fingerprints import collectives_of
 from graphshard.mesh import Mesh
 from graphshard.model_record import describe, unsaved_buffers
 from graphshard.moment import Moment, now
@@ -263,6 +264,7 @@ class Compiled:
     _storage: Storage | None = None
     _steps: int = 0
     _over_peak: str = ""  # what was said of a step that held more than its plan states
+    _widest: MicroBatch | None = None  # what ranks assume together that they train on first; see _agreed
 
     def __post_init__(self) -> None:
         self._params = trace.describe_params(self.model)
@@ -417,7 +419,10 @@ class Compiled:
             logger.warning("graphshard: %s: tracing %s again", self._news(known[-1], key, example), mode)
         first = self._main is None
         moment = now(self.model, self._user_optimizer)
-        make: Callable[[], _Graphs] = partial(self._graphs, mode, example, microbatches, first)
+        if mode == "train" and self._widest is None:
+            self._widest = self._agreed(example)
+        before = self._before(mode)
+        make: Callable[[], _Graphs] = partial(self._graphs, mode, example, microbatches, before)
         found = self._look_up(mode, example, microbatches, spell_options(key[2] or ()))
         plan, output = found.plan, found.output
         if plan is None:
@@ -447,21 +452,55 @@ class Compiled:
             self._main = build
         return build
 
+    def _agreed(self, example: MicroBatch) -> MicroBatch:
+        """The largest of the micro-batches that ranks train on first, for choices that all of them must make alike."""
+        if self.executor != "distributed" or self.plan.budget_per_rank_bytes is None:
+            return example
+        if self._runtime is None:
+            self._runtime = self._make_executor()
+        return example.like(largest(self._runtime.told(example.shapes())))
+
+    def _before(self, mode: Mode) -> _Build | None:
+        """The build whose passes the next one of a mode takes over: the first one of all, of training the first of
+        these if there is one."""
+        builds = [build for key, build in self._builds.items() if key[0] == mode == "train"]
+        build = builds[0] if builds else self._main
+        assert build is None or isinstance(build, _Build)
+        return build
+
     @fake.default_device()
-    def _graphs(self, mode: Mode, example: MicroBatch, microbatches: int, first: bool) -> _Graphs:
-        """Capture, and run the passes; ``first``: nothing else was built before."""
+    def _graphs(self, mode: Mode, example: MicroBatch, microbatches: int, before: _Build | None) -> _Graphs:
+        """Capture, and run the passes; ``before``: see :meth:`_before`; None: nothing else was built."""
         captured = self._capture(mode, *example.arguments(), microbatches)
         source = copied(captured.program) if self.executor == "none" else None
+        first = before is None
         observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
         # Where parameters and state live is settled by the first program: later ones share its storage.
         ctx = Context(self.mesh, None if first else self._compiled().placement)
-        passes = self.passes if first else self._compiled().graphs.passes
+        passes = self.passes if before is None else before.graphs.passes
         if mode == "train":
-            where = {"on_gpu": self._on_gpu(), "settled": not first}
-            passes = fit(captured.program, passes, ctx, self.plan, self._schedule(mode, microbatches), **where)
+            passes = self._fitted(captured.program, example, passes, ctx, before)
             self.passes = passes if first else self.passes
         program = run_passes(captured.program, passes, ctx, observer)
         return _Graphs(program, passes, Output(captured.out_spec, captured.output_leaves), source)
+
+    def _fitted(
+        self, program: Program, example: MicroBatch, passes: list[Pass], ctx: Context, before: _Build | None
+    ) -> list[Pass]:
+        """``passes`` with what a budget leaves open chosen. Ranks may have different shapes, and meet new ones at
+        different steps: what changes collectives is chosen once, for the largest of the first shapes of all."""
+        schedule, on_gpu = self._schedule("train", program.microbatches), self._on_gpu()
+        again = partial(fit, program, ctx=ctx, plan=self.plan, schedule=schedule, on_gpu=on_gpu, settled=True)
+        if before is not None and before.mode == "train":
+            return again(passes, collectives=collectives_of(before.plan))
+        wide, assumed = program, self._widest
+        if assumed is not None and assumed is not example and self.plan.budget_per_rank_bytes is not None:
+            wide = self._capture("train", *assumed.arguments(), program.microbatches).program
+        passes = fit(wide, passes, ctx, self.plan, schedule, on_gpu=on_gpu, settled=before is not None)
+        if wide is program:
+            return passes
+        lowered = lower(run_passes(copied(wide), passes, ctx, check=False), schedule, on_gpu=on_gpu)
+        return again(passes, collectives=collectives_of(lowered))
 
     def _look_up(
         self, mode: Mode, example: MicroBatch, microbatches: int, options: tuple[dict[str, str], ...]
@@ -488,10 +527,13 @@ class Compiled:
             NotHashable: something it depends on is known by nothing but its code.
         """
         args, kwargs = example.arguments()
-        if self._main is None:
-            before: object = of_passes(self.passes)
-        elif not (before := self._compiled().found.key):
-            raise NotHashable("what was compiled first")
+        before: object = of_passes(self.passes)
+        if self._main is not None and (taken := self._before(mode)) is not None:
+            before = [build.found.key for build in (self._compiled(), taken)]
+            if "" in before:
+                raise NotHashable("what was compiled first")
+        if mode == "train" and self._widest is not None:
+            before = before, trace.spell_signature(*self._widest.arguments())
         optimizer = of_optimizer(self._user_optimizer, options, self._names) if mode == "train" else ()
         model = seen(self.model, self.loss_fn, args, kwargs, mode)
         settings = self.plan, self.mesh, microbatches, self.max_grad_norm, self.debug_nan, self._on_gpu()
@@ -750,7 +792,7 @@ class Compiled:
     def _losses(self, batch: Any, steps: int) -> list[float]:
         """What the local executor makes of some steps on one batch, from the model's own values on."""
         args, kwargs = example_arguments(batch)
-        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None}
+        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None, "_widest": None}
         twin = replace(self, executor="local", optimizer=self._user_optimizer, dump_dir=None, _steps=0, **fresh)
         return [twin.step(*args, **kwargs).item() for _ in range(steps)]
 

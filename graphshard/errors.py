@@ -322,8 +322,8 @@ class PlanMismatch(GraphshardError):
     def __init__(self, what: str, by_plan: dict[str, list[int]]) -> None:
         groups = "; ".join(f"ranks {', '.join(map(str, ranks))} have {plan}" for plan, ranks in by_plan.items())
         super().__init__(
-            f"ranks disagree on the {what}: {groups}; "
-            "every rank must be given the same model, plan, options and input shapes"
+            f"ranks disagree on the {what}: {groups}; every rank must be given the same model, plan and options, and "
+            "the ranks of one pipeline the same input shapes"
         )
 
 
@@ -552,7 +552,8 @@ class BudgetTooSmall(GraphshardError):
     def __init__(self, budget_bytes: int, smallest_bytes: int, stage: int, held: str) -> None:
         super().__init__(
             f"a budget of {budget_bytes / 1e9:.9g} GB per rank is too small: the smallest possible is "
-            f"{math.ceil(smallest_bytes / 1e3) / 1e6:.9g} GB, for a rank of stage {stage} that holds {held}; "
+            f"{math.ceil(smallest_bytes / 1e3) / 1e6:.9g} GB by all settings tried, for a rank of stage {stage} that "
+            f"holds {held}; "
             "more ranks, smaller micro-batches, bf16, zero3, offload, or a path for memory may take less"
         )
         self.smallest_bytes = smallest_bytes

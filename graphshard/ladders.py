@@ -121,6 +121,9 @@ class _Stage:
             step = self._step(setting)
             if step.held_bytes < steps[-1].held_bytes:  # else it costs something and holds no less
                 steps.append(step)
+        if self.levers.activations and (setting.level or setting.blocks):
+            # What is computed again is held for a while: the peak may be smaller without.
+            steps.append(self._step(replace(setting, level=0, blocks=0)))
         return steps
 
     def _step(self, setting: Setting) -> Step:

@@ -120,7 +120,7 @@ class Plan:
     def budget_per_rank_bytes(self) -> int | None:
         """What a rank may hold at its peak, by ``memory`` or ``recompute:policy=auto``."""
         asked = self.memory or self.recompute
-        return None if asked is None or asked.budget_gb is None else int(asked.budget_gb * _GB)
+        return None if asked is None or asked.budget_gb is None else round(asked.budget_gb * _GB)
 
     @property
     def stage_starts(self) -> tuple[str, ...]:

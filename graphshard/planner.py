@@ -1,9 +1,9 @@
 """Which of the ways to save memory a plan uses, under a budget per rank: the cheapest whose simulated peak fits.
 
 Every stage has a ladder of settings (ladders.py), the fastest first, and takes the first rung at which the peak that
-simulate.py finds in the whole lowered step, with the micro-batches in flight, fits. What the passes make of a rung is
-known only by running them: rungs are tried between one that does not fit and one that does, all stages at a time, a
-stage's peak being its own affair.
+simulate.py finds in the whole lowered step, with the micro-batches in flight, fits; first_fit.py says which ones are
+tried. What the passes make of a rung is known only by running them: all stages try one at a time, a stage's peak being
+its own affair.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import Schedule
 from graphshard.errors import BudgetTooSmall
 from graphshard.execution import variants
+from graphshard.fingerprints import collectives_of
+from graphshard.first_fit import first_fit
 from graphshard.ladders import Away, Levers, Setting, ladders
 from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
@@ -31,6 +33,9 @@ from graphshard.units import human
 
 Measure = Callable[[Program], list[MemoryUse]]
 """The simulated memory of each stage, of a program that all passes have been through."""
+
+_NEVER = 2**62
+"""The peak of what must not be chosen."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,14 @@ def fit(
     *,
     on_gpu: bool = False,
     settled: bool = False,
+    collectives: int | None = None,
 ) -> list[Pass]:
-    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget. ``settled``: where
-    parameters and optimizer state live is not to be chosen any more.
+    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget.
+
+    Args:
+        settled: where parameters and optimizer state live is not to be chosen any more.
+        collectives: see fingerprints.py; the program must have these. Nothing that is about buckets is chosen then, and
+            ``passes`` come back as they are if that is not enough.
 
     Raises:
         BudgetTooSmall: see :func:`choose`.
@@ -63,12 +73,22 @@ def fit(
     def measure(program: Program) -> list[MemoryUse]:
         lowered = lower(program, schedule, on_gpu=on_gpu)
         uses = [[simulate_memory(lowered, s, first) for first in variants(lowered)] for s in range(program.stages)]
-        return [max(of_stage, key=_peak) for of_stage in uses]
+        found = [max(of_stage, key=_peak) for of_stage in uses]
+        if collectives in (None, collectives_of(lowered)):
+            return found
+        return [replace(use, peak_bytes=_NEVER) for use in found]
 
     levers = levers_of(plan, on_gpu)
-    if settled:
+    if settled or collectives is not None:
         levers = replace(levers, optimizer=(), params=())
-    return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
+    if collectives is not None:
+        levers = replace(levers, reshard=False)
+    try:
+        return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
+    except BudgetTooSmall as error:
+        if error.smallest_bytes < _NEVER:
+            raise
+        return passes
 
 
 def levers_of(plan: Plan, on_gpu: bool) -> Levers:
@@ -124,63 +144,26 @@ class _Search:
         self.ladders = ladders(self.program, sharded, schedule, budget.levers)
 
     def run(self) -> list[Pass]:
-        lowest, highest = [0] * len(self.ladders), [len(ladder) - 1 for ladder in self.ladders]
-        if all(self._fits(lowest)):
-            return self.before + self._with(lowest)
-        if not all(self._fits(highest)):
-            highest = self._smallest()
-            if not all(self._fits(highest)):
-                self._refuse()
-        # A stage that fits on its first rung stays there; of the others, the one below the answer does not fit.
-        highest = [0 if fits else top for fits, top in zip(self._fits(lowest), highest, strict=True)]
-        while any(high - low > 1 for low, high in zip(lowest, highest, strict=True)):
-            tried = [self._guess(s, low, high) for s, (low, high) in enumerate(zip(lowest, highest, strict=True))]
-            for stage, fits in enumerate(self._fits(tried)):
-                (highest if fits else lowest)[stage] = tried[stage]
-        if not all(self._fits(highest)):
-            self._refuse()
-        return self.before + self._with(highest)
+        while (rungs := tuple(map(self._first_fit, range(len(self.ladders))))) not in self.seen:
+            trial = run_passes(copied(self.program), self._with(rungs), self.ctx, check=False)
+            self.seen[rungs] = self.measure(trial)
+        uses = self.seen[rungs]
+        stage = max(range(len(uses)), key=lambda s: uses[s].peak_bytes)
+        if uses[stage].peak_bytes > self.budget.nbytes:
+            self._refuse(stage, rungs[stage], uses[stage])
+        return self.before + self._with(rungs)
 
-    def _guess(self, stage: int, low: int, high: int) -> int:
-        """A rung between one that does not fit and one that does: the first that should fit if the peak changes in
-        proportion to what is held; but never so close to an end that the search would crawl."""
-        if high - low <= 1:
-            return high
-        over, under = (self._known(stage, rung) for rung in (low, high))
-        held = [step.held_bytes for step in self.ladders[stage]]
-        slope, allowed = (over - under) / max(held[low] - held[high], 1), self.budget.nbytes
-        guess = next(r for r in range(low + 1, high + 1) if under + slope * (held[r] - held[high]) <= allowed)
-        margin = max((high - low) // 8, 1)
-        return min(max(guess, low + margin), high - margin)
+    def _first_fit(self, stage: int) -> int:
+        peaks: dict[int, int] = {}  # other stages should make no difference; if they do, the larger one counts
+        for rungs, uses in self.seen.items():
+            peaks[rungs[stage]] = max(peaks.get(rungs[stage], 0), uses[stage].peak_bytes)
+        return first_fit([step.held_bytes for step in self.ladders[stage]], self.budget.nbytes, peaks)
 
-    def _smallest(self) -> list[int]:
-        """The rung of least peak, stage by stage. It need not be the last: what is recomputed is held for a while."""
-        for eighth in range(1, 8):
-            self._fits([(len(ladder) - 1) * eighth // 8 for ladder in self.ladders])
-        best = self._best()
-        for step in (-2, -1, 1, 2):
-            self._fits([min(max(r + step, 0), len(ladder) - 1) for r, ladder in zip(best, self.ladders, strict=True)])
-        return self._best()
-
-    def _best(self) -> list[int]:
-        tried = [{rungs[s]: uses[s].peak_bytes for rungs, uses in self.seen.items()} for s in range(len(self.ladders))]
-        return [min(peaks, key=lambda rung: (peaks[rung], rung)) for peaks in tried]
-
-    def _known(self, stage: int, rung: int) -> int:
-        return next(uses[stage].peak_bytes for rungs, uses in self.seen.items() if rungs[stage] == rung)
-
-    def _refuse(self) -> NoReturn:
-        best = [min((uses[s] for uses in self.seen.values()), key=_peak) for s in range(len(self.ladders))]
-        stage = max(range(len(best)), key=lambda s: best[s].peak_bytes)
-        largest = sorted(best[stage].at_peak.items(), key=lambda item: -item[1])[:3]
+    def _refuse(self, stage: int, rung: int, use: MemoryUse) -> NoReturn:
+        largest = sorted(use.at_peak.items(), key=lambda item: -item[1])[:3]
         held = ", ".join(f"{name} {human(count)}" for name, count in largest)
-        raise BudgetTooSmall(self.budget.nbytes, best[stage].peak_bytes, stage, held)
-
-    def _fits(self, rungs: list[int]) -> list[bool]:
-        key = tuple(rungs)
-        if key not in self.seen:
-            self.seen[key] = self.measure(run_passes(copied(self.program), self._with(rungs), self.ctx, check=False))
-        return [use.peak_bytes <= self.budget.nbytes for use in self.seen[key]]
+        least = max(use.peak_bytes, self.ladders[stage][rung].held_bytes)
+        raise BudgetTooSmall(self.budget.nbytes, least, stage, held)
 
     def _with(self, rungs: Sequence[int]) -> list[Pass]:
         """The passes from memory-policy on, with each stage on its rung."""

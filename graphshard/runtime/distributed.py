@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graphshard.errors import NonFiniteStep, PeerFailed, PlanMismatch, WaitTimeout
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
+from graphshard.fingerprints import collectives_of, transfers_of
 from graphshard.mesh import Mesh, ranks_by
 from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
@@ -24,6 +25,8 @@ from graphshard.runtime.groups import join_world, make_groups
 from graphshard.runtime.machine import Communicator, Handle, Value
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
+
+T = TypeVar("T")
 
 _COMMUNICATION = (Op.GATHER, Op.REDUCE, Op.SEND, Op.RECV)
 _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
@@ -94,10 +97,19 @@ class DistributedExecutor(Executor):
             exchange = "shared memory" if near else "gloo"
         return super().choices() | {"exchange": exchange}
 
+    def told(self, mine: T) -> list[T]:
+        given = [mine] * self.mesh.world_size
+        at = "comparing shapes"
+        try:
+            dist.all_gather_object(given, mine, group=self._groups.control)
+        except RuntimeError as error:
+            raise PeerFailed(self.rank, at, "its peer", _line(error), self._give_up("its peer", at)) from error
+        return given
+
     def load(self, plan: ExecutionPlan) -> Loaded:
         loaded = super().load(plan)
         if id(plan) not in self._fingerprints:
-            self._fingerprints[id(plan)] = fingerprints(plan)
+            self._fingerprints[id(plan)] = collectives_of(plan), transfers_of(plan)
         return loaded
 
     def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
@@ -244,25 +256,6 @@ class _Agreement:
         except RuntimeError:
             return  # a rank is gone before it could tell: the caller reports that
         self.check()
-
-
-def fingerprints(plan: ExecutionPlan) -> tuple[int, int]:
-    """Hashes of what ranks must agree on: all of them on the collectives, those of one pipeline on everything they
-    exchange, shapes of transfers included."""
-    listed = [
-        (f"{stage} {ins}", ins.op)
-        for stage, stage_plan in enumerate(plan.stages)
-        for first in (False, True)
-        for ins in stage_plan.step(first)
-    ]
-    collectives = (line for line, op in listed if op in (Op.GATHER, Op.REDUCE))
-    transfers = (line for line, op in listed if op in (Op.SEND, Op.RECV))
-    return _hash([str(plan.mesh), *collectives]), _hash(transfers)
-
-
-def _hash(lines: Iterable[str]) -> int:
-    digest = hashlib.sha256("\n".join(lines).encode()).digest()
-    return int.from_bytes(digest[:8], "big", signed=True)
 
 
 def _short(value: int) -> str:

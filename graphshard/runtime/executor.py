@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ from graphshard.runtime.watch import Watch
 from graphshard.units import human
 
 logger = logging.getLogger("graphshard")
+
+T = TypeVar("T")
 
 Batches = Mapping[int, Sequence[Sequence[Tensor]]]
 """Per data-parallel rank, per micro-batch: the tensors of the batch in flattening order."""
@@ -120,6 +123,10 @@ class Executor(ABC):
         loaded = self._loaded.get(id(plan))
         machines = [] if loaded is None else loaded.machines.values()
         return uncaptured(machine.graphs for machine in machines if machine.graphs is not None)
+
+    def told(self, mine: T) -> list[T]:
+        """What each process has of something; collective: all processes call it. In one process, that one's alone."""
+        return [mine]
 
     def load(self, plan: ExecutionPlan) -> Loaded:
         """Prove and prepare ``plan``; a plan loaded before is not prepared again.

@@ -96,3 +96,19 @@ def test_a_disk_that_fails_on_one_rank_ends_all_and_is_named() -> None:
     peer, failed = launch("train_rank.py", 2, "short_read", plan)
     assert failed["error"] == "OffloadFailed" and "short read at byte" in failed["message"]
     assert peer["error"] == "PeerFailed" and "short read at byte" in peer["message"], peer
+
+
+def test_a_budget_is_kept_by_ranks_with_sequences_of_different_lengths() -> None:
+    """What changes collectives is chosen once for all ranks; what is computed again follows each rank's shapes."""
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for lengths, result in zip(
+        ((32, 128, 64), (128, 32)), launch("train_rank.py", 2, "uneven", "0.000465"), strict=True
+    ):
+        assert "error" not in result, result
+        assert result["losses"] == pytest.approx(result["free"], rel=1e-5)
+        assert result["far"] < 1e-5
+        for length, peak, repeated in zip(lengths, result["peaks"], result["repeated"], strict=True):
+            assert peak <= 465_000
+            by_length.setdefault(length, []).append((peak, repeated))
+    assert all(len(set(found)) == 1 for found in by_length.values()), "whoever has it, and in whichever step"
+    assert {length: found[0][1] > 0 for length, found in by_length.items()} == {32: False, 64: False, 128: True}

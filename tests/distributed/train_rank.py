@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import graphshard
 from distributed.processes import report
 from graphshard.errors import GraphshardError
+from graphshard.program import info
 from graphshard.runtime.nvme import ALIGN
+from models.zoo import gpt
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 ROWS = 16
@@ -210,6 +212,37 @@ def against_resident(plan: str) -> dict[str, Any]:
     return {"same": found[0] == found[1], "losses": found[0][0]}
 
 
+def uneven(budget_gb: str) -> dict[str, Any]:
+    """Sequences of another length on each rank, the other way round in the second step, a new one on rank 0 alone in
+    the third, with and without a budget."""
+    found: dict[str, Any] = {}
+    for given in ("zero3+accum2", f"zero3+accum2+memory:budget_gb={budget_gb}"):
+        module, _, loss_fn = gpt(depth=1, width=32, length=128)
+        torch.manual_seed(RANK)
+        more: dict[str, Any] = {
+            "loss_fn": loss_fn,
+            "executor": "distributed",
+            "world_size": WORLD_SIZE,
+            "timeout_s": 60.0,
+        }
+        c = graphshard.compile(module, given, optimizer=functools.partial(torch.optim.SGD, lr=0.1), **more)
+        losses = []
+        for length in ((32, 128), (128, 32), (64, 32)):
+            ids = torch.randint(32, (2, length[RANK] + 1))
+            losses.append(c.step(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).item())
+        builds: list[Any] = list(c._builds.values())
+        peaks = [max(build.plan.peak_bytes) for build in builds]
+        nodes = [list(build.graphs.program.body.nodes()) for build in builds]
+        repeated = [sum(info(node).made_by == "recompute" for node in body) for body in nodes]
+        found[given] = {"losses": losses, "state": listed(c.state_dict()), "peaks": peaks, "repeated": repeated}
+    free, kept = found.values()
+    far = max(
+        abs(torch.tensor(free["state"][name]) - torch.tensor(kept["state"][name])).max().item()
+        for name in kept["state"]
+    )
+    return {"free": free["losses"], "far": far, **{key: kept[key] for key in ("losses", "peaks", "repeated")}}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     scenario, *arguments = sys.argv[1:]
@@ -222,6 +255,7 @@ def main() -> None:
         "short_read": short_read,
         "killed_writing": killed_writing,
         "against_resident": against_resident,
+        "uneven": uneven,
     }
     report(lambda given: scenarios[scenario](*given), arguments)
 

@@ -97,6 +97,10 @@ def test_what_a_stage_has_to_do_depends_on_what_it_holds() -> None:
 def test_an_impossible_budget_is_refused_with_the_smallest_and_what_it_holds() -> None:
     with pytest.raises(BudgetTooSmall) as caught:
         compiled("zero3+accum2+memory:budget_gb=0.00001")
+    least = caught.value.smallest_bytes
+    with pytest.raises(BudgetTooSmall) as below:
+        compiled(f"zero3+accum2+memory:budget_gb={(least - 1) / 1e9!r}")
+    assert below.value.smallest_bytes == least
     message = str(caught.value)
     assert message.startswith("a budget of 1e-05 GB per rank is too small: the smallest possible is 0.00")
     assert "for a rank of stage 0 that holds " in message and "optimizer state" in message and "\n" not in message
@@ -140,7 +144,7 @@ def test_a_call_before_the_first_step_does_not_lift_the_budget() -> None:
 def test_the_smallest_budget_is_no_more_than_offloading_everything_takes(plan: str, tmp_path: Path) -> None:
     everything = f"{plan}+offload:optimizer=nvme,params=nvme,activations=nvme,path={tmp_path}"
     most = max(peaks(compiled(everything, depth=3)))
-    compiled(f"{plan}+memory:budget_gb={1.02 * most / 1e9!r},path={tmp_path}", depth=3)
+    compiled(f"{plan}+memory:budget_gb={most / 1e9!r},path={tmp_path}", depth=3)
 
 
 @pytest.mark.parametrize("options", ["policy=auto", "policy=ful", "policy=custom", "policy=cut"])
@@ -198,7 +202,7 @@ def test_what_host_memory_has_no_room_for_goes_to_files() -> None:
     def last(host_gb: float) -> tuple[list[str], list[str], dict[str, int]]:
         plan = Plan.parse(f"zero3+memory:budget_gb=1,host_gb={host_gb!r},path=/x")
         (ladder,) = ladders(before, sharded, schedule, levers_of(plan, on_gpu=True))
-        held = [step.held_bytes for step in ladder]
+        held = [step.held_bytes for step in ladder[:-1]]  # the last one computes nothing again
         assert held == sorted(set(held), reverse=True), "every rung holds less than the one before"
         setting = ladder[-1].setting
         passes = [planner.with_settings(item, [setting], levers_of(plan, on_gpu=True)) for item in made.passes[at:]]

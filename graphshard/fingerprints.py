@@ -1,0 +1,33 @@
+"""What ranks must agree on before they run a step, as numbers to compare."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from graphshard.execution import ExecutionPlan, Op
+
+
+def collectives_of(plan: ExecutionPlan) -> int:
+    """A hash of what all ranks must agree on: the mesh, and the collectives of each stage in their order."""
+    return _hash([str(plan.mesh), *_listed(plan, (Op.GATHER, Op.REDUCE))])
+
+
+def transfers_of(plan: ExecutionPlan) -> int:
+    """A hash of what the ranks of one pipeline must agree on: what they exchange, shapes included."""
+    return _hash(_listed(plan, (Op.SEND, Op.RECV)))
+
+
+def _listed(plan: ExecutionPlan, ops: tuple[Op, ...]) -> list[str]:
+    return [
+        f"{stage} {ins}"
+        for stage, stage_plan in enumerate(plan.stages)
+        for first in (False, True)
+        for ins in stage_plan.step(first)
+        if ins.op in ops
+    ]
+
+
+def _hash(lines: Iterable[str]) -> int:
+    digest = hashlib.sha256("\n".join(lines).encode()).digest()
+    return int.from_bytes(digest[:8], "big", signed=True)
