@@ -4,6 +4,10 @@
 torch.amp), with the losses that its list for the CPU has besides. Added are means, which round as sums do, and batch
 norm, whose statistics are float32 buffers. Any other operator computes in what it is given; where it does not promote
 by itself, in the widest of it.
+
+Losses that capture knows only as the operators they are made of are not in the lists, though they are in torch's: their
+means and norms are in float32, and so is what reads a float32 target (l1_loss, kl_div, poisson_nll_loss); differences
+and products before those are as narrow as what the model gives (margin and embedding losses, triplet_margin_loss).
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from torch import fx
 
 LOWER = frozenset([
     "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "linear", "matmul",
-    "chain_matmul", "prelu", "convolution", "_convolution", "convolution_overrideable", "conv1d", "conv2d",
+    "chain_matmul", "_prelu_kernel", "convolution", "_convolution", "convolution_overrideable", "conv1d", "conv2d",
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc", "attention",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
@@ -23,23 +27,24 @@ LOWER = frozenset([
 FLOAT32 = frozenset([
     "acos", "asin", "cosh", "sinh", "tan", "erfinv", "exp", "expm1", "log", "log10", "log1p", "log2", "pow",
     "reciprocal", "rsqrt", "softplus", "sum", "mean", "var", "std", "var_mean", "std_mean", "prod", "cumsum",
-    "cumprod", "logsumexp", "logcumsumexp", "trace", "quantile", "nanquantile", "norm", "linalg_vector_norm",
-    "linalg_matrix_norm", "dist", "cdist", "_cdist_forward", "_pdist_forward", "renorm", "native_layer_norm",
-    "native_group_norm", "_fused_rms_norm", "rms_norm", "native_batch_norm", "_native_batch_norm_legit",
+    "cumprod", "logsumexp", "logcumsumexp", "trace", "norm", "linalg_vector_norm", "linalg_matrix_norm", "dist",
+    "cdist", "_cdist_forward", "_pdist_forward", "renorm", "native_layer_norm", "native_group_norm",
+    "_fused_rms_norm", "rms_norm", "native_batch_norm", "_native_batch_norm_legit",
     "_native_batch_norm_legit_functional", "_native_batch_norm_legit_no_training", "cudnn_batch_norm",
-    "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "mse_loss", "l1_loss",
-    "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div",
-    "nll_loss_forward", "nll_loss2d_forward", "soft_margin_loss", "multi_margin_loss",
-    "multilabel_margin_loss_forward", "_ctc_loss", "cosine_embedding_loss", "hinge_embedding_loss",
-    "margin_ranking_loss", "poisson_nll_loss", "triplet_margin_loss", "upsample_nearest1d",
-    "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d",
-    "upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "grid_sampler_2d", "grid_sampler_3d", "avg_pool3d", "polar", "view_as_complex",
+    "_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "mse_loss", "smooth_l1_loss",
+    "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits", "nll_loss_forward",
+    "nll_loss2d_forward", "soft_margin_loss", "_ctc_loss", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d",
+    "grid_sampler_3d", "avg_pool3d", "polar", "view_as_complex",
 ])  # fmt: skip
 """Norms, softmax, losses, sums and what grows fast: inputs are cast to float32."""
 
 BACKWARD_FLOAT32 = frozenset(["embedding_dense_backward"])
 """Operators of the backward in float32 whatever they differentiate: a frequent token's gradient is a long sum."""
+
+_ONE_DTYPE = ("lerp", "heaviside")
+"""Pointwise operators that refuse floats of several precisions all the same."""
 
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """The lower precisions, as plan strings name them."""
@@ -65,7 +70,7 @@ def promotes(node: fx.Node) -> bool:
     """Whether the operator takes floats of several precisions and computes in the widest."""
     target = node.target
     return isinstance(target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in target.tags or _name(node) in ("cat", "stack")
+        (torch.Tag.pointwise in target.tags and _name(node) not in _ONE_DTYPE) or _name(node) in ("cat", "stack")
     )
 
 

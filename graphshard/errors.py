@@ -535,7 +535,8 @@ class UnknownStageModule(GraphshardError):
 
 
 class NothingMatches(GraphshardError):
-    """``recompute:policy=custom`` with patterns that name nothing of which the backward needs anything."""
+    """``recompute:policy=custom`` with patterns, those given here, that name nothing of which the backward needs
+    anything."""
 
     def __init__(self, modules: Sequence[str], ops: Sequence[str]) -> None:
         given = {"modules": modules, "ops": ops}

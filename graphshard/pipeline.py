@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from graphshard.autocast import HALVES
 from graphshard.errors import GraphshardError, PassFailed, PassOptionError, UnknownPass
 from graphshard.mesh import Mesh
 from graphshard.program import Bucket, PassRecord, Phase, Program, Role, info
@@ -153,6 +154,9 @@ COMMUNICATION = tuple(what for what in _COUNTED.values() if what != "views of bu
 def _census(program: Program) -> Counter[str]:
     """How many there are of what passes are about, all graphs."""
     result: Counter[str] = Counter(buckets=len(program.buckets))
+    for param in program.params.values():
+        if param.dtype in HALVES.values():
+            result[f"parameters in {str(param.dtype).removeprefix('torch.')}"] += 1
     for section in program.sections().values():
         for node in section.nodes():
             result["nodes"] += 1

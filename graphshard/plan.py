@@ -35,6 +35,7 @@ SCHEDULES = ("1f1b", "gpipe", "zb-h1")
 """Pipeline schedules by name, the default first."""
 
 _GB = 10**9
+_ONCE = "zero1 gathers and reduces once a step anyway"
 _NOT_YET = ("tp",)
 _OPTIONS = {  # of tokens with options from a fixed set
     "dp": (),
@@ -90,6 +91,8 @@ class Plan:
         for name in ("shard", "budget_gb"):
             if not self.zero_stage and getattr(self, name) is not None:
                 raise PlanFieldError(name, getattr(self, name), "None, since zero_stage is 0")
+        if self.zero_stage == 1 and self.budget_gb is not None:
+            raise PlanFieldError("budget_gb", self.budget_gb, f"None, since {_ONCE}")
         if self.schedule not in SCHEDULES:
             raise PlanFieldError("schedule", self.schedule, " or ".join(map(repr, SCHEDULES)))
         if not all(_PATH.fullmatch(path) for path in self.stages):
@@ -344,6 +347,8 @@ class _Parser:
                 budget = math.nan
             if not (math.isfinite(budget) and budget >= 0):
                 self.fail(value_at, f"budget_gb is a number of at least 0, not {value!r}")
+            if self.fields["zero_stage"] == 1:
+                self.fail(at, f"{_ONCE}, so that budget_gb would do nothing; it is for zero2 and zero3")
             self.fields[key] = budget
         elif key == "schedule":
             if value not in SCHEDULES:

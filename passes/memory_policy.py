@@ -77,9 +77,30 @@ class MemoryPolicy:
                 if block < end and nbytes(val(node)) >= _OFFLOADED_BYTES:
                     set_info(node, tag=MemoryTag.OFFLOAD if block < first else MemoryTag.OFFLOAD_TO_FILE)
         trained = any(info(node).phase is not Phase.FORWARD for node in program.body.nodes())
-        if self.policy == "custom" and trained and not repeats:
-            raise NothingMatches(self.modules, self.ops)
+        if self.policy == "custom" and trained:
+            modules, ops = self._idle([node for stage in stages for node in forward_of(program, stage)])
+            if modules or ops or not repeats:
+                raise NothingMatches(modules or (() if ops else self.modules), ops or (() if modules else self.ops))
         return program
+
+    def _idle(self, forward: list[fx.Node]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The patterns of modules, and of operators, that no operation has; else those that none has which one of the
+        others matches, too."""
+        paths = {(info(node).module, _operator(node)) for node in forward if can_repeat(node)}
+        for alone in (True, False):
+            modules = tuple(
+                p
+                for p in self.modules
+                if not any(_inside(path, p) and (alone or self._has_op(op)) for path, op in paths)
+            )
+            ops = tuple(
+                p
+                for p in self.ops
+                if not any(fnmatchcase(op, p) and (alone or self._has_path(path)) for path, op in paths)
+            )
+            if modules or ops:
+                break
+        return modules, ops
 
     def _again(self, program: Program, stage: int | None, position: int) -> Iterable[fx.Node]:
         """What the backward of a stage computes again."""
@@ -109,11 +130,23 @@ class MemoryPolicy:
         return end, end
 
     def _named(self, node: fx.Node) -> bool:
-        target = (node.all_input_nodes[0] if is_getitem(node) else node).target
-        assert isinstance(target, torch._ops.OpOverload)
-        path, op = info(node).module, target._schema.name.rpartition("::")[2]
-        inside = not self.modules or any(fnmatchcase(path, p) or fnmatchcase(path, f"{p}.*") for p in self.modules)
-        return inside and (not self.ops or any(fnmatchcase(op, pattern) for pattern in self.ops))
+        return self._has_path(info(node).module) and self._has_op(_operator(node))
+
+    def _has_path(self, path: str) -> bool:
+        return not self.modules or any(_inside(path, pattern) for pattern in self.modules)
+
+    def _has_op(self, op: str) -> bool:
+        return not self.ops or any(fnmatchcase(op, pattern) for pattern in self.ops)
+
+
+def _inside(path: str, pattern: str) -> bool:
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+
+
+def _operator(node: fx.Node) -> str:
+    target = (node.all_input_nodes[0] if is_getitem(node) else node).target
+    assert isinstance(target, torch._ops.OpOverload)
+    return target._schema.name.rpartition("::")[2]
 
 
 def _of_stage(given: tuple[int, ...], position: int) -> int:

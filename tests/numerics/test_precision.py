@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -16,6 +18,7 @@ from graphshard.errors import NothingToLower
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context
 from graphshard.program import Program
+from graphshard.region import operations_of
 from numerics.cases import maker, sgd
 from numerics.mixed import both
 from numerics.reference import rolled
@@ -62,6 +65,61 @@ def test_gradients_reduced_in_the_lower_precision(plan: str, precision: str) -> 
 @pytest.mark.parametrize("name", ["convnet", "llama", "bert"])
 def test_models_follow_autocast(name: str, precision: str) -> None:
     follow(name, "zero3+pp2:microbatches=2", precision, optimizer=sgd)
+
+
+def signs() -> Tensor:
+    return torch.tensor([1.0, -1.0, 1.0, -1.0])
+
+
+COMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "hinge": lambda y: F.hinge_embedding_loss(y, signs()[:, None].expand(4, 8)),
+    "cosine": lambda y: F.cosine_embedding_loss(y[:, :4], y[:, 4:], signs()),
+    "ranking": lambda y: F.margin_ranking_loss(y[:, 0], y[:, 1], signs()),
+    "poisson": lambda y: F.poisson_nll_loss(y, torch.ones(4, 8)),
+    "triplet": lambda y: F.triplet_margin_loss(y, y.flip(0), y.flip(1)),
+    "margin": lambda y: F.multi_margin_loss(y.float(), torch.arange(4)),
+    "l1": lambda y: F.l1_loss(y, torch.ones(4, 8)),
+    "kl": lambda y: F.kl_div(y.log_softmax(-1), torch.full((4, 8), 0.125), reduction="batchmean"),
+    "quantile": lambda y: y.float().quantile(0.3, dim=1).sum(),
+    "prelu": lambda y: F.prelu(F.layer_norm(y, (8,)), torch.full((1,), 0.2)).sum(),
+}
+
+
+class Ending(nn.Module):
+    """A layer, and what makes a loss of its result."""
+
+    def __init__(self, loss: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.loss = nn.Linear(8, 8), loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.loss(self.layer(x))
+
+
+@pytest.mark.parametrize("loss", COMPOSED)
+def test_losses_made_of_other_operators_follow_autocast(loss: str) -> None:
+    torch.manual_seed(0)
+    model, x = Ending(COMPOSED[loss]), torch.randn(4, 8)
+    ours, before = copy.deepcopy(model), model.layer.weight.detach().clone()
+    compiled, optimizer = graphshard.compile(ours, "dp1+bf16", optimizer=sgd(ours)), sgd(model)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        theirs = model(x)
+    theirs.float().backward()
+    optimizer.step()
+    assert compiled.step(x).item() == pytest.approx(theirs.item(), rel=2e-2, abs=1e-2)
+    moved, wanted = compiled.state_dict()["layer.weight"] - before, model.layer.weight.detach() - before
+    assert F.cosine_similarity(moved.flatten(), wanted.flatten(), dim=0) > 0.99
+    assert moved.norm().item() == pytest.approx(wanted.norm().item(), rel=5e-2)
+
+
+def test_a_product_and_what_it_is_given_by_a_norm() -> None:
+    """prelu computes in the lower precision, as in torch's list, though a norm gives it float32."""
+    model = Ending(COMPOSED["prelu"])
+    program = graphshard.compile(
+        model, "dp1+bf16", optimizer=sgd(model), example_inputs=(torch.randn(4, 8),), executor="none"
+    ).program
+    (found,) = [n for n in operations_of(program.body) if n.target is torch.ops.aten._prelu_kernel.default]
+    assert found.meta["val"].dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("plan", ["dp2+bf16", "zero3+pp2+fp16"])

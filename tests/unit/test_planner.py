@@ -114,6 +114,21 @@ def test_patterns_that_match_nothing_are_refused() -> None:
     assert str(caught.value).startswith("recompute: modules=layers.* and ops=relu matches nothing that is kept for ")
 
 
+@pytest.mark.parametrize(
+    ("patterns", "named"),
+    [
+        ("ops=gelu/reluu", "ops=reluu"),
+        ("modules=h.*/nosuch,ops=gelu", "modules=nosuch"),
+        ("modules=h.*/nosuch,ops=gelu/reluu", "modules=nosuch and ops=reluu"),
+        ("modules=h.0/tokens,ops=gelu", "modules=tokens"),  # a module of the model, without that operator
+    ],
+)
+def test_each_pattern_that_matches_nothing_is_named(patterns: str, named: str) -> None:
+    with pytest.raises(NothingMatches) as caught:
+        compiled(f"accum2+recompute:policy=custom,{patterns}")
+    assert str(caught.value).startswith(f"recompute: {named} matches nothing that is kept for ")
+
+
 def test_an_operator_by_name_is_computed_again_through_the_views_of_its_result() -> None:
     assert max(peaks(compiled("accum2+recompute:policy=custom,ops=gelu"))) < 0.9 * max(peaks(compiled("accum2")))
 

@@ -156,6 +156,31 @@ def test_the_page_says_what_each_pass_did() -> None:
     assert max(map(len, page.splitlines())) < 200
 
 
+def test_the_page_says_how_many_parameters_a_lower_precision_takes() -> None:
+    """Those that are none of its business are not among them."""
+
+    class Mixed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).double()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            result: torch.Tensor = self.second(self.first(x).double())
+            return result
+
+    for model, count in ((Mixed(), 2), (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)), 4)):
+        page = graphshard.compile(
+            model,
+            "zero3:size=2+bf16",
+            loss_fn=lambda y: y.sum(),
+            optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+            example_inputs=(torch.randn(4, 4),),
+        ).explain()
+        line = next(line for line in page.splitlines() if line.startswith("  precision "))
+        assert f"+{count} parameters in bfloat16" in line
+        assert page.count("parameters in bfloat16") == 1
+
+
 def test_what_regions_became_is_listed() -> None:
     made = compiled("gpt", "zero3+pp2", rows=16)[0]
     kernels = made.report()["kernels"]
