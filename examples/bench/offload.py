@@ -3,6 +3,8 @@ state and parameters in a file, against the disk's own bandwidth.
 
     python examples/bench/offload.py --path /scratch
 
+The folder must be on a disk that is accessed around the page cache (O_DIRECT): else both sides of the comparison would
+be of memory, and the benchmark says so and exits with 1. ``--file-gb`` sets how much is kept in the files of all ranks.
 Memory is the ranks' peak resident size after the first step, which makes the state; on a GPU, where there is one rank,
 what torch allocated there. The step should take no longer than
 the larger of computing and moving, with a quarter to spare.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +35,7 @@ from graphshard.runtime.memory import peak_device_bytes
 from graphshard.runtime.nvme import Disk
 
 ROWS = {"resident": "zero3", "NVMe": "zero3+offload:optimizer=nvme,params=nvme,path={path}"}
+_STATE_BYTES = 12  # of a parameter in the file: itself and AdamW's two averages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.row:
         _rank(options)
         return 0
-    written, read = disk_bytes_per_second(options.path, options.probe_mb * 10**6)
-    print(f"disk at {options.path}: writes {written / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s")
+    if options.file_gb:
+        options.layers = max(1, round(options.file_gb * 1e9 / (_STATE_BYTES * options.width**2)))
+    disk = Disk(options.path, torch.device("cpu"))
+    print(f"disk: {disk.describe()}", end="", flush=True)
+    if not disk.direct:
+        print("; the page cache would be measured instead: give a --path on a file system that has O_DIRECT")
+        return 1
+    written, read = disk_bytes_per_second(disk, options.probe_mb * 10**6)
+    print(f", writes {written / 1e6:.0f} MB/s, reads {read / 1e6:.0f} MB/s")
     rows = {row: _run(row, options) for row in ROWS}
     for row, found in rows.items():
         peak = "  ".join(f"{size / 1e6:.0f}" for size in found["peak_bytes"])
@@ -52,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = rows["NVMe"]["offloaded_bytes"]["nvme"]
     before, after = (sum(rows[row]["peak_bytes"]) / ranks for row in ROWS)
     print(f"a rank keeps {out / 1e6:.0f} MB in the file and moves {sum(moved.values()) / 1e6:.0f} MB a step")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    print(
+        f"the files of {ranks} ranks hold {ranks * out / 1e9:.2f} GB, {ranks * out / memory:.1%} of the machine's "
+        f"memory of {memory / 1e9:.2f} GB"
+    )
     print(f"memory falls by {(before - after) / out:.0%} of what was moved out (wanted: 80%)")
     print(f"the step takes {rows['NVMe']['seconds']:.3f} s (wanted: at most {limit:.3f} s)")
     same = rows["NVMe"]["losses"] == rows["resident"]["losses"]
@@ -64,9 +80,8 @@ def _ranks(options: argparse.Namespace) -> int:
     return 1 if torch.device(options.device).type == "cuda" else 2
 
 
-def disk_bytes_per_second(path: str, nbytes: int) -> tuple[float, float]:
-    """Written and read, as much as the disk gives with several requests at a time, around the page cache."""
-    disk = Disk(path, torch.device("cpu"))
+def disk_bytes_per_second(disk: Disk, nbytes: int) -> tuple[float, float]:
+    """Written and read, as much as the disk gives with several requests at a time. Closes it."""
     value, region = torch.ones(nbytes, dtype=torch.uint8), disk.allocate(nbytes)
     disk.write(value, region).wait()  # the file system gives out its blocks
     begin = time.perf_counter()
@@ -142,6 +157,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--path", default=tempfile.gettempdir(), help="folder on the disk")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--file-gb", type=float, help="how much is in the files of all ranks, instead of --layers")
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=1024, help="rows of a rank")
     parser.add_argument("--steps", type=int, default=3)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import itertools
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import offload
+from graphshard.runtime import nvme
 from model import Sizes, batch_of, cut_points, make_part
 from rows import GROUPS, ROWS, rows_of
 from run import Limits, compare, fastest_probes, summarize
@@ -118,3 +122,20 @@ def test_a_second_start_is_measured_against_torch_compiles_first() -> None:
     assert [row["reach"] for row in rows] == [None, None, 1.0, pytest.approx(1 / 3)]
     assert [row["ratio"] for row in rows] == pytest.approx([1.0, 9 / 21, 7 / 21, 2.05 / 21])
     assert rows[3]["own_ratio"] == pytest.approx(2.05 / 7)
+
+
+def test_a_disk_that_is_not_accessed_directly_is_not_compared_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both sides would be of the page cache."""
+
+    def buffered(path: str, flags: int, unnamed: Any = nvme._unnamed) -> int:
+        if flags:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        made: int = unnamed(path, flags)
+        return made
+
+    monkeypatch.setattr(nvme, "_unnamed", buffered)
+    assert offload.main(["--path", str(tmp_path)]) == 1
+    told = capsys.readouterr().out
+    assert told.startswith(f"disk: buffered in {tmp_path}; the page cache would be measured instead")
