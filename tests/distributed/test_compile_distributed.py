@@ -101,7 +101,9 @@ def test_a_disk_that_fails_on_one_rank_ends_all_and_is_named() -> None:
 def test_a_budget_is_kept_by_ranks_with_sequences_of_different_lengths() -> None:
     """What changes collectives is chosen once for all ranks; what is computed again follows each rank's shapes."""
     by_length: dict[int, list[tuple[int, int]]] = {}
-    for lengths, result in zip(((32, 128, 64), (128, 32)), launch("train_rank.py", 2, "uneven", "0.000465"), strict=True):
+    for lengths, result in zip(
+        ((32, 128, 64), (128, 32)), launch("train_rank.py", 2, "uneven", "0.000465"), strict=True
+    ):
         assert "error" not in result, result
         assert result["losses"] == pytest.approx(result["free"], rel=1e-5)
         assert result["far"] < 1e-5
