@@ -13,6 +13,7 @@ import graphshard
 from numerics.cases import maker
 
 POLICIES = ("policy=full", "policy=selective", "policy=custom,ops=gelu/native_layer_norm/dropout_mask")
+BUDGETS = ("recompute:policy=auto,", "memory:")
 
 
 def train(
@@ -45,6 +46,18 @@ def test_training_is_the_same_to_the_bit(name: str, plan: str, sizes: dict[str, 
         assert repeated, f"{policy} recomputes nothing"
         assert torch.equal(torch.stack(again), torch.stack(losses)), policy
         assert all(torch.equal(other[key], value) for key, value in weights.items()), policy
+
+
+@pytest.mark.parametrize("token", BUDGETS)
+def test_training_under_a_budget_is_the_same_to_the_bit(token: str) -> None:
+    sizes: dict[str, object] = {"dropout": 0.2, "depth": 2, "length": 32}
+    losses, weights, free = train("gpt", "accum2", sizes)
+    budget = 0.75 * max(free.execution_plan.peak_bytes)
+    again, other, compiled = train("gpt", f"accum2+{token}budget_gb={budget / 1e9!r}", sizes)
+    assert max(compiled.execution_plan.peak_bytes) <= budget
+    assert any(node.meta["info"].made_by == "recompute" for node in compiled.program.body.nodes())
+    assert torch.equal(torch.stack(again), torch.stack(losses))
+    assert all(torch.equal(other[key], value) for key, value in weights.items())
 
 
 def test_evaluation_is_that_of_the_model_without_recomputation() -> None:
