@@ -17,6 +17,7 @@ from torch import fx
 
 from graphshard.communication import MOVES, communication_axis
 from graphshard.dataflow import downstream, is_getitem, is_view
+from graphshard.errors import PassOptionError
 from graphshard.homes import before_moves, on_host
 from graphshard.host_update import buckets, move_to_host, prices
 from graphshard.pipeline import Context
@@ -47,6 +48,13 @@ class Offload:
     update: str = "device"
     name: ClassVar[str] = "offload"
     exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for option in ("optimizer", "params", "activations"):
+            if getattr(self, option) not in (None, "cpu", "nvme"):
+                raise PassOptionError(self.name, f"{option}={getattr(self, option)}", "cpu or nvme")
+        if self.update not in ("device", "host", "cheaper"):
+            raise PassOptionError(self.name, f"update={self.update}", "device, host or cheaper")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is not Level.SHARDED:
