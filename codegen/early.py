@@ -214,7 +214,8 @@ def _of_all_gradients(body: Part, epilogue: Part, storages: Mapping[str, Storage
         sources |= dict.fromkeys(_roots(ins.outputs, storages), needs[-1])
     updates = (need for ins, need in zip(epilogue, needs, strict=True) if ins.op is Op.OFFLOAD)
     gradients = frozenset[Ref]().union(*updates)
-    return {index for index, need in enumerate(needs) if len(gradients) > 1 and need >= gradients}
+    computing = [index for index, ins in enumerate(epilogue) if ins.op is not Op.BIND]  # which names what there is
+    return {index for index in computing if len(gradients) > 1 and needs[index] >= gradients}
 
 
 def _of_late_buckets(epilogue: Part, places: list[int], stays: int) -> set[int]:

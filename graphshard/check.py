@@ -126,7 +126,7 @@ def _first_run(program: Program, inputs: Inputs | None) -> tuple[Inputs, Results
 
 
 def _with_gradients(program: Program) -> Program:
-    """``program``, a captured one, that also returns the mean of every gradient that it accumulates."""
+    """``program``, a captured one, that also returns every gradient that it accumulates."""
     if program.level is not Level.CAPTURED:
         return program
     program = copied(program)
@@ -134,9 +134,7 @@ def _with_gradients(program: Program) -> Program:
         outputs = section.outputs
         for node, slot in section.inputs.items():
             if slot.role is Role.CARRY and slot.name.startswith("grad:"):
-                readers = list(node.users)
-                mean = len(readers) == 1 and readers[0].target is aten.mul.Tensor and readers[0].args[0] is node
-                outputs.setdefault(Slot(Role.OUTPUT, slot.name), readers[0] if mean else node)
+                outputs.setdefault(Slot(Role.OUTPUT, slot.name), node)
         set_outputs(section, outputs)
     return program
 

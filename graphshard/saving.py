@@ -133,7 +133,8 @@ class _Network:
         self.required: list[bool] = []
         for node in members:
             several = not isinstance(val(node), torch.Tensor)
-            self.size.append(None if several or shows_another(node) else nbytes(val(node)))
+            alone = node in kept or not (several or shows_another(node))
+            self.size.append(nbytes(val(node)) if alone else None)
             self.time.append(None if node in kept or not can_repeat(node) else round(cost(node)))
             self.required.append(is_required(node))
         for node in outside:

@@ -69,7 +69,7 @@ def test_parity(name: str, dtype: torch.dtype) -> None:
         gradient = results.get(Slot(Role.CARRY, f"grad:{path}"))
         assert captured.program.params[path].has_grad == (parameter.grad is not None) == (gradient is not None), path
         if parameter.grad is not None:
-            torch.testing.assert_close(gradient, parameter.grad, **close, msg=f"{path}: {{}}".format)
+            torch.testing.assert_close(gradient, parameter.grad / MICROBATCHES, **close, msg=f"{path}: {{}}".format)
     for path, buffer in model.named_buffers():
         after = results.get(Slot(Role.BUFFER, path), before[Slot(Role.BUFFER, path)])
         torch.testing.assert_close(after, buffer, **close)

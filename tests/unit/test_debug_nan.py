@@ -292,7 +292,7 @@ def test_what_a_micro_batch_leaves_to_the_next_in_a_buffer() -> None:
 
 def test_a_sum_over_ranks_that_overflows() -> None:
     def steep(y: Tensor) -> Tensor:
-        return (y - y.detach()).sum() * 2e38
+        return (y - y.detach()).sum() * 2e38 * 2  # of which a rank has half
 
     torch.manual_seed(0)
     optimizer = functools.partial(torch.optim.SGD, lr=1e-2)
