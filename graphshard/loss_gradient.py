@@ -26,10 +26,12 @@ def share_loss(body: Section, parts: int) -> bool:
     one = loss_gradient(body)
     if one is None or val(one).dtype is torch.float16:
         return False
-    gradients = {
-        node for slot, node in body.outputs.items() if slot.role is Role.CARRY and slot.name.startswith("grad:")
-    }
-    if not gradients <= set(downstream([one])):
+    # Each stage that reads it has one of its own.
+    origin = info(one).origin
+    every = [n for n in body.nodes() if n.target is one.target and n.args == one.args and info(n).origin == origin]
+    carries = {slot: node for slot, node in body.outputs.items() if slot.role is Role.CARRY}
+    if not {node for slot, node in carries.items() if slot.name.startswith("grad:")} <= set(downstream(every)):
         return False
-    one.args = ([], one.args[1] / parts)  # type: ignore[operator]
+    for node in every:
+        node.args = ([], node.args[1] / parts)  # type: ignore[operator]
     return True
