@@ -401,11 +401,11 @@ class _Emitter:
         """An embedding's gradient is zero in rows that were not looked up, and in the one for padding."""
         gradient, indices, _, padding = node.args[:4]
         rows, name = self._expression(gradient), self._expression(indices)
-        taken = 0 if val(gradient).is_contiguous() else storage_bytes(val(gradient))  # type: ignore[arg-type]
-        if isinstance(padding, int) and padding >= 0:
+        pads = isinstance(padding, int) and padding >= 0
+        if pads:
             rows = f"{rows}.masked_fill(({name} == {padding}).unsqueeze(-1), 0)"
-            taken = storage_bytes(val(gradient))  # type: ignore[arg-type]
-        self.ledger.temporary(taken)
+        if pads or not val(gradient).is_contiguous():  # type: ignore[arg-type]
+            self.ledger.temporary(storage_bytes(val(gradient)))  # type: ignore[arg-type]
         if overwrite:
             self._line(f"{view}.zero_()")
         self._line(f"{view}.index_add_(0, {name}.reshape(-1), {rows}.reshape(-1, {val(node).shape[1]}))")

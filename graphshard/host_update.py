@@ -87,7 +87,7 @@ def buckets(section: Section) -> Iterator[Bucket]:
 
 
 def _with_operands(section: Section, nodes: list[fx.Node], stored: Collection[fx.Node]) -> list[fx.Node]:
-    """Also what is there for them alone and made of no more bytes than it has, such as a gradient's mean."""
+    """Also what is there for them alone and made of no more bytes than it has, such as a gradient that is clipped."""
     inside = {*nodes, *stored}
     for node in reversed(list(section.nodes())):
         if node in inside or not is_pointwise(node) or is_view(node) or not inside.issuperset(node.users):

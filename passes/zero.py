@@ -65,15 +65,14 @@ class Zero:
             return program
         if program.level is Level.CAPTURED and program.stages > 1:
             raise StagesNotCut(self.name, program.stages)
+        ranks = program.mesh.dp_size
+        parts = 1 if ranks > 1 and share_loss(program.body, ranks) else ranks
         shardings = [
-            _Sharding(program, Slot(Role.PARAM, param.name, stage=stage), self.stage)
+            _Sharding(program, Slot(Role.PARAM, param.name, stage=stage), self.stage, parts)
             for param in program.params.values()
             for stage in param.stages
         ]
         _shard_body(program, shardings)
-        if program.mesh.dp_size > 1 and share_loss(program.body, program.mesh.dp_size):
-            for sharding in shardings:
-                sharding.shared = True
         for section in program.updates():
             _shard_update(section, shardings)
             _average_loss(program, section)
@@ -152,10 +151,11 @@ def _average_loss(program: Program, section: Section) -> None:
 
 
 class _Sharding:
-    """Rewrites everything about one parameter on one stage of the pipeline."""
+    """Rewrites everything about one parameter on one stage of the pipeline; ``divisor``: of its gradient's sum over
+    ranks, 1 where the backward has been divided."""
 
-    def __init__(self, program: Program, slot: Slot, stage: int) -> None:
-        mesh = program.mesh
+    def __init__(self, program: Program, slot: Slot, stage: int, divisor: int) -> None:
+        mesh, self.divisor = program.mesh, divisor
         self.program, self.slot, self.zero = program, slot, stage
         self.param: Param = program.params[slot.name]
         self.axis, self.parts = mesh.shard_axis, mesh.size(mesh.shard_axis)
@@ -171,7 +171,6 @@ class _Sharding:
         )
 
         self.carry = Slot(Role.CARRY, f"grad:{slot.name}", stage=slot.stage)
-        self.shared = False  # gradients are of the ranks' mean loss, not of each rank's
 
     def body(self, inputs: dict[Slot, fx.Node], totals: dict[Slot, fx.Node], zeros: dict[Slot, fx.Node]) -> None:
         """Storage, gathers and the reduction of gradients, where it is per micro-batch.
@@ -324,8 +323,7 @@ class _Sharding:
         return changed
 
     def _reduced_gradient(self, section: Section, old: fx.Node) -> fx.Node:
-        """The gradient summed over data-parallel ranks, and divided by their number where the backward has not been; a
-        shard of it for stages 1 to 3."""
+        """The gradient summed over data-parallel ranks and divided; a shard of it for stages 1 to 3."""
         value = self._flat(old, sharded=self.zero >= 2)
         readers = list(old.users)
         node = accumulated = replace_input(section, old, self.accumulator, value, f"grad.{self.bucket.name}")
@@ -337,15 +335,14 @@ class _Sharding:
                 node = self._all_reduce(section, node, self.axis, record)
             if self.replicas > 1:
                 node = self._all_reduce(section, node, "dp", record)
-            ranks = 1 if self.shared else self.parts * self.replicas
             # Reduced in a lower precision it is widened first, so that it is not rounded once more.
             widened = len(readers) == 1 and readers[0].target is aten._to_copy.default
-            if ranks > 1 and not widened:
-                node = call(section.graph, aten.mul.Tensor, (node, 1.0 / ranks), record)
-        if ranks > 1 and widened:
+            if self.divisor > 1 and not widened:
+                node = call(section.graph, aten.mul.Tensor, (node, 1.0 / self.divisor), record)
+        if self.divisor > 1 and widened:
             scaled = list(readers[0].users)
             with after(readers[0]):
-                mean = call(section.graph, aten.mul.Tensor, (readers[0], 1.0 / ranks), record)
+                mean = call(section.graph, aten.mul.Tensor, (readers[0], 1.0 / self.divisor), record)
             for reader in scaled:
                 reader.replace_input_with(readers[0], mean)
         for reader in readers:
