@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
-from torch import nn
 
-import graphshard
 from graphshard.codegen.distance import Clock, Move, reload_in_time, wait_in_time
 from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import make
 from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, Storage, match_waits
 from graphshard.prove import prove
 from handmade import kind, refs, run, wait
+from layers import compiled_layers
 
 Part = list[Instruction]
 
@@ -124,18 +122,7 @@ PLANS = [
 
 
 def planned(plan: str, rows: int) -> ExecutionPlan:
-    model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(8)])
-    x = torch.randn(rows, 8)
-    compiled = graphshard.compile(
-        model,
-        plan,
-        loss_fn=nn.functional.mse_loss,
-        optimizer=torch.optim.AdamW,
-        example_inputs=(x, x),
-        executor="none",
-        world_size=4 if "pp2" in plan else 2,
-    )
-    program = compiled.program
+    program = compiled_layers(plan, layers=8, rows=rows)[0].program
     return lower(program, make("1f1b", program.stages, program.microbatches), on_gpu=True)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-import graphshard
 from graphshard.codegen.early import update_early
 from graphshard.errors import PlanError
 from graphshard.execution import ExecutionPlan, Instruction, Op, Storage
 from graphshard.prove import prove
 from handmade import collective, kind, refs, run, wait
+from layers import compiled_layers
 
 X = kind(4)
 Part = list[Instruction]
@@ -174,20 +173,8 @@ def test_an_update_begins_when_there_is_room(room: list[int], order: str) -> Non
     assert f"{before} {after}".split("ba")[0] + "ba" == f"f {order}"
 
 
-def planned(plan: str, rows: int = 4, layers: int = 3, **options: object) -> ExecutionPlan:
-    model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(layers)])
-    x = torch.randn(rows, 8)
-    compiled = graphshard.compile(
-        model,
-        plan,
-        loss_fn=nn.functional.mse_loss,
-        optimizer=torch.optim.AdamW,
-        example_inputs=(x, x),
-        executor="none",
-        world_size=4 if "pp2" in plan else 2,
-        **options,  # type: ignore[arg-type]
-    )
-    return compiled.execution_plan
+def planned(plan: str, rows: int = 4, layers: int = 3, **options: Any) -> ExecutionPlan:
+    return compiled_layers(plan, layers=layers, rows=rows, **options)[0].execution_plan
 
 
 OFFLOADED = "zero3+offload:optimizer=cpu,params=cpu"

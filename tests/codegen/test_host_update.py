@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import fx
 
-import graphshard
 from graphshard import text
 from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import make
@@ -26,6 +25,7 @@ from graphshard.prove import prove
 from graphshard.rewrite import after, call
 from graphshard.runtime.offload import Homes, HostWork
 from graphshard.verify import verify
+from layers import compiled_layers
 
 WIDTH = 512
 ADAMW = functools.partial(torch.optim.AdamW, lr=1e-2)
@@ -36,21 +36,13 @@ def compiled(
     plan: str, optimizer: Callable[..., Any] = ADAMW, update: str = "host", executor: str = "none", **options: Any
 ) -> tuple[Compiled, torch.Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(3)])
-    x = torch.randn(8, WIDTH)
     params = "cpu" if "params=cpu" in plan else None
-    made = graphshard.compile(
-        model,
-        plan,
-        loss_fn=nn.functional.mse_loss,
-        optimizer=optimizer,
-        example_inputs=(x, x),
-        executor=executor,
-        world_size=4 if "pp2" in plan else 2,
-        passes=[Offload(optimizer="cpu", params=params, update=update)],
-        **options,
-    )
-    return made, x
+    options |= {
+        "optimizer": optimizer,
+        "executor": executor,
+        "passes": [Offload(optimizer="cpu", params=params, update=update)],
+    }
+    return compiled_layers(plan, layers=3, rows=8, width=WIDTH, **options)
 
 
 @functools.cache
