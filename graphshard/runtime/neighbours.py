@@ -178,15 +178,23 @@ class Neighbours:
                 go on.
             TookTooLong: the deadline has passed.
         """
+        self.check(peers)
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TookTooLong(f"nothing from ranks {sorted(peers)} in time")
+        self.listen(left)
+
+    def check(self, peers: Sequence[int] = ()) -> None:
+        """Only as of what was taken in.
+
+        Raises:
+            PeerGone: one of ``peers`` has ended, or some rank cannot go on.
+        """
         for rank, peer in self._peers.items():
             if peer.gone and rank in peers:
                 raise PeerGone(f"rank {rank} has ended")
             if peer.alarm:
                 raise PeerGone(f"rank {rank} cannot go on")
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TookTooLong(f"nothing from ranks {sorted(peers)} in time")
-        self.listen(left)
 
     def release(self, arrival: Arrival) -> None:
         """The value has been read: its owner may use the memory again."""

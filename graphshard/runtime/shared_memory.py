@@ -185,7 +185,8 @@ class SharedMemoryCommunicator:
         Raises:
             PeerGone: some rank cannot go on.
         """
-        self._neighbours.wait_for((), time.monotonic() + wait_s)
+        self._neighbours.check()
+        self._neighbours.listen(wait_s)
         self._go_on()
 
     def release(self, arrivals: Sequence[Arrival]) -> None:
