@@ -22,6 +22,7 @@ from itertools import accumulate
 from graphshard.analysis import FLOPS_PER_SENT_BYTE, nbytes
 from graphshard.blocks import stages_of
 from graphshard.codegen.schedule import Schedule
+from graphshard.homes import home_of
 from graphshard.passes.hoist import hoistable_bytes
 from graphshard.program import Program, Role, val
 from graphshard.saving import PRICES, Ladder, Rung, saved_bytes
@@ -44,8 +45,8 @@ class Levers:
     optimizer: tuple[Away, ...] = ()
     params: tuple[Away, ...] = ()
     activations: tuple[Away, ...] = ()
-    host_bytes: float = math.inf  # what may be in home "cpu"
-    activations_leave: bool = False  # whatever is chosen
+    host_bytes: float = math.inf  # what may be in home "cpu", with what is there whatever is chosen
+    activations_leave: str = ""  # the home they go to whatever is chosen; "": that is to be chosen, or they stay
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def ladders(program: Program, sharded: Program | None, schedule: Schedule, lever
 
     Args:
         program: before memory-policy.
-        sharded: the same one after all passes, nothing being saved; None: nothing about buckets is to be chosen.
+        sharded: the same one after all passes, nothing being saved; None: nothing about buckets is to be chosen, nor
+            does host memory have a limit.
     """
     return [
         _Stage(program, sharded, schedule, levers, position, stage).ladder()
@@ -104,7 +106,11 @@ class _Stage:
         self._all_kept = saved_bytes(self.cuts, set())
         self.state: dict[str, int] = {}
         self.stored: dict[str, int] = {}
+        self.there = 0  # bytes in host memory whatever is chosen
+        if levers.activations_leave == "cpu":
+            self.there = sum(map(self._leaving_bytes, range(self._count())))
         if sharded is not None:
+            self.there += _host_bytes(sharded, position)
             self.state = _bytes_by_bucket(sharded, position, (Role.STATE, Role.MASTER))
             self.stored = _bytes_by_bucket(sharded, position, (Role.SHARD, Role.FLAT))
 
@@ -193,7 +199,7 @@ class _Stage:
     def _has_room(self, home: str, nbytes: int, setting: Setting) -> bool:
         if home != "cpu":
             return True
-        there = sum(self.state[bucket] for bucket, where in setting.optimizer if where == home)
+        there = self.there + sum(self.state[bucket] for bucket, where in setting.optimizer if where == home)
         there += sum(self.stored[bucket] for bucket, where in setting.params if where == home)
         there += sum(self._leaving_bytes(block) for block, where in enumerate(setting.activations) if where == home)
         return there + nbytes <= self.levers.host_bytes
@@ -206,3 +212,9 @@ def _bytes_by_bucket(program: Program, stage: int, roles: tuple[Role, ...]) -> d
         if slot.role in roles and slot.stage == stage:
             found[slot.name] += nbytes(val(node))
     return {name: found[name] for name in program.buckets if found[name]}
+
+
+def _host_bytes(program: Program, stage: int) -> int:
+    """What a rank of ``stage`` stores in host memory between steps."""
+    outputs = program.epilogue.outputs.items()
+    return sum(nbytes(val(node)) for slot, node in outputs if slot.stage == stage and home_of(node) == "cpu")

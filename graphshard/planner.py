@@ -93,15 +93,15 @@ def fit(
 
 def levers_of(plan: Plan, on_gpu: bool) -> Levers:
     """What a plan with a budget leaves open: all but what it says itself."""
-    if plan.memory is None:
-        return Levers(activations_leave=plan.offload is not None and plan.offload.activations is not None)
     said = asdict(plan.offload) if plan.offload is not None else {}
+    if plan.memory is None:
+        return Levers(activations_leave=said.get("activations") or "")
     homes = _homes(on_gpu, plan.memory.path is not None)
     return Levers(
         recompute=plan.recompute is None or plan.recompute.policy == "auto",
         reshard=plan.zero_stage == 3 and plan.budget_gb is None,
         host_bytes=math.inf if plan.memory.host_gb is None else plan.memory.host_gb * 1e9,
-        activations_leave=bool(said.get("activations")),
+        activations_leave=said.get("activations") or "",
         **{name: () if said.get(name) else homes for name in ("optimizer", "params", "activations")},
     )
 
@@ -139,9 +139,10 @@ class _Search:
         self.before, self.rest = list(passes[:at]), list(passes[at:])
         self.ctx, self.budget, self.measure = ctx, budget, measure
         self.seen: dict[tuple[int, ...], list[MemoryUse]] = {}
-        about_buckets = budget.levers.reshard or budget.levers.optimizer or budget.levers.params
+        levers = budget.levers
+        about_buckets = levers.reshard or levers.optimizer or levers.params or levers.host_bytes < math.inf
         sharded = run_passes(copied(self.program), self.rest, ctx, check=False) if about_buckets else None
-        self.ladders = ladders(self.program, sharded, schedule, budget.levers)
+        self.ladders = ladders(self.program, sharded, schedule, levers)
 
     def run(self) -> list[Pass]:
         while (rungs := tuple(map(self._first_fit, range(len(self.ladders))))) not in self.seen:
