@@ -109,9 +109,8 @@ def compile(
         debug_nan: look at every value of ``step``'s forward and backward; when the loss or a gradient is NaN or
             infinite, raise NonFiniteStep on every rank before the update, which names the node that made it first. With
             fp16 the loss alone: a gradient of the scaled loss that is not finite skips the step. Steps take longer.
-        measure_memory: follow what every rank of this process holds while it runs a step, for ``report`` and
-            ``explain``; a warning says if that is more than the plan states by over 5%, or than its budget. Steps take
-            longer.
+        measure_memory: follow what every rank holds while it runs a step, for ``report``, ``explain`` and ``dump``; a
+            warning says if that is more than the plan states by over 5%, or than its budget. Steps take longer.
         init: gives a meta model its first parameters: called with the model, moved to the CPU without values.
         seed: of dropout and other random operators.
         cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
@@ -458,7 +457,7 @@ class Compiled:
             return example
         if self._runtime is None:
             self._runtime = self._make_executor()
-        return example.like(largest(self._runtime.told(example.shapes())))
+        return example.like(largest(self._runtime.told(example.shapes(), "comparing shapes")))
 
     def _before(self, mode: Mode) -> _Build | None:
         """The build whose passes the next one of a mode takes over: the first one of all, of training the first of

@@ -148,8 +148,8 @@ def _measured(plan: ExecutionPlan, stage: int, step: Measured) -> dict[str, Any]
 
 
 def measured_timelines(plan: ExecutionPlan, executor: Executor) -> dict[int, tuple[Timeline, bool]]:
-    """By stage, where it was measured: the timeline of the fullest of the ranks here, and whether it is of a first
-    step, which finds no optimizer state."""
+    """By stage, where it was measured: the timeline of the fullest of its ranks, and whether it is of a first step,
+    which finds no optimizer state."""
     fullest: dict[int, Measured] = {}
     for rank, step in executor.measured(plan).items():
         stage = plan.mesh.coordinates(rank)["pp"]
@@ -245,7 +245,8 @@ def _memory(rank: dict[str, Any], measured: list[dict[str, Any]]) -> list[str]:
 def over_peak(plan: ExecutionPlan, asked: Plan, executor: Executor) -> str:
     """What a rank here that held more than the plan states, by more than the simulation may be off, or than the budget
     did; "" if none did."""
-    for rank, step in executor.measured(plan).items():
+    here = {rank: step for rank, step in executor.measured(plan).items() if rank in executor.ranks}
+    for rank, step in here.items():
         stated = plan.peak_bytes[plan.mesh.coordinates(rank)["pp"]]
         allowed = asked.budget_per_rank_bytes
         held = f"rank {rank} held {human(step.peak_bytes)} as measured"

@@ -112,10 +112,10 @@ class Executor(ABC):
         return f"in one block of {human(largest)} a rank, laid out before the step; see graphshard/arena.py"
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:
-        """By rank, the memory that the last step of ``plan`` took; empty unless it was measured."""
+        """By rank, the memory that the last step of ``plan`` took, on ranks of other processes too; empty unless it was
+        measured."""
         loaded = self._loaded.get(id(plan))
-        found = {} if loaded is None else {rank: machine.measured for rank, machine in loaded.machines.items()}
-        return {rank: measured for rank, measured in found.items() if measured is not None}
+        return {} if loaded is None else dict(loaded.measured)
 
     def uncaptured(self, plan: ExecutionPlan) -> dict[str, str]:
         """The segments of ``plan`` that ranks here do not run as CUDA graphs though they were asked to, with the
@@ -124,8 +124,12 @@ class Executor(ABC):
         machines = [] if loaded is None else loaded.machines.values()
         return uncaptured(machine.graphs for machine in machines if machine.graphs is not None)
 
-    def told(self, mine: T) -> list[T]:
-        """What each process has of something; collective: all processes call it. In one process, that one's alone."""
+    def told(self, mine: T, at: str) -> list[T]:
+        """What each process has of something; collective: all processes call it. In one process, that one's alone.
+
+        Args:
+            at: what for, in a message about a process that does not come.
+        """
         return [mine]
 
     def load(self, plan: ExecutionPlan) -> Loaded:
@@ -244,7 +248,20 @@ class Executor(ABC):
             totals = self.sent_bytes[rank]
             for axis, count in loaded.traffic(rank, first).items():
                 totals[axis] = totals.get(axis, 0) + count
-        return self._keep(loaded, results, first)
+        kept = self._keep(loaded, results, first)
+        if self.meters:
+            self._compare(loaded)
+        return kept
+
+    def _compare(self, loaded: Loaded) -> None:
+        """Learn what ranks of all processes have measured, where they run what the plan has for their stage: other
+        shapes may be kept to a budget by other instructions."""
+        mine = {rank: machine.measured for rank, machine in loaded.machines.items() if machine.measured is not None}
+        for others in self.told(mine, "comparing what was measured"):
+            for rank, step in others.items():
+                stage = loaded.plan.stages[self.mesh.coordinates(rank)["pp"]]
+                if len(step.rows) == len(stage.step(step.first)):
+                    loaded.measured[rank] = step
 
     @abstractmethod
     def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
@@ -392,6 +409,7 @@ class Loaded:
     constants: dict[str, Tensor]
     state_keys: frozenset[str]  # the optimizer state that its first-step epilogue makes; empty without one
     steps: int = 0  # how often it ran
+    measured: dict[int, Measured] = field(default_factory=dict)  # the last step, by rank; those of all processes
     _traffic: dict[tuple[int, bool], dict[str, int]] = field(default_factory=dict)
 
     def traffic(self, rank: int, first: bool) -> dict[str, int]:

@@ -42,7 +42,7 @@ def train(plan: ExecutionPlan) -> dict[str, object]:
             "params": {key: value.tolist() for key, value in storage.read_params().items()},
             "state": {key: value["momentum"].tolist() for key, value in storage.read_state().items()},
             "sent": executor.sent_bytes[RANK],
-            "peak_bytes": executor.measured(plan)[RANK].peak_bytes,
+            "peak_bytes": [executor.measured(plan)[rank].peak_bytes for rank in range(plan.mesh.world_size)],
         }
         found["exchange"] = executor.choices().get("exchange")
         found["rank0_only"] = sorted(storage.read_params(rank0_only=True))
