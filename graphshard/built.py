@@ -1,9 +1,10 @@
-"""What runs of a compiled model: a plan, and how the model's output is put together from what ranks give."""
+"""What is asked of a compiled model, and what runs: a plan, and how the model's output is put together from what ranks
+give."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +13,34 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from graphshard.batch import MicroBatch
 from graphshard.execution import ExecutionPlan
+from graphshard.optim import changed_options, spell_options
 from graphshard.trace import Mode
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to run; equal if the same plan does."""
+
+    mode: Mode
+    inputs: Hashable  # see trace.input_signature
+    options: Hashable  # see CompiledOptimizer.hyperparameters_key; None where nothing is updated
+    training: bool  # model.training
+    example: MicroBatch = field(compare=False)
+    microbatches: int = field(compare=False)
+
+    def spelled_options(self) -> tuple[dict[str, str], ...]:
+        """By group of the optimizer, as Python spells them."""
+        return spell_options(self.options or ())
+
+    def news(self, before: Asked) -> str:
+        """How it differs from what was asked before, in words."""
+        shapes = ", ".join(str(list(shape)) for shape in self.example.shapes() if shape is not None)
+        found = [f"new input shapes {shapes}"] if before.inputs != self.inputs else []
+        if before.options != self.options:
+            found.append(f"{changed_options(before.options, self.options)} now")
+        if before.training != self.training:
+            found.append(f"model.training is {self.training} now")
+        return ", ".join(found)
 
 
 @dataclass(kw_only=True)

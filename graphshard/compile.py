@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +18,37 @@ from torch.optim import Optimizer
 from graphshard import dump, fake, plan_directory, report, trace
 from graphshard.batch import MicroBatch, largest, split_batch
 from graphshard.bisect import Seen, Until, bisect
-from graphshard.built import Built, assemble
+from graphshard.builder import Build, Builder
+from graphshard.built import Asked, Built, assemble
 from graphshard.check import require_fits
-from graphshard.codegen import schedule as schedules
-from graphshard.codegen.lower import lower
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS
 from graphshard.errors import (
     ExecutorNone,
     NeedsExampleInputs,
-    NotHashable,
     StateMismatch,
     UnexpectedTensor,
     UnknownExecutor,
 )
 from graphshard.execution import ExecutionPlan
-from graphshard.fingerprints import collectives_of
 from graphshard.mesh import Mesh
 from graphshard.model_record import describe, unsaved_buffers
-from graphshard.moment import Moment, now
-from graphshard.optim import CompiledOptimizer, ScalerState, given_state, spell_options
+from graphshard.optim import CompiledOptimizer, ScalerState, given_state
 from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.fuse import Fuse
 from graphshard.passes.offload import Offload
 from graphshard.passes.precision import Precision
-from graphshard.pipeline import Context, Pass, Placement, placement_of, run_passes
+from graphshard.pipeline import Pass, run_passes
 from graphshard.plan import Plan
-from graphshard.plan_cache import PlanCache, open_cache
+from graphshard.plan_cache import open_cache
 from graphshard.plan_directory import Manifest
-from graphshard.plan_key import digest, of_optimizer, of_passes, versions
-from graphshard.planner import fit
 from graphshard.program import Program, Role
 from graphshard.reference_inputs import Inputs, random_inputs
-from graphshard.rewrite import copied
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.nvme import check_folder
 from graphshard.runtime.storage import Storage
-from graphshard.text_spelling import first_line
-from graphshard.trace import Captured, Mode
-from graphshard.trace_call import Output
-from graphshard.trace_key import seen
-from graphshard.update import add_update, check_elementwise, make_optimizer
+from graphshard.trace import Mode
+from graphshard.update import make_optimizer
 from graphshard.verification import CHECK_GB, Subject, sized, verify_all
 from graphshard.version import __version__
 
@@ -124,29 +114,43 @@ def compile(
     kind = executor_kind(executor)
     if kind != "none" and (folder := offload_folder(parsed)) is not None:
         check_folder(folder)
+    where = device_for(kind, device, model)
+    on_gpu = where.type == "cuda"
     memory = parsed.memory
-    if memory is not None and memory.path is not None and memory.host_gb is None and _runs_on_gpu(device, model):
+    if memory is not None and memory.path is not None and memory.host_gb is None and on_gpu:
         logger.warning("graphshard: memory: without host_gb host memory has no limit, and nothing goes to its path")
     if world_size is None and kind == "distributed":
         world_size = distributed_world_size()
+    mesh = parsed.mesh(world_size)
+    made = None if optimizer is None else make_optimizer(model, optimizer)
+    builder = Builder(
+        model=model,
+        plan=parsed,
+        mesh=mesh,
+        loss_fn=loss_fn,
+        optimizer=made,
+        max_grad_norm=max_grad_norm,
+        passes=with_passes(_passes_of(parsed, debug_nan, on_gpu), passes or ()),
+        on_gpu=on_gpu,
+        debug_nan=debug_nan,
+        cache=open_cache(cache) if dump_dir is None else None,
+        accounts=kind == "none",
+    )
     compiled = Compiled(
         model=model,
         plan=parsed,
-        mesh=parsed.mesh(world_size),
-        loss_fn=loss_fn,
-        optimizer=None if optimizer is None else make_optimizer(model, optimizer),
+        mesh=mesh,
+        optimizer=made,
         executor=kind,
-        device=device,
-        max_grad_norm=max_grad_norm,
+        device=where,
         timeout_s=timeout_s,
-        passes=with_passes(_passes_of(parsed, debug_nan, _runs_on_gpu(device, model)), passes or ()),
         dump_dir=None if dump_dir is None else Path(dump_dir),
-        debug_nan=debug_nan,
         measure_memory=measure_memory,
         init=init,
         seed=seed,
-        cache=open_cache(cache),
+        builder=builder,
     )
+    builder.observe, builder.widest = compiled._observe, compiled._agreed
     if example_inputs is not None:
         args, kwargs = example_arguments(example_inputs)
         compiled.trace(*args, **kwargs)
@@ -196,47 +200,6 @@ def example_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
-@dataclass(frozen=True)
-class _Graphs:
-    """What a plan is lowered from."""
-
-    program: Program
-    passes: list[Pass]
-    output: Output
-    source: Program | None  # the program before the first pass; kept where accounts are all that is asked for
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What the cache has."""
-
-    key: str = ""  # "": it was not looked up
-    plan: ExecutionPlan | None = None
-    output: Output | None = None  # of the run that the key is from
-    told: str = ""  # for people
-
-
-@dataclass(kw_only=True)
-class _Build(Built):
-    """One compiled program. Where the plan came from the cache, graphs are made when somebody asks for them."""
-
-    example: MicroBatch
-    moment: Moment  # when it was built
-    make: Callable[[], _Graphs]
-    found: _Found
-
-    @cached_property
-    def graphs(self) -> _Graphs:
-        """The program and the passes that made it."""
-        with self.moment.again():
-            return self.make()
-
-    @cached_property
-    def placement(self) -> Placement:
-        """Where it has what."""
-        return placement_of(self.graphs.program)
-
-
 @dataclass
 class Compiled:
     """What :func:`compile` returns; made by it alone."""
@@ -244,34 +207,32 @@ class Compiled:
     model: nn.Module
     plan: Plan
     mesh: Mesh
-    loss_fn: Callable[..., Tensor] | None
     executor: str
-    device: torch.device | str | None
-    max_grad_norm: float | None
+    device: torch.device
     timeout_s: float
-    passes: list[Pass]
     dump_dir: Path | None
     seed: int
-    debug_nan: bool = False
     measure_memory: bool = False
     init: Callable[[nn.Module], object] | None = None
     optimizer: Any = None
-    cache: PlanCache | None = None
-    _builds: dict[tuple[Any, ...], Built] = field(default_factory=dict)
+    builder: Builder | None = None
+    _builds: dict[Asked, Built] = field(default_factory=dict)
     _main: Built | None = None
     _runtime: Executor | None = None
     _storage: Storage | None = None
     _steps: int = 0
     _over_peak: str = ""  # what was said of a step that held more than its plan states
-    _widest: MicroBatch | None = None  # what ranks assume together that they train on first; see _agreed
 
     def __post_init__(self) -> None:
         self._params = trace.describe_params(self.model)
-        self._names = trace.parameter_names(self.model)
         self._user_optimizer: Optimizer | None = self.optimizer
         if self._user_optimizer is not None:
             self.optimizer = CompiledOptimizer(
-                self._user_optimizer, self._names, self._read_state, self._write_state, self._scaler_state
+                self._user_optimizer,
+                trace.parameter_names(self.model),
+                self._read_state,
+                self._write_state,
+                self._scaler_state,
             )
 
     # Facts
@@ -298,6 +259,12 @@ class Compiled:
     def dp_rank(self) -> int:
         """This process's index among the data-parallel ranks."""
         return self.mesh.dp_rank(self.rank)
+
+    @property
+    def passes(self) -> list[Pass]:
+        """What runs on the captured program, in order; what a budget leaves open is chosen by the first training
+        step."""
+        return self._builder().passes
 
     @property
     def program(self) -> Program:
@@ -392,64 +359,39 @@ class Compiled:
             raise NeedsExampleInputs()
         return self._main
 
-    def _compiled(self) -> _Build:
+    def _compiled(self) -> Build:
         """What was built first, with its graphs."""
         build = self._built()
-        assert isinstance(build, _Build)
+        assert isinstance(build, Build)
         return build
+
+    def _builder(self) -> Builder:
+        """What compiles."""
+        assert self.builder is not None
+        return self.builder
 
     @fake.default_device()
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
-        args, kwargs = example.arguments()
-        hyper = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
-        key = (mode, trace.input_signature(args, kwargs), hyper, self.model.training)
-        if key not in self._builds:
-            self._builds[key] = self._make(key, mode, example, microbatches)
+        inputs = trace.input_signature(*example.arguments())
+        options = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
+        asked = Asked(mode, inputs, options, self.model.training, example, microbatches)
+        if asked not in self._builds:
+            self._builds[asked] = self._make(asked)
+            self._main = self._main or self._builds[asked]
             if self._storage is not None:
-                self._storage.learn(self._builds[key].plan)
+                self._storage.learn(self._builds[asked].plan)
             if self.dump_dir is not None and self.rank == 0:
                 self._write(self.dump_dir)
-        return self._builds[key]
+        return self._builds[asked]
 
-    def _make(self, key: tuple[Any, ...], mode: Mode, example: MicroBatch, microbatches: int) -> Built:
-        """Compile what ``_builds`` does not hold under ``key``."""
-        args, kwargs = example.arguments()
-        if known := [other for other in self._builds if other[0] == mode]:
-            logger.warning("graphshard: %s: tracing %s again", self._news(known[-1], key, example), mode)
-        first = self._main is None
-        moment = now(self.model, self._user_optimizer)
-        if mode == "train" and self._widest is None:
-            self._widest = self._agreed(example)
-        before = self._before(mode)
-        make: Callable[[], _Graphs] = partial(self._graphs, mode, example, microbatches, before)
-        found = self._look_up(mode, example, microbatches, spell_options(key[2] or ()))
-        plan, output = found.plan, found.output
-        if plan is None:
-            if found.told:
-                logger.info("graphshard: %s", found.told)
-            made = make()
-            make, output = lambda: made, made.output
-            watch = self.debug_nan and mode == "train"
-            plan = lower(made.program, self._schedule(mode, microbatches), watch, self._on_gpu())
-            if self.cache is not None and found.key:
-                self.cache.write(found.key, plan)
-        assert output is not None
-        build = _Build(
-            plan=plan,
-            mode=mode,
-            inputs=trace.spell_signature(args, kwargs),
-            training=self.model.training,
-            options=spell_options(key[2] or ()),
-            out_spec=output.spec,
-            output_leaves=output.leaves,
-            example=example,
-            moment=moment,
-            make=make,
-            found=found,
-        )
-        if first:
-            self._main = build
-        return build
+    def _make(self, asked: Asked) -> Built:
+        """What was not asked before."""
+        return self._builder().make(asked)
+
+    def _observe(self, index: int, name: str, program: Program) -> None:
+        """Write what a pass has made of the first program, where that is asked for."""
+        if self.dump_dir is not None and self.rank == 0:
+            dump.writer(self.dump_dir)(index, name, program)
 
     def _agreed(self, example: MicroBatch) -> MicroBatch:
         """The largest of the micro-batches that ranks train on first, for choices that all of them must make alike."""
@@ -458,123 +400,6 @@ class Compiled:
         if self._runtime is None:
             self._runtime = self._make_executor()
         return example.like(largest(self._runtime.told(example.shapes(), "comparing shapes")))
-
-    def _before(self, mode: Mode) -> _Build | None:
-        """The build whose passes the next one of a mode takes over: the first one of all, of training the first of
-        these if there is one."""
-        builds = [build for key, build in self._builds.items() if key[0] == mode == "train"]
-        build = builds[0] if builds else self._main
-        assert build is None or isinstance(build, _Build)
-        return build
-
-    @fake.default_device()
-    def _graphs(self, mode: Mode, example: MicroBatch, microbatches: int, before: _Build | None) -> _Graphs:
-        """Capture, and run the passes; ``before``: see :meth:`_before`; None: nothing else was built."""
-        captured = self._capture(mode, *example.arguments(), microbatches)
-        source = copied(captured.program) if self.executor == "none" else None
-        first = before is None
-        observer = dump.writer(self.dump_dir) if self.dump_dir is not None and first and self.rank == 0 else None
-        # Where parameters and state live is settled by the first program: later ones share its storage.
-        ctx = Context(self.mesh, None if first else self._compiled().placement)
-        passes = self.passes if before is None else before.graphs.passes
-        if mode == "train":
-            passes = self._fitted(captured.program, example, passes, ctx, before)
-            self.passes = passes if first else self.passes
-        program = run_passes(captured.program, passes, ctx, observer)
-        return _Graphs(program, passes, Output(captured.out_spec, captured.output_leaves), source)
-
-    def _fitted(
-        self, program: Program, example: MicroBatch, passes: list[Pass], ctx: Context, before: _Build | None
-    ) -> list[Pass]:
-        """``passes`` with what a budget leaves open chosen. Ranks may have different shapes, and meet new ones at
-        different steps: what changes collectives is chosen once, for the largest of the first shapes of all."""
-        schedule, on_gpu = self._schedule("train", program.microbatches), self._on_gpu()
-        again = partial(fit, program, ctx=ctx, plan=self.plan, schedule=schedule, on_gpu=on_gpu, settled=True)
-        if before is not None and before.mode == "train":
-            return again(passes, collectives=collectives_of(before.plan))
-        wide, assumed = program, self._widest
-        if assumed is not None and assumed is not example and self.plan.budget_per_rank_bytes is not None:
-            wide = self._capture("train", *assumed.arguments(), program.microbatches).program
-        passes = fit(wide, passes, ctx, self.plan, schedule, on_gpu=on_gpu, settled=before is not None)
-        if wide is program:
-            return passes
-        lowered = lower(run_passes(copied(wide), passes, ctx, check=False), schedule, on_gpu=on_gpu)
-        return again(passes, collectives=collectives_of(lowered))
-
-    def _look_up(
-        self, mode: Mode, example: MicroBatch, microbatches: int, options: tuple[dict[str, str], ...]
-    ) -> _Found:
-        """The plan of the cache, if there is a cache, and graphs are not what is asked for."""
-        if self.cache is None or self.executor == "none" or self.dump_dir is not None:
-            return _Found()
-        try:
-            key, output = self._key(mode, example, microbatches, options)
-        except NotHashable as error:
-            return _Found(told=f"the plan is compiled at every start: {error}")
-        except Exception as error:  # of anybody's model: capture raises it, too, and says where
-            return _Found(told=f"the plan is compiled at every start: {type(error).__name__}: {first_line(error)}")
-        plan = self.cache.read(key)
-        told = f"the plan is from the cache, {self.cache.path(key)}; passes ran for this account alone"
-        return _Found(key, plan, output, told if plan is not None else "")
-
-    def _key(
-        self, mode: Mode, example: MicroBatch, microbatches: int, options: tuple[dict[str, str], ...]
-    ) -> tuple[str, Output]:
-        """Equal only if the plan is; and how the model's output is put together.
-
-        Raises:
-            NotHashable: something it depends on is known by nothing but its code.
-        """
-        args, kwargs = example.arguments()
-        before: object = of_passes(self.passes)
-        if self._main is not None and (taken := self._before(mode)) is not None:
-            before = [build.found.key for build in (self._compiled(), taken)]
-            if "" in before:
-                raise NotHashable("what was compiled first")
-        if mode == "train" and self._widest is not None:
-            before = before, trace.spell_signature(*self._widest.arguments())
-        optimizer = of_optimizer(self._user_optimizer, options, self._names) if mode == "train" else ()
-        model = seen(self.model, self.loss_fn, args, kwargs, mode)
-        settings = self.plan, self.mesh, microbatches, self.max_grad_norm, self.debug_nan, self._on_gpu()
-        inputs = trace.spell_signature(args, kwargs)
-        types = torch.get_default_dtype(), self._params, self._groups()
-        return digest(versions(), mode, model.digest, inputs, settings, types, optimizer, before), model.output
-
-    def _capture(self, mode: Mode, args: tuple[Any, ...], kwargs: dict[str, Any], microbatches: int) -> Captured:
-        """The program before the first pass."""
-        captured = trace.capture(
-            self.model, self.loss_fn, args, kwargs, mode=mode, microbatches=microbatches, group_of=self._groups()
-        )
-        captured.program.mesh = self.mesh
-        if mode == "train":
-            add_update(captured.program, self._user_optimizer, self._names, self.max_grad_norm)
-            if self._user_optimizer is not None and self.plan.zero_stage and self.mesh.size(self.mesh.shard_axis) > 1:
-                check_elementwise(captured.program, type(self._user_optimizer).__name__)
-        return captured
-
-    def _news(self, before: tuple[Any, ...], now: tuple[Any, ...], example: MicroBatch) -> str:
-        """How the key of a build differs from that of the one before it, in words."""
-        found = [f"new input shapes {_shapes(example)}"] if before[1] != now[1] else []
-        if before[2] != now[2] and self.optimizer is not None:
-            found.append(f"{self.optimizer.changed_options(before[2])} now")
-        if before[3] != now[3]:
-            found.append(f"model.training is {now[3]} now")
-        return ", ".join(found)
-
-    def _on_gpu(self) -> bool:
-        return _runs_on_gpu(self.device, self.model)
-
-    def _groups(self) -> dict[str, int]:
-        if self._user_optimizer is None:
-            return {}
-        groups = enumerate(self._user_optimizer.param_groups)
-        return {self._names[id(p)]: i for i, group in groups for p in group["params"] if id(p) in self._names}
-
-    def _schedule(self, mode: Mode, microbatches: int) -> schedules.Schedule:
-        stages = self.mesh.size("pp")
-        if mode == "train":
-            return schedules.make(self.plan.schedule, stages, microbatches)
-        return schedules.forward_only(stages, microbatches)
 
     # State
 
@@ -592,20 +417,18 @@ class Compiled:
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
         if self.init is not None:
-            replaced = _move(self.model, holders, lambda t: torch.empty_like(t, device="cpu"))
-            self._names = {replaced[old]: name for old, name in self._names.items()}
+            _move(self.model, holders, lambda t: torch.empty_like(t, device="cpu"))
             self.init(self.model)
-        params = {self._names[id(p)]: p.detach() for p in self.model.parameters()}
+        params = {name: p.detach() for name, p in self.model.named_parameters()}
         if not any(p.is_meta for p in params.values()):
             self._storage.write_params(params)
             self._storage.write_buffers(dict(self.model.named_buffers()))
-        state = given_state(user, self._names) if user is not None else {}
+        state = given_state(user, trace.parameter_names(self.model)) if user is not None else {}
         if self.executor == "distributed":
             # The ranks hold the parameters now: the model need not.
-            replaced = _move(self.model, holders, lambda t: t.to("meta"))
+            _move(self.model, holders, lambda t: t.to("meta"))
             for holder in holders:
                 holder.state.clear()
-            self._names = {replaced[old]: name for old, name in self._names.items()}
         if state:
             self._storage.write_state(state)
         return self._runtime, self._storage
@@ -615,7 +438,6 @@ class Compiled:
         return [build.plan for build in self._builds.values()]
 
     def _make_executor(self) -> Executor:
-        device = torch.device(self.device) if self.device is not None else _device_of(self.model)
         options: dict[str, Any] = {
             "measure_memory": self.measure_memory,
             "path": offload_folder(self.plan),
@@ -624,11 +446,10 @@ class Compiled:
         if self.executor == "distributed":
             from graphshard.runtime.distributed import DistributedExecutor
 
-            default = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return DistributedExecutor(self.mesh, device or default, timeout_s=self.timeout_s, **options)
+            return DistributedExecutor(self.mesh, self.device, timeout_s=self.timeout_s, **options)
         from graphshard.runtime.local import LocalExecutor
 
-        return LocalExecutor(self.mesh, device or "cpu", **options)
+        return LocalExecutor(self.mesh, self.device, **options)
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
         """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with
@@ -709,7 +530,7 @@ class Compiled:
         """Write every pass's graph and a picture of memory into folder ``path``, and the plans that were compiled so
         far, of evaluation and calls too: all that :func:`load` needs."""
         folder, build = Path(path), self._compiled()
-        run_passes(*self._before_passes(build), dump.writer(folder))
+        run_passes(*self._builder().before_passes(build), dump.writer(folder))
         self._write(folder)
 
     def _write(self, folder: Path) -> None:
@@ -760,9 +581,9 @@ class Compiled:
             PlanError: the plan cannot run.
         """
         build = self._compiled()
-        program, passes, ctx = self._before_passes(build)
+        program, passes, ctx = self._builder().before_passes(build)
         result = build.graphs.program
-        evaluation = self._capture("evaluate", *build.example.arguments(), build.plan.microbatches).program
+        evaluation = self._builder().capture("evaluate", build.asked.example, build.plan.microbatches).program
         subject = Subject(program, evaluation, passes, ctx, result, build.plan)
         verify_all(subject, full_size, limit_gb, report or (lambda line: None))
         return passes
@@ -778,7 +599,7 @@ class Compiled:
             limit_gb: "memory": what a rank may hold, in 10^9 bytes; None: as much as before all passes.
         """
         build = self._compiled()
-        program, passes, ctx = self._before_passes(build)
+        program, passes, ctx = self._builder().before_passes(build)
         if until == "verify":
             program, ctx = sized(program, ctx, build.graphs.program, False, CHECK_GB)
         elif until != "memory":
@@ -791,8 +612,9 @@ class Compiled:
     def _losses(self, batch: Any, steps: int) -> list[float]:
         """What the local executor makes of some steps on one batch, from the model's own values on."""
         args, kwargs = example_arguments(batch)
-        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None, "_widest": None}
-        twin = replace(self, executor="local", optimizer=self._user_optimizer, dump_dir=None, _steps=0, **fresh)
+        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None, "_steps": 0}
+        builder = self._builder().fresh()
+        twin = replace(self, executor="local", optimizer=self._user_optimizer, dump_dir=None, builder=builder, **fresh)
         return [twin.step(*args, **kwargs).item() for _ in range(steps)]
 
     def _inputs(self, program: Program, until: Until, batch: Any, steps: int) -> Inputs:
@@ -800,7 +622,7 @@ class Compiled:
         inputs = random_inputs(program, steps, self.seed)
         if until not in ("loss", "nan") or any(p.is_meta for p in self.model.parameters()):
             return inputs
-        inputs.params = {self._names[id(p)]: p.detach() for p in self.model.parameters()}
+        inputs.params = {name: p.detach() for name, p in self.model.named_parameters()}
         inputs.buffers |= dict(self.model.named_buffers())
         inputs.lrs = inputs.lrs if self.optimizer is None else self.optimizer.lrs()
         if batch is not None:
@@ -808,16 +630,6 @@ class Compiled:
             rows = split_batch(args, kwargs, self.dp_size, self.microbatches, dict(self.plan.batch_dims))
             inputs.batches = [[[part.leaves for part in row] for row in rows]] * steps
         return inputs
-
-    def _before_passes(self, build: _Build) -> tuple[Program, list[Pass], Context]:
-        """The program that ``build`` began with, and what to run on it to get where ``build`` is."""
-        graphs = build.graphs
-        if graphs.source is not None:
-            program = copied(graphs.source)
-        else:
-            with build.moment.again():
-                program = self._capture(build.mode, *build.example.arguments(), build.plan.microbatches).program
-        return program, graphs.passes, Context(self.mesh)
 
     def explain(self) -> str:
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""
@@ -834,27 +646,18 @@ class Compiled:
         return self._compiled().found.told
 
 
-def _shapes(example: MicroBatch) -> str:
-    return ", ".join(str(list(t.shape)) for t in example.leaves if isinstance(t, Tensor))
-
-
-def _runs_on_gpu(device: torch.device | str | None, model: nn.Module) -> bool:
-    """Whether regions become kernels of a GPU; ``device`` is what the user said."""
-    found = torch.device(device) if device is not None else _device_of(model)
-    return found is not None and found.type == "cuda"
-
-
-def _device_of(model: nn.Module) -> torch.device | None:
-    """The model's device; None for a meta model."""
+def device_for(executor: str, device: torch.device | str | None, model: nn.Module) -> torch.device:
+    """Where to run: where the user said, else where the model is; a meta model on a GPU if each rank has a process of
+    its own and there is one."""
     tensors = [*model.parameters(), *model.buffers()]
-    return next((t.device for t in tensors if t.device.type != "meta"), None)
+    places = (t.device for t in tensors if t.device.type != "meta")
+    default = "cuda" if executor == "distributed" and torch.cuda.is_available() else "cpu"
+    return torch.device(device) if device is not None else next(places, torch.device(default))
 
 
-def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> dict[int, int]:
-    """Replace parameters and buffers by what ``make`` gives for them; tied ones stay tied, which to_empty forgets.
-
-    Returns the id of each new Parameter by that of the one it replaces, in the model and the optimizers' groups.
-    """
+def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> None:
+    """Replace parameters, in the optimizers' groups too, and buffers by what ``make`` gives for them; tied ones stay
+    tied, which to_empty forgets."""
     new: dict[Tensor, Any] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
@@ -868,4 +671,3 @@ def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Ten
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new.get(p, p) for p in group["params"]]
-    return {id(old): id(replacement) for old, replacement in new.items()}

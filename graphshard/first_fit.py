@@ -15,13 +15,13 @@ MARKS = 16
 """Of longer ladders, so many rungs are marks."""
 
 
-def first_fit(held: Sequence[int], budget: int, peaks: Mapping[int, int]) -> int:
+def first_fit(held: Sequence[int], budget: int, peaks: Mapping[int, float]) -> int:
     """The first rung that fits, in the sense above; if none does, the mark of least peak. Or, as long as that cannot be
     said, a rung that is not in ``peaks``, to be tried next.
 
     Args:
         held: of each rung, the fastest first, bytes that are held at once: its peak is not taken to be less.
-        peaks: of the rungs that were tried.
+        peaks: of the rungs that were tried; infinite where one must not be taken.
     """
     at = marks(held)
     for index, mark in enumerate(at):
@@ -38,7 +38,7 @@ def first_fit(held: Sequence[int], budget: int, peaks: Mapping[int, int]) -> int
     return next(mark for mark in at if mark in peaks and _peak(mark, held, peaks) == least)
 
 
-def _between(held: Sequence[int], budget: int, peaks: Mapping[int, int], low: int, high: int) -> int:
+def _between(held: Sequence[int], budget: int, peaks: Mapping[int, float], low: int, high: int) -> int:
     """Bisect between a mark that does not fit and one that does."""
     while high - low > 1:
         middle = (low + high) // 2
@@ -51,7 +51,7 @@ def _between(held: Sequence[int], budget: int, peaks: Mapping[int, int], low: in
     return high
 
 
-def _peak(rung: int, held: Sequence[int], peaks: Mapping[int, int]) -> int:
+def _peak(rung: int, held: Sequence[int], peaks: Mapping[int, float]) -> float:
     return max(peaks[rung], held[rung])
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from graphshard import trace
-from graphshard.batch import MicroBatch
-from graphshard.built import Built
-from graphshard.compile import Compiled, OptimizerLike, distributed_world_size, executor_kind, offload_folder
+from graphshard.built import Asked, Built
+from graphshard.compile import (
+    Compiled,
+    OptimizerLike,
+    device_for,
+    distributed_world_size,
+    executor_kind,
+    offload_folder,
+)
 from graphshard.errors import (
     NeedsCompiling,
     NotAPlanDirectory,
@@ -33,7 +39,6 @@ from graphshard.program import Program
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.nvme import check_folder
 from graphshard.runtime.storage import Storage
-from graphshard.trace import Mode
 from graphshard.update import make_optimizer
 
 _WORDS = {"train": "a training step", "evaluate": "evaluation", "call": "a call"}
@@ -97,13 +102,10 @@ def load(
         model=model,
         plan=plan,
         mesh=manifest.mesh,
-        loss_fn=None,
         optimizer=_optimizer(folder, manifest, builds, model, optimizer),
         executor=kind,
-        device=device,
-        max_grad_norm=None,
+        device=device_for(kind, device, model),
         timeout_s=timeout_s,
-        passes=[],
         dump_dir=None,
         measure_memory=measure_memory,
         init=init,
@@ -165,22 +167,25 @@ class Loaded(Compiled):
             self._program = self.directory.program()
         return self._program
 
-    def _make(self, key: tuple[Any, ...], mode: Mode, example: MicroBatch, microbatches: int) -> Built:
-        """The plan of the directory for ``key``."""
-        inputs, options = trace.spell_signature(*example.arguments()), spell_options(key[2] or ())
-        fitting = [built for built in self.builds if built.mode == mode and built.inputs == inputs]
+    def _make(self, asked: Asked) -> Built:
+        """The plan of the directory for that."""
+        inputs, options = trace.spell_signature(*asked.example.arguments()), asked.spelled_options()
+        fitting = [built for built in self.builds if built.mode == asked.mode and built.inputs == inputs]
         for built in fitting:
             # Without training, nothing depends on the model's flag.
-            if built.options == options and (built.training == self.model.training or mode != "train"):
+            if built.options == options and (built.training == asked.training or asked.mode != "train"):
                 return built
-        asked = f"{_WORDS[mode]} on {_spelled(inputs)}"
+        told = f"{_WORDS[asked.mode]} on {_spelled(inputs)}"
         if fitting:
             other = other_options(fitting[0].options, options)
-            what, expected, given = other or ("model.training", fitting[0].training, self.model.training)
-            asked += f" with {what} = {given} instead of {expected}"
-        raise NotInPlanDirectory(str(self.directory.path), asked, sorted({_told(built) for built in self.builds}))
+            what, expected, given = other or ("model.training", fitting[0].training, asked.training)
+            told += f" with {what} = {given} instead of {expected}"
+        raise NotInPlanDirectory(str(self.directory.path), told, sorted({_told(built) for built in self.builds}))
 
     def _compiled(self) -> NoReturn:
+        raise NeedsCompiling(str(self.directory.path))
+
+    def _builder(self) -> NoReturn:
         raise NeedsCompiling(str(self.directory.path))
 
     def _told(self) -> str:

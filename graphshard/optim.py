@@ -109,12 +109,6 @@ class CompiledOptimizer(Optimizer):
             for group, keys in zip(self.param_groups, self._constants, strict=True)
         )
 
-    def changed_options(self, before: Hashable) -> str:
-        """What differs between an earlier :meth:`hyperparameters_key` and now: ``weight_decay of group 0 is 0.1``."""
-        pairs = zip(before, self.hyperparameters_key(), strict=True)  # type: ignore[call-overload]
-        changed = enumerate(sorted(set(now) - set(old)) for old, now in pairs)
-        return ", ".join(f"{key} of group {index} is {value}" for index, new in changed for key, value in new)
-
     def note_step(self) -> None:
         """Tell schedulers that an update has happened; compiled.step calls this after each."""
         self._opt_called = self.source._opt_called = True  # type: ignore[attr-defined]
@@ -201,6 +195,13 @@ def spell_options(key: Any) -> tuple[dict[str, str], ...]:
     """A :meth:`CompiledOptimizer.hyperparameters_key` as text for another process: by group, each option in Python's
     spelling."""
     return tuple({name: repr(value) for name, value in group} for group in key)
+
+
+def changed_options(before: Any, now: Any) -> str:
+    """How one :meth:`CompiledOptimizer.hyperparameters_key` differs from an earlier one: ``weight_decay of group 0 is
+    0.1``."""
+    changed = enumerate(sorted(set(new) - set(old)) for old, new in zip(before, now, strict=True))
+    return ", ".join(f"{key} of group {index} is {value}" for index, found in changed for key, value in found)
 
 
 def given_state(optimizer: Optimizer, param_names: Mapping[int, str]) -> NamedState:

@@ -31,11 +31,12 @@ from graphshard.rewrite import copied
 from graphshard.simulate import MemoryUse, simulate_memory
 from graphshard.units import human
 
-Measure = Callable[[Program], list[MemoryUse]]
-"""The simulated memory of each stage, of a program that all passes have been through."""
+Measure = Callable[[Program], list[MemoryUse] | None]
+"""The simulated memory of each stage, of a program that all passes have been through; None: it must not be chosen."""
 
-_NEVER = 2**62
-"""The peak of what must not be chosen."""
+
+class NothingAllowed(Exception):
+    """All that was tried must not be chosen, whatever it holds."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def fit(
     Args:
         settled: where parameters and optimizer state live is not to be chosen any more.
         collectives: see fingerprints.py; the program must have these. Nothing that is about buckets is chosen then, and
-            ``passes`` come back as they are if that is not enough.
+            ``passes`` come back as they are if no choice has them.
 
     Raises:
         BudgetTooSmall: see :func:`choose`.
@@ -70,13 +71,12 @@ def fit(
     if plan.budget_per_rank_bytes is None:
         return passes
 
-    def measure(program: Program) -> list[MemoryUse]:
+    def measure(program: Program) -> list[MemoryUse] | None:
         lowered = lower(program, schedule, on_gpu=on_gpu)
+        if collectives not in (None, collectives_of(lowered)):
+            return None
         uses = [[simulate_memory(lowered, s, first) for first in variants(lowered)] for s in range(program.stages)]
-        found = [max(of_stage, key=_peak) for of_stage in uses]
-        if collectives in (None, collectives_of(lowered)):
-            return found
-        return [replace(use, peak_bytes=_NEVER) for use in found]
+        return [max(of_stage, key=_peak) for of_stage in uses]
 
     levers = levers_of(plan, on_gpu)
     if settled or collectives is not None:
@@ -85,9 +85,7 @@ def fit(
         levers = replace(levers, reshard=False)
     try:
         return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
-    except BudgetTooSmall as error:
-        if error.smallest_bytes < _NEVER:
-            raise
+    except NothingAllowed:
         return passes
 
 
@@ -119,6 +117,7 @@ def choose(
 
     Raises:
         BudgetTooSmall: no rung fits; the message says what the smallest peak is and what dominates it.
+        NothingAllowed: ``measure`` allows none.
     """
     return _Search(program, passes, ctx, budget, schedule, measure).run()
 
@@ -138,7 +137,7 @@ class _Search:
         self.program = run_passes(copied(program), passes[:at], ctx)
         self.before, self.rest = list(passes[:at]), list(passes[at:])
         self.ctx, self.budget, self.measure = ctx, budget, measure
-        self.seen: dict[tuple[int, ...], list[MemoryUse]] = {}
+        self.seen: dict[tuple[int, ...], list[MemoryUse] | None] = {}
         levers = budget.levers
         about_buckets = levers.reshard or levers.optimizer or levers.params or levers.host_bytes < math.inf
         sharded = run_passes(copied(self.program), self.rest, ctx, check=False) if about_buckets else None
@@ -149,15 +148,18 @@ class _Search:
             trial = run_passes(copied(self.program), self._with(rungs), self.ctx, check=False)
             self.seen[rungs] = self.measure(trial)
         uses = self.seen[rungs]
+        if uses is None:
+            raise NothingAllowed
         stage = max(range(len(uses)), key=lambda s: uses[s].peak_bytes)
         if uses[stage].peak_bytes > self.budget.nbytes:
             self._refuse(stage, rungs[stage], uses[stage])
         return self.before + self._with(rungs)
 
     def _first_fit(self, stage: int) -> int:
-        peaks: dict[int, int] = {}  # other stages should make no difference; if they do, the larger one counts
+        peaks: dict[int, float] = {}  # other stages should make no difference; if they do, the larger one counts
         for rungs, uses in self.seen.items():
-            peaks[rungs[stage]] = max(peaks.get(rungs[stage], 0), uses[stage].peak_bytes)
+            peak = math.inf if uses is None else uses[stage].peak_bytes
+            peaks[rungs[stage]] = max(peaks.get(rungs[stage], 0), peak)
         return first_fit([step.held_bytes for step in self.ladders[stage]], self.budget.nbytes, peaks)
 
     def _refuse(self, stage: int, rung: int, use: MemoryUse) -> NoReturn:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import graphshard
-from graphshard.compile import Compiled
+from graphshard.compile import Compiled, device_for
 from graphshard.errors import UncapturableOperator
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.segments import compile_segments
@@ -123,3 +123,13 @@ def test_segments_make_nothing_without_saying_where(optimizer: Any, monkeypatch:
             memory = Placing(torch.device("meta")).of_run(0, segment.places)
             results = functions[segment.name](given, {"pp": 0, "shard": 0, "dp": 0}, torch.device("meta"), memory)
             assert {value.device.type for value in results} <= {"meta"}, segment.source
+
+
+@pytest.mark.only_cpu
+def test_a_meta_model_is_compiled_for_where_its_executor_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = nn.Linear(2, 2, device="meta")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {kind: device_for(kind, None, meta).type for kind in ("distributed", "local", "none")}
+    assert found == {"distributed": "cuda", "local": "cpu", "none": "cpu"}
+    assert device_for("distributed", None, nn.Linear(2, 2)).type == "cpu"
+    assert device_for("local", "cuda:1", nn.Linear(2, 2)) == torch.device("cuda", 1)

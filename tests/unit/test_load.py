@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import json
 import shutil
 import tempfile
@@ -30,6 +29,7 @@ from graphshard.errors import (
 )
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import rolled
+from uncompiled import refuse_compiling
 
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
 Compiled = graphshard.Compiled
@@ -58,16 +58,6 @@ def trained(compiled: Compiled, batch: Any, steps: int = 3) -> Any:
     }
 
 
-def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("something was compiled")
-
-    compile_module = importlib.import_module("graphshard.compile")  # its name in the package is the function's
-    monkeypatch.setattr(compile_module.trace, "capture", refuse)
-    monkeypatch.setattr(compile_module, "run_passes", refuse)
-    monkeypatch.setattr(compile_module, "lower", refuse)
-
-
 @pytest.mark.parametrize(
     ("name", "plan", "optimizer"),
     [
@@ -94,7 +84,7 @@ def test_training_is_the_same_bit_for_bit(
     compiled.evaluate(*args, **kwargs)
     compiled.dump(tmp_path)
     expected = trained(compiled, (args, kwargs))
-    no_compiling(monkeypatch)
+    refuse_compiling(monkeypatch)
     with_model = graphshard.load(tmp_path, twin, optimizer=made(twin), trust_code=True, executor="local")
     assert equal(trained(with_model, (args, kwargs)), expected)
     without = graphshard.load(tmp_path, trust_code=True, executor="local")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graphshard
-from graphshard.compile import _Build
+from graphshard.builder import Build
 from graphshard.program import Program, info
 from graphshard.testing import nodes
 
@@ -39,7 +39,7 @@ def test_another_shape_is_cut_at_the_same_operations(plan: str) -> None:
     for rows in (16, 48):
         compiled.trace(torch.randn(rows, 16), torch.randn(rows, 16))
         latest = list(compiled._builds.values())[-1]
-        assert isinstance(latest, _Build)
+        assert isinstance(latest, Build)
         programs.append(latest.graphs.program)
     first, second = programs
     assert stages(first) == stages(second)

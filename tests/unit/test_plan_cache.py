@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 import logging
 import os
 import shutil
@@ -24,6 +23,7 @@ from graphshard.plan_cache import PlanCache
 from graphshard.program import Program
 from graphshard.text import to_text
 from numerics.cases import OPTIMIZERS, maker
+from uncompiled import refuse_compiling
 
 BATCH = (torch.linspace(-1, 1, 32).view(8, 4), torch.linspace(1, -1, 24).view(8, 3))
 Compiled = graphshard.Compiled
@@ -58,16 +58,6 @@ def is_cached(compiled: Compiled) -> bool:
     return "from the cache" in compiled._told()  # what explain says, without the graphs that it looks at
 
 
-def no_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object, **kwargs: object) -> None:
-        raise AssertionError("something was compiled")
-
-    compile_module = importlib.import_module("graphshard.compile")  # its name in the package is the function's
-    monkeypatch.setattr(compile_module.trace, "capture", refuse)
-    monkeypatch.setattr(compile_module, "run_passes", refuse)
-    monkeypatch.setattr(compile_module, "lower", refuse)
-
-
 def training(compiled: Compiled, args: Any, kwargs: Any) -> list[Tensor]:
     losses = [compiled.step(*args, **kwargs) for _ in range(3)]
     return [*losses, compiled.evaluate(*args, **kwargs), *compiled.state_dict().values()]
@@ -93,7 +83,7 @@ def test_a_second_start_trains_bit_for_bit(
         return start(tmp_path, model=twin, plan=plan, example_inputs=None, **more)
 
     expected = training(started(), args, kwargs)
-    no_compiling(monkeypatch)
+    refuse_compiling(monkeypatch)
     assert all(map(torch.equal, training(started(), args, kwargs), expected))
 
 
@@ -133,7 +123,7 @@ def test_other_shapes_and_calls_have_entries_of_their_own(tmp_path: Path, monkey
     expected = run(start(tmp_path))
     mixed = start(tmp_path)
     assert torch.equal(mixed(BATCH[0][:2]), start(False)(BATCH[0][:2]))  # cached, then compiled beside it
-    no_compiling(monkeypatch)
+    refuse_compiling(monkeypatch)
     assert all(map(torch.equal, run(start(tmp_path)), expected))
 
 

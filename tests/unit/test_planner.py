@@ -203,7 +203,7 @@ def test_values_may_go_to_host_memory_on_a_gpu_and_to_files_where_there_is_a_fol
     assert levers.optimizer and not levers.params, "the plan says where they are"
 
 
-@pytest.mark.parametrize("said", ["", "offload:optimizer=cpu+", "offload:activations=cpu+"])
+@pytest.mark.parametrize("said", ["", "offload:optimizer=cpu,activations=cpu+"])
 def test_what_host_memory_has_no_room_for_goes_to_files(said: str) -> None:
     """A GPU's ladder, without one. What the plan offloads itself takes room, too."""
     made = compiled(f"zero3+accum2+{said}memory:budget_gb=1,path=/x")
@@ -213,7 +213,7 @@ def test_what_host_memory_has_no_room_for_goes_to_files(said: str) -> None:
     ctx = Context(made.mesh)
     before = run_passes(copied(source), made.passes[:at], ctx)
     sharded = run_passes(copied(before), made.passes[at:], ctx)
-    schedule = made._schedule("train", made.microbatches)
+    schedule = made._builder().schedule("train", made.microbatches)
     by_plan = offloaded_bytes(made.execution_plan, 0).get("cpu", 0)
 
     def last(host_gb: float) -> tuple[set[str], dict[str, int]]:
