@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import resource
 import threading
@@ -132,22 +133,23 @@ class Disk:
 
     def _transfer(self, value: Tensor, region: Region, move: Callable[[Tensor, int], None]) -> Pieces:
         whole = value.as_strided((region.nbytes // value.element_size(),), (1,), value.storage_offset())
-        flat = whole.view(torch.uint8)
-        computed = self._streams.record(Lane.COMPUTE)
+        held = [whole.view(torch.uint8)]  # by what is returned alone: a thread forgets its work only after the end of it
+        computed, offset = self._streams.record(Lane.COMPUTE), region.offset
 
         def run(at: int) -> None:
             self._streams.hold(Lane.FILE, computed)
-            move(flat[at : at + PIECE], region.offset + at)
+            move(held[0][at : at + PIECE], offset + at)
 
-        return Pieces([self._pool.submit(run, at) for at in range(0, region.nbytes, PIECE)], region)
+        return Pieces([self._pool.submit(run, at) for at in range(0, region.nbytes, PIECE)], region, held)
 
     def empty(self, kind: TensorType) -> Tensor:
         """Memory to read a value into. A large one is aligned, to be read, and written again, without a copy."""
         nbytes = span(kind)
         if nbytes < PIECE or self._device.type != "cpu":
             return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self._device)
-        whole = torch.empty(nbytes + ALIGN, dtype=torch.uint8, device="cpu")
-        return whole[-whole.data_ptr() % ALIGN :][:nbytes].view(kind.dtype).as_strided(kind.shape, kind.stride)
+        # With a storage of its own, of which offsets in views count from the beginning; pages are aligned.
+        flat = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=kind.dtype)
+        return flat.as_strided(kind.shape, kind.stride)
 
     def _write(self, piece: Tensor, offset: int) -> None:
         if self._is_aligned(piece):
@@ -201,6 +203,7 @@ class Pieces:
 
     futures: list[Future[None]]
     region: Region  # nobody else gets it before the end
+    held: list[Tensor]  # the value, until somebody has waited
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -210,6 +213,7 @@ class Pieces:
         """Return when it has ended. Raises OffloadFailed."""
         for future in self.futures:
             future.result()
+        self.held.clear()
 
 
 def _memory(piece: Tensor) -> memoryview:

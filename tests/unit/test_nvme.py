@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import mmap
 import os
 import re
 import resource
@@ -11,10 +12,12 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 import graphshard
 from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace, ValueLost
 from graphshard.execution import type_of
+from graphshard.plan import Plan
 from graphshard.runtime.leftovers import Owner
 from graphshard.runtime.nvme import ALIGN, PIECE, Disk
 from graphshard.runtime.offload import Homes
@@ -65,6 +69,7 @@ def test_large_values_are_read_in_place(disk: Disk, numel: int) -> None:
     disk.write(value, region).wait()
     found = disk.empty(type_of(value))
     assert found.data_ptr() % ALIGN == 0
+    assert found.storage_offset() == 0 and found.untyped_storage().nbytes() == value.nbytes
     disk.read(region, found).wait()
     assert torch.equal(found, value)
     disk.write(found.mul_(2), region).wait()
@@ -93,6 +98,39 @@ def test_a_region_is_used_again_when_nobody_holds_it(disk: Disk) -> None:
     transfer.wait()
     del transfer
     assert offset in {disk.allocate(ALIGN).offset for _ in range(3)}
+
+
+def test_nobody_holds_a_value_that_has_been_written(disk: Disk) -> None:
+    region = disk.allocate(PIECE)
+    for _ in range(200):
+        block = mmap.mmap(-1, PIECE)
+        watched = weakref.ref(block)
+        disk.write(torch.frombuffer(block, dtype=torch.uint8), region).wait()
+        del block
+        assert watched() is None
+
+
+@pytest.mark.parametrize("plan", ["dp", "zero1:size=2+accum2", "zero2:size=2+pp2", "zero3:size=1+bf16"])
+def test_parameters_of_more_than_a_piece_train_the_same(tmp_path: Path, plan: str) -> None:
+    """Views of a bucket begin where its storage does."""
+
+    def trained(plan: str) -> list[Any]:
+        torch.manual_seed(0)
+        layers = [nn.Linear(512, 520), nn.Tanh(), nn.Linear(520, 512)]
+        made = graphshard.compile(
+            nn.Sequential(*layers),
+            plan,
+            loss_fn=nn.functional.mse_loss,
+            optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
+            world_size=Plan.parse(plan).mesh().world_size,
+            executor="local",
+        )
+        x, y = torch.randn(8, 512), torch.randn(8, 512)
+        losses = [made.step(x, y) for _ in range(2)]
+        return [losses, made.evaluate(x, y), made(x), made.state_dict()]
+
+    found = trained(f"{plan}+offload:params=nvme,path={tmp_path}")
+    assert same(found, trained(plan))
 
 
 def test_room_is_made_before_it_is_needed(tmp_path: Path) -> None:
