@@ -34,7 +34,8 @@ def reload_in_time(step: Part, begin: int, room: Sequence[int], storages: Mappin
     ``room``: the bytes that may be held in addition while each instruction of ``step`` runs.
     """
     spare, times = list(room), _times(step, clock)
-    wait_of = {started: wait for wait, started in match_waits(step).items()}
+    started_at = match_waits(step)
+    wait_of = {started: wait for wait, started in started_at.items()}
     # What the CPU makes is waited for before its copy starts: earlier, it would hold up what is computed meanwhile.
     made = {ref for ins in step if ins.device for ref in ins.outputs}
     starts = [at for at, ins in enumerate(step) if ins.op is Op.RELOAD and at in wait_of and ins.inputs[0] not in made]
@@ -49,7 +50,8 @@ def reload_in_time(step: Part, begin: int, room: Sequence[int], storages: Mappin
         place = reached = at
         while begin <= at and times[place] > wanted[at] and reached > first:
             reached -= 1
-            if not _may_pass(step[at], step[reached]) or spare[reached] < size:
+            read = step[started_at[reached]].inputs if reached in started_at else ()  # by a copy, until then
+            if step[at].last.intersection(read) or not _may_pass(step[at], step[reached]) or spare[reached] < size:
                 break
             if times[reached] < times[place]:
                 place = reached

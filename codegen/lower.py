@@ -388,8 +388,8 @@ class _StageLowering:
         return [*before, issue]
 
     def _namer(self, section: Section, microbatch: int | None, prefix: str = "") -> Callable[[fx.Node], Ref]:
-        """Where each node's value lives. A carry that nobody else reads is written straight to its slot, and so is what
-        is offloaded: it replaces the old value where that is kept."""
+        """Where each node's value lives. A carry that nobody else reads is written straight to its slot, unless the old
+        value is read behind it, and so is what is offloaded: it replaces the old value where that is kept."""
         outputs = section.outputs
         returned = Counter(outputs.values())
         direct = {
@@ -399,6 +399,7 @@ class _StageLowering:
             and len(node.users) == 1
             and node.op != "placeholder"
             and returned[node] == 1
+            and not (slot.role is Role.CARRY and _is_read_behind(section.input_slots.get(slot), node))
         }
 
         def name(node: fx.Node) -> Ref:
@@ -513,3 +514,7 @@ def _kind(node: fx.Node) -> str:
     both ends see one order on the channel."""
     phase = info(node.args[0]).phase if node.target is gs.transfer.default else info(node).phase  # type: ignore[arg-type]
     return {Phase.FORWARD: "F", Phase.WEIGHT: "W"}.get(phase, "B")
+
+
+def _is_read_behind(old: fx.Node | None, new: fx.Node) -> bool:
+    return old is not None and any(user > new for user in old.users if user.op != "output")

@@ -47,7 +47,6 @@ class Group:
     """Operations of one phase and stage that are to be a region."""
 
     space: Space
-    first: fx.Node
     nodes: dict[fx.Node, None] = field(default_factory=dict)
 
 

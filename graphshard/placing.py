@@ -108,6 +108,9 @@ class Placer:
                 # Only gradients travel to earlier stages: what their backward reads travels with them.
                 record = replace(record, phase=Phase.BACKWARD)
                 value = call(node.graph, aten.alias.default, (value,), record)
+            elif node.op == "placeholder" and not self.once:
+                # A buffer that each micro-batch updates lives in one place: what is sent is this one's.
+                value = call(node.graph, aten.clone.default, (value,), record)
             new = call(node.graph, gs.transfer.default, (value, src, stage), replace(record, stage=stage))
         self.transfers.append(new)
         self.sent[node, stage] = new

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map_only
 
 from graphshard import fake
+from graphshard.carried import keep_for_later
 from graphshard.errors import (
     ParameterOutsideModel,
     ParameterWritten,
@@ -64,6 +65,7 @@ def convert(
             case "param":
                 raise ParameterWritten(tensors.params[port.index].name)
     carries.finish()
+    keep_for_later(program.body)
     drop_dead(program.body)
     return program
 

@@ -79,6 +79,7 @@ class Step(nn.Module):
         self.held = tensors.all()
         self.mode = fake.new_mode()
         self.changes: set[str] = set()
+        self.replaced: set[str] = set()  # buffers; AOTAutograd runs this once to see what is written, then to trace it
         self.output = Output()
         self.batch = [i for i, leaf in enumerate(request.leaves) if isinstance(leaf, Tensor)]
         leaves = [request.leaves[i] for i in self.batch]
@@ -94,7 +95,11 @@ class Step(nn.Module):
         for i, value in zip(self.batch, batch, strict=True):
             leaves[i] = value
         values = [v for v in (*self._parameters.values(), *self._buffers.values()) if v is not None]
-        with unchanged(self.request.model, self.changes), swapped(self.held, values), watching(self.held):
+        with (
+            unchanged(self.request.model, self.changes),
+            swapped(self.held, values, self.replaced),
+            watching(self.held),
+        ):
             results, self.output = call(self.request, leaves)
         # For a result that is a view or an input AOTAutograd would return something else in its place.
         return tuple(result.clone() for result in results)

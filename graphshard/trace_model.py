@@ -138,32 +138,39 @@ def fake_tensors(held: Sequence[Held], mode: FakeTensorMode, trained: bool) -> l
 
 
 @contextmanager
-def swapped(held: Sequence[Held], values: Sequence[Tensor]) -> Iterator[None]:
+def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) -> Iterator[None]:
     """The model's modules hold ``values`` meanwhile. A buffer that the model replaces is written to instead.
+
+    Args:
+        replaced: names of such buffers from an earlier run, to which this one adds. The model holds copies of these:
+            what autograd saved of the old value would otherwise count as overwritten.
 
     Raises:
         BufferChangesType: on leaving, if a replacement has another shape or dtype.
     """
-    for item, value in zip(held, values, strict=True):
+    shown = [value.clone() if item.name in replaced else value for item, value in zip(held, values, strict=True)]
+    for item, value in zip(held, shown, strict=True):
         for where, key in item.places:
             where[key] = value
     try:
         yield
-        for item, value in zip(held, values, strict=True):
+        for item, value, given in zip(held, values, shown, strict=True):
             for where, key in item.places:
-                _write_back(item, value, where.get(key))
+                if _is_replaced(item, given, where.get(key)):
+                    replaced.add(item.name)
+                    value.copy_(where[key])
     finally:
         for item in held:
             for where, key in item.places:
                 where[key] = item.tensor
 
 
-def _write_back(held: Held, given: Tensor, now: Any) -> None:
+def _is_replaced(held: Held, given: Tensor, now: Any) -> bool:
     if now is given or isinstance(held.tensor, nn.Parameter):
-        return
+        return False
     if not isinstance(now, Tensor) or now.shape != given.shape or now.dtype != given.dtype:
         raise BufferChangesType(held.name, _type(given), _type(now))
-    given.copy_(now)
+    return True
 
 
 def _type(value: Any) -> str:

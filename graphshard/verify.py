@@ -8,6 +8,7 @@ from collections import Counter
 import torch
 from torch import fx
 
+from graphshard.carried import late_reads
 from graphshard.communication import MOVES, communicates
 from graphshard.errors import IllegalProgram
 from graphshard.homes import home_of, homes, on_host
@@ -62,7 +63,8 @@ def check_rules(program: Program, suffix: str = "") -> None:
 
 
 def _fail(rule: str, node: fx.Node | str, where: str) -> None:
-    text = node if isinstance(node, str) else f"%{node.name} = {getattr(node, 'target', '')}"
+    target = "" if isinstance(node, str) else "a region" if isinstance(node.target, Region) else node.target
+    text = node if isinstance(node, str) else f"%{node.name} = {target}"
     raise IllegalProgram(rule, f"{text}, {where}")
 
 
@@ -227,6 +229,9 @@ def _check_carries(program: Program, suffix: str) -> None:
         _fail(f"{slot} is read by the body but not initialised by the prologue", slot, f"graph body{suffix}")
     for slot in sorted(map(str, written - read)):
         _fail(f"{slot} is returned by the body but not read by it", slot, f"graph body{suffix}")
+    for old, _, reader in late_reads(program.body):
+        rule = f"{program.body.inputs[old]} is replaced by the forward and read by a later phase; that needs a copy"
+        _fail(rule, reader, f"graph body{suffix}")
     for section in program.updates():
         for slot in sorted(map(str, carries(section.inputs.values()) - (given | written))):
             _fail(f"{slot} is read by the epilogue but nothing produces it", slot, f"graph epilogue{suffix}")

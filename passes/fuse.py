@@ -170,7 +170,7 @@ class _Grouping:
                 where = shared
                 self._merge(joined, group, where)
         if joined is None:
-            joined = Group(where, node)
+            joined = Group(where)
             opened.append(joined)
             self._add(node, joined)
         joined.space = where
@@ -180,7 +180,7 @@ class _Grouping:
 
     def _merge(self, group: Group, other: Group, space: Space) -> None:
         """``group`` takes over the nodes of ``other``."""
-        group.first, group.space = min(group.first, other.first), space
+        group.space = space
         for member in other.nodes:
             self._add(member, group)
 
@@ -215,9 +215,7 @@ class _Grouping:
             if unit is group:
                 return True
             if unit is None:
-                # What stands before the group cannot depend on it, unless as part of another group.
-                if group.first < node:
-                    stack += node.all_input_nodes
+                stack += node.all_input_nodes  # also of what stands before the group: a path may lead through another
             else:
                 seen.update(unit.nodes)
                 stack += self._outside(unit.nodes, unit)

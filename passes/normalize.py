@@ -12,6 +12,7 @@ from torch import fx
 
 from graphshard import fake
 from graphshard.analysis import weight_views
+from graphshard.carried import keep_for_later
 from graphshard.dataflow import is_view
 from graphshard.pipeline import Context
 from graphshard.program import Level, Phase, Program, Section, info, set_info, val
@@ -67,6 +68,7 @@ class Normalize:
             drop_dead(section)
             retype_from(changed)
         _derive_weight_views(program.body)
+        keep_for_later(program.body, "normalize")  # a rule may have dropped the copy
         for section in program.sections().values():
             _share_views(section)
             drop_dead(section)

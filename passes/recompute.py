@@ -1,6 +1,7 @@
 """Compute again in the backward what memory-policy tagged, by copies of operations right before their first reader.
 
-A copy reads kept values, other copies, parameters and the batch; copies of reads of a parameter count as reads of the
+A copy reads kept values, other copies, parameters and the batch, and of a buffer that the forward updates what it was
+(carried.py); copies of reads of a parameter count as reads of the
 backward, so that ``zero`` gathers it there again. Random operators draw by a key (random_ops.py) and repeat themselves.
 """
 
@@ -12,6 +13,7 @@ from typing import ClassVar
 from torch import fx
 
 from graphshard.analysis import weight_views
+from graphshard.carried import keep_for_later
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, Phase, Program, info
 from graphshard.rewrite import clone
@@ -41,6 +43,7 @@ class Recompute:
             for source in reader.all_input_nodes:
                 if source in again:
                     reader.replace_input_with(source, copies[source])
+        keep_for_later(program.body, self.name)
         return program
 
 

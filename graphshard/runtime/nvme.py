@@ -133,7 +133,9 @@ class Disk:
 
     def _transfer(self, value: Tensor, region: Region, move: Callable[[Tensor, int], None]) -> Pieces:
         whole = value.as_strided((region.nbytes // value.element_size(),), (1,), value.storage_offset())
-        held = [whole.view(torch.uint8)]  # by what is returned alone: a thread forgets its work only after the end of it
+        held = [
+            whole.view(torch.uint8)
+        ]  # by what is returned alone: a thread forgets its work only after the end of it
         computed, offset = self._streams.record(Lane.COMPUTE), region.offset
 
         def run(at: int) -> None:

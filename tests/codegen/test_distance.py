@@ -112,6 +112,16 @@ def test_what_is_reloaded_has_left() -> None:
     )
 
 
+def test_what_is_handed_over_stays_behind_a_copy_that_reads_it_meanwhile() -> None:
+    """A value that two phases read is reloaded twice."""
+    part = step("u +c100 v w ?c100 x +d100 z ?d100")
+    at = next(at for at, ins in enumerate(part) if ins.outputs == refs("d100"))
+    source = refs("away_c100")
+    for last, expected in ((source, "+c100 u v w ?c100 +d100 x z ?d100"), ((), "+c100 u +d100 v w ?c100 x z ?d100")):
+        part[at] = replace(part[at], inputs=source, last=frozenset(last))
+        assert spelt(reload_in_time(part, 0, [10**6] * len(part), STORAGES, CLOCK)) == expected
+
+
 PLANS = [
     ("zero3+offload:optimizer=cpu,params=cpu", 64),
     ("zero3+accum2+offload:params=cpu", 64),

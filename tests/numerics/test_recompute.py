@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 import graphshard
@@ -68,3 +69,30 @@ def test_evaluation_is_that_of_the_model_without_recomputation() -> None:
         compiled.step(*args, **kwargs)
         results.append(compiled.evaluate(*args, **kwargs))
     assert torch.equal(*results)
+
+
+class Recurrent(nn.Module):
+    """A GRU, whose steps are long chains of small operations that lead through several regions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(32, 16)
+        self.gru = nn.GRU(16, 16, batch_first=True)
+        self.head = nn.Linear(16, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.gru(self.embedding(ids))[0])
+        return logits.transpose(1, 2)
+
+
+@pytest.mark.parametrize("policy", ["full", "selective"])
+def test_regions_that_depend_on_one_another_in_turn_are_not_made(policy: str) -> None:
+    def trained(plan: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        ids = torch.randint(32, (4, 9))
+        compiled = graphshard.compile(
+            Recurrent(), plan, loss_fn=F.cross_entropy, optimizer=partial(AdamW, lr=1e-2), executor="local"
+        )
+        return [compiled.step(ids[:, :-1], ids[:, 1:]) for _ in range(2)]
+
+    assert torch.equal(torch.stack(trained(f"dp1+recompute:policy={policy}")), torch.stack(trained("dp1")))

@@ -1,0 +1,113 @@
+"""Buffers that the forward updates and the backward needs as they were: on a pipeline other forwards come in between,
+and what is recomputed reads them late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphshard
+from graphshard.errors import IllegalProgram
+from graphshard.program import Phase, Role
+from graphshard.rewrite import copied
+from graphshard.verify import verify
+from numerics.cases import sgd
+from numerics.reference import check_parity
+
+WIDTH = 8
+
+
+class Block(nn.Module):
+    """A layer with a buffer ``m``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("m", torch.ones(WIDTH))
+        self.m: Tensor
+
+
+class InPlace(Block):
+    """The old value is used, and differentiated by, before it is overwritten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        scaled: Tensor = hidden * self.m.clone()
+        with torch.no_grad():
+            self.m.mul_(0.5).add_(hidden.abs().mean(0), alpha=0.5)
+        return scaled
+
+
+class Rebound(Block):
+    """The attribute is given another tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        scaled: Tensor = hidden * self.m
+        self.m = self.m * 0.5 + 0.5 * hidden.detach().abs().mean(0)
+        return scaled
+
+
+class Viewed(Block):
+    """The backward reads a view of the old value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.linear(x))
+        scaled = hidden.view(-1, 2, WIDTH // 2) * self.m.view(2, WIDTH // 2).clone()
+        self.m = self.m * 0.9 + 0.1 * hidden.detach().mean(0)
+        result: Tensor = scaled.view(-1, WIDTH) * self.m
+        return result
+
+
+class Late(Block):
+    """The old value is used again behind other layers, by which ZeRO-3 has gathered their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        old = self.m
+        hidden = self.linear(x)
+        self.m = old * 0.5 + hidden.detach().mean(0)
+        result: Tensor = self.second(torch.tanh(hidden * self.m)) * old
+        return result
+
+
+def spectral() -> nn.Module:
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
+
+
+def made(kind: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(3) for layer in (kind(), nn.Tanh())]
+    return nn.Sequential(*layers), (torch.randn(16, WIDTH), torch.randint(WIDTH, (16,))), {}, F.cross_entropy
+
+
+@pytest.mark.parametrize("kind", [InPlace, Rebound, Viewed, Late, spectral])
+@pytest.mark.parametrize("plan", ["dp1", "zero3:size=2+accum2", "pp2:schedule=gpipe", "zero1+pp2:schedule=zb-h1"])
+@pytest.mark.parametrize("policy", ["", "+recompute:policy=full", "+recompute:policy=selective"])
+def test_training_is_that_of_eager(kind: Any, plan: str, policy: str) -> None:
+    check_parity(lambda: made(kind), plan + policy, sgd, dtype=torch.float64)
+
+
+def test_a_late_read_of_what_the_forward_replaces_is_illegal() -> None:
+    model, inputs, _, loss_fn = made(InPlace)
+    compiled = graphshard.compile(
+        model, "dp1", loss_fn=loss_fn, optimizer=sgd(model), example_inputs=inputs, executor="none"
+    )
+    program = copied(compiled.program)
+    verify(program)
+    body = program.body
+    old = next(node for node, slot in body.inputs.items() if slot.role is Role.CARRY and slot.name == "buffer:0.m")
+    copy = next(user for user in old.users if user.target is torch.ops.aten.clone.default)
+    reader = next(user for user in copy.users if user.op != "output" and user.meta["info"].phase is Phase.BACKWARD)
+    reader.replace_input_with(copy, old)
+    with pytest.raises(
+        IllegalProgram, match=r"buffer:0\.m\" is replaced by the forward and read by a later phase; that needs a copy"
+    ):
+        verify(program)
