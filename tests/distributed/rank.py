@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 
@@ -13,6 +15,7 @@ from distributed.processes import report
 from graphshard.errors import PeerFailed
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
+from graphshard.runtime import shared_memory
 from graphshard.runtime.distributed import DistributedExecutor
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.local import LocalExecutor
@@ -56,17 +59,22 @@ def _step(executor: Executor, plan: ExecutionPlan, step: int) -> float:
 
 
 def communicate(plan: ExecutionPlan) -> dict[str, object]:
-    """Names of what arrived, and of what arrived otherwise than in one process, for two meshes."""
+    """Names of what arrived, and of what arrived otherwise than in one process, for two meshes, whole and in pieces of
+    16 bytes."""
     names, wrong = [], []
     for mesh in (plan.mesh, Mesh((("dp", plan.mesh.world_size),))):
         every = handmade.every_communication(mesh)
         local, distributed = LocalExecutor(mesh), DistributedExecutor(mesh, timeout_s=30.0)
         expected = local.step(every, {}).outputs[mesh.dp_rank(RANK)]
-        for name, (value,) in distributed.step(every, {}).outputs[mesh.dp_rank(RANK)].items():
-            names.append(name)
-            other = expected[name][0]
-            if not torch.equal(value, other) or value.stride() != other.stride():
-                wrong.append(name)
+        for whole in (True, False):
+            in_pieces = patch.multiple(shared_memory, _PIECE_BYTES=16, _SMALL_BYTES=0)
+            with nullcontext() if whole else in_pieces:
+                found = distributed.step(every, {}).outputs[mesh.dp_rank(RANK)]
+            for name, (value,) in found.items():
+                names.append(name)
+                other = expected[name][0]
+                if not torch.equal(value, other) or value.stride() != other.stride():
+                    wrong.append(name if whole else f"{name} in pieces")
     return {"names": names, "wrong": wrong}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import graphshard
 from graphshard.compile import Compiled
@@ -151,6 +151,24 @@ def test_a_lower_precision_is_the_same_to_the_bit(plan: str, max_grad_norm: floa
         updates = [at for at, ins in enumerate(end) if ins.op is Op.OFFLOAD]
         early = updates[0] < max(backward, default=-1)
         assert early == ("bf16" in plan and max_grad_norm is None)
+
+
+def test_values_of_more_than_a_piece_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    """A megabyte, from which on they are read where they are used: parameters, state and what a block keeps."""
+    sizes = {"rows": 8, "depth": 2, "width": 256, "length": 128}
+
+    def found(plan: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        model, args, kwargs, loss_fn = maker("gpt", plan, **sizes)()
+        optimizer = OPTIMIZERS["adamw"](model)
+        compiled = graphshard.compile(model, plan, loss_fn=loss_fn, optimizer=optimizer, executor="local")
+        losses = [compiled.step(*args, **kwargs) for _ in range(2)]
+        away = compiled.report()["ranks"][0]["offloaded_bytes"].get("nvme", 0)
+        assert away > 10 * 2**20 or "nvme" not in plan
+        return [*losses, *compiled.state_dict().values()]
+
+    moved = found(f"zero1+pp2+offload:optimizer=nvme,params=nvme,activations=nvme,path={tmp_path}")
+    assert all(torch.equal(a, b) for a, b in zip(moved, found("zero1+pp2"), strict=True))
 
 
 def test_state_that_the_first_step_makes(tmp_path: Path) -> None:
