@@ -316,6 +316,18 @@ class PeerFailed(GraphshardError):
         )
 
 
+class RanksOutOfStep(GraphshardError):
+    """What ranks do together was given up in its middle, and now they are asked for more. ``cause``: why it was."""
+
+    CURE = "start all processes again from a checkpoint"
+
+    def __init__(self, rank: int, cause: str) -> None:
+        super().__init__(
+            f"rank {rank} gave up in the middle of what ranks do together ({cause}), and nothing says how far the "
+            f"others are; {self.CURE}"
+        )
+
+
 class PlanMismatch(GraphshardError):
     """Ranks that should run one plan have different ones."""
 
@@ -359,10 +371,10 @@ class ValueLost(GraphshardError):
     def __init__(self, what: str) -> None:
         super().__init__(f"{what} was lost when a step failed in the middle of its update; {self.CURE}")
 
-    @classmethod
-    def of_step(cls, what: str) -> str:
-        """What the error of that step adds. ``what`` is lost."""
-        return f"the update was half done: {what} of this run are lost; {cls.CURE}"
+    @staticmethod
+    def of_step(what: str, cure: str) -> str:
+        """What the error of that step adds. ``what`` is lost; ``cure``: what helps."""
+        return f"the update was half done: {what} of this run are lost; {cure}"
 
 
 class OffloadPath(GraphshardError):

@@ -5,15 +5,24 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from graphshard.errors import NonFiniteStep, PeerFailed, PlanMismatch, WaitTimeout
+from graphshard.errors import (
+    NonFiniteStep,
+    NoValue,
+    PeerFailed,
+    PlanMismatch,
+    RanksOutOfStep,
+    ValueLost,
+    WaitTimeout,
+)
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.fingerprints import collectives_of, transfers_of
 from graphshard.mesh import Mesh, ranks_by
@@ -35,6 +44,9 @@ _FAILING_S = 2.0  # how long a rank that lost a peer looks for the reason
 class DistributedExecutor(Executor):
     """This process is one rank of ``mesh``.
 
+    A step or a reading that a rank gives up in its middle leaves messages on their way, which whatever comes next would
+    take for its own: from then on this rank raises RanksOutOfStep instead of communicating.
+
     Args:
         device: "cpu": ranks of one machine exchange through shared memory, unless GRAPHSHARD_SHARED_MEMORY=0 is in the
             environment of one of them, and others over gloo. "cuda": NCCL, on the GPU that LOCAL_RANK names.
@@ -48,6 +60,8 @@ class DistributedExecutor(Executor):
         WorldSizeMismatch: the mesh has another size than the process group.
         PlanMismatch: another rank has another mesh.
     """
+
+    cure: ClassVar[str] = RanksOutOfStep.CURE
 
     def __init__(
         self,
@@ -78,6 +92,7 @@ class DistributedExecutor(Executor):
         self._blame = Blame(mesh, self.rank)
         self._fingerprints: dict[int, tuple[int, int]] = {}
         self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
+        self._gave_up = ""  # why this rank may not communicate any more
 
     def close(self) -> None:
         """Leave the process group."""
@@ -99,19 +114,25 @@ class DistributedExecutor(Executor):
 
     def told(self, mine: T, at: str) -> list[T]:
         given = [mine] * self.mesh.world_size
-        try:
-            dist.all_gather_object(given, mine, group=self._groups.control)
-        except RuntimeError as error:
-            raise PeerFailed(self.rank, at, "its peer", _line(error), self._give_up("its peer", at)) from error
+        with self._together():
+            try:
+                dist.all_gather_object(given, mine, group=self._groups.control)
+            except RuntimeError as error:
+                raise PeerFailed(self.rank, at, "its peer", _line(error), self._give_up("its peer", at)) from error
         return given
 
     def load(self, plan: ExecutionPlan) -> Loaded:
+        self._check_in_step()  # rather than that a value is lost, which no loading would mend
         loaded = super().load(plan)
         if id(plan) not in self._fingerprints:
             self._fingerprints[id(plan)] = collectives_of(plan), transfers_of(plan)
         return loaded
 
     def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
+        with self._together(NoValue, ValueLost):
+            return self._read(ref, stage, kind, axis, everywhere)
+
+    def _read(self, ref: Ref, stage: int, kind: TensorType, axis: str, everywhere: bool) -> Tensor | None:
         size = self.mesh.size(axis) if axis else 1
         shape = (kind.shape[0] * size, *kind.shape[1:]) if size > 1 else kind.shape
         full = torch.empty(shape, dtype=kind.dtype, device=self.device)
@@ -133,10 +154,18 @@ class DistributedExecutor(Executor):
         return self._link
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
-        agreement = _Agreement(self, loaded, first)
+        with self._together():
+            agreement = _Agreement(self, loaded, first)
+            if not loaded.steps:
+                self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
         if not loaded.steps:
-            self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
-            agreement.check()
+            agreement.check()  # all ranks know it then, and none has begun
+        with self._together(NonFiniteStep):  # all ranks raise it
+            return self._run_agreed(loaded, values, first, agreement)
+
+    def _run_agreed(
+        self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool, agreement: _Agreement
+    ) -> dict[int, dict[Ref, Value]]:
         self._drain()
         machine = loaded.machines[self.rank]
         council = self._council() if loaded.plan.watched else None
@@ -149,7 +178,7 @@ class DistributedExecutor(Executor):
                 self._complete(agreement, "comparing plans")
                 agreement.check()
                 return {self.rank: end.value}
-            except NonFiniteStep:  # all ranks raise it
+            except NonFiniteStep:
                 self._complete(agreement, "comparing plans")
                 agreement.check()
                 raise
@@ -168,6 +197,28 @@ class DistributedExecutor(Executor):
             if self.device.type == "cuda" and handle is not council:
                 assert isinstance(handle, Works)
                 self._running.append((handle, loaded.instruction_of(self.rank)))
+
+    @contextmanager
+    def _together(self, *harmless: type[Exception]) -> Iterator[None]:
+        """Around what ranks do together: once it ends with an error, an interrupt too, other than ``harmless`` ones,
+        this rank communicates no more, and the others need not wait for it.
+
+        Raises:
+            RanksOutOfStep: such a thing has failed here before.
+        """
+        self._check_in_step()
+        try:
+            yield
+        except harmless:
+            raise
+        except BaseException as error:
+            self._gave_up = _line(error)
+            self._alarm()
+            raise
+
+    def _check_in_step(self) -> None:
+        if self._gave_up:
+            raise RanksOutOfStep(self.rank, self._gave_up)
 
     def _council(self) -> TorchCouncil:
         near = self._neighbours is not None and self._neighbours.ranks

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ class StepResult:
 class Executor(ABC):
     """Runs plans over one mesh. ``ranks`` are those that live in this process; ``path`` is a folder for what they
     offload to files; ``cudagraphs``: segments are captured as CUDA graphs, where the device has such."""
+
+    cure: ClassVar[str] = ValueLost.CURE  # what helps when a step has lost values
 
     def __init__(
         self,
@@ -242,7 +244,7 @@ class Executor(ABC):
             self.homes.settle()
             if lost := self._put_back(loaded, values, first):
                 add = error.add if isinstance(error, GraphshardError) else error.add_note
-                add(ValueLost.of_step(lost))
+                add(ValueLost.of_step(lost, self.cure))
             raise
         for rank in self.ranks:
             totals = self.sent_bytes[rank]

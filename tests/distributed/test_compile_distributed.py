@@ -73,9 +73,8 @@ def test_precision_is_the_same_on_processes(plan: str, world_size: int) -> None:
 def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
     for result in launch("train_rank.py", 2, "meta", "pp2:schedule=zb-h1"):
         assert result["error"] == "NoValue"
-        local, loaded, initialised = result["losses"]
-        assert loaded == close(local)
-        assert initialised == close(local)
+        local, *others = result["losses"]
+        assert others == [close(local)] * 3
 
 
 def test_what_one_rank_dumps_all_ranks_load(tmp_path: Path) -> None:
@@ -93,9 +92,28 @@ def test_ranks_with_different_plans_say_so_and_do_not_hang() -> None:
 
 def test_a_disk_that_fails_on_one_rank_ends_all_and_is_named() -> None:
     plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
-    peer, failed = launch("train_rank.py", 2, "short_read", plan)
+    peer, failed = launch("train_rank.py", 2, "given_up", plan, "short read")
     assert failed["error"] == "OffloadFailed" and "short read at byte" in failed["message"]
     assert peer["error"] == "PeerFailed" and "short read at byte" in peer["message"], peer
+    refuses_from_now_on(failed, 1, "short read at byte")
+    refuses_from_now_on(peer, 0, "rank 0 lost ")
+
+
+def test_an_interrupted_step_ends_all() -> None:
+    plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
+    peer, interrupted = launch("train_rank.py", 2, "given_up", plan, "interrupt")
+    assert interrupted["error"] == "KeyboardInterrupt"
+    assert peer["error"] == "PeerFailed" and "rank 1 " in peer["message"], peer
+    refuses_from_now_on(interrupted, 1, "KeyboardInterrupt")
+    refuses_from_now_on(peer, 0, "rank 0 lost ")
+
+
+def refuses_from_now_on(result: dict[str, Any], rank: int, why: str) -> None:
+    """After a step that failed, ``rank`` was asked for another and for its values: one line with the reason."""
+    for asked in ("step", "state_dict"):
+        said = result[asked]
+        assert said.startswith(f"rank {rank} gave up in the middle of what ranks do together (") and why in said, said
+        assert said.endswith("; start all processes again from a checkpoint") and "\n" not in said, said
 
 
 def test_a_budget_is_kept_by_ranks_with_sequences_of_different_lengths() -> None:

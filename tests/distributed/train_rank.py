@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import graphshard
 from distributed.processes import report
-from graphshard.errors import GraphshardError
+from graphshard.errors import GraphshardError, PlanMismatch, RanksOutOfStep
 from graphshard.program import info
 from graphshard.runtime.nvme import ALIGN
 from models.zoo import gpt
@@ -98,17 +99,18 @@ def train(plan: str) -> dict[str, Any]:
 
 
 def meta(plan: str) -> dict[str, Any]:
-    """A model on the meta device: refused without values, then given some in both ways."""
+    """A model on the meta device: refused without values, then given some, there and to others in both ways."""
     with torch.device("meta"):
         first, second, third = model(), model(), model()
     error = ""
-    c = compiled(plan, "distributed", model=first)
+    refused = compiled(plan, "distributed", model=first)
     try:
-        c.step(*part(c, batch()))
+        refused.step(*part(refused, batch()))
     except GraphshardError as caught:
         error = type(caught).__name__
     values = model().state_dict()
-    loaded = compiled(plan, "distributed", model=second, example_inputs=part(c, batch()))
+    refused.load_state_dict(values)
+    loaded = compiled(plan, "distributed", model=second, example_inputs=part(refused, batch()))
     loaded.load_state_dict(values)
 
     def init(module: nn.Module) -> None:
@@ -118,7 +120,7 @@ def meta(plan: str) -> dict[str, Any]:
     local = compiled(plan, "local")
     return {
         "error": error,
-        "losses": [[c.step(*part(c, batch())).item() for _ in range(2)] for c in (local, loaded, initialised)],
+        "losses": [[c.step(*part(c, batch())).item() for _ in range(2)] for c in (local, refused, loaded, initialised)],
     }
 
 
@@ -158,22 +160,43 @@ def mixed(plan: str) -> dict[str, Any]:
 
 
 def mismatch(plan: str) -> dict[str, Any]:
-    """The last rank was given another plan."""
+    """The last rank was given another plan; nobody has begun, so trying again says the same."""
     plan = "dp" if RANK == WORLD_SIZE - 1 else plan
     c = compiled(plan, "distributed")
+    with suppress(PlanMismatch):
+        c.step(*part(c, batch()))
     c.step(*part(c, batch()))
     return {}
 
 
-def short_read(plan: str) -> dict[str, Any]:
-    """From the second step on, the last rank's file ends early."""
+def given_up(plan: str, why: str) -> dict[str, Any]:
+    """In the second step the last rank's file ends early, or somebody interrupts it; what each rank raises then, and
+    what it says to another step and to reading."""
     c = compiled(plan, "distributed")
     c.step(*part(c, batch()))
+    read, found = os.preadv, {}
+
+    def failing(file: int, buffers: list[memoryview], offset: int) -> int:
+        if why == "short read":
+            return 0
+        os.preadv = read
+        signal.raise_signal(signal.SIGINT)  # what waits for this in the main thread
+        return read(file, buffers, offset)
+
     if RANK == WORLD_SIZE - 1:
-        os.preadv = lambda *_: 0
-    for _ in range(2):  # a peer that needed nothing more of this rank in that step notices in the next one
-        c.step(*part(c, batch()))
-    return {}
+        os.preadv = failing  # type: ignore[assignment]
+    try:
+        for _ in range(2):  # a peer that needed nothing more of this rank in that step notices in the next one
+            c.step(*part(c, batch()))
+    except (GraphshardError, KeyboardInterrupt) as error:
+        found = {"error": type(error).__name__, "message": str(error)}
+    os.preadv = read
+    for name, ask in (("step", lambda: c.step(*part(c, batch()))), ("state_dict", c.state_dict)):
+        try:
+            ask()
+        except RanksOutOfStep as error:
+            found[name] = str(error)
+    return found
 
 
 def wide() -> nn.Module:
@@ -252,7 +275,7 @@ def main() -> None:
         "meta": meta,
         "mixed": mixed,
         "mismatch": mismatch,
-        "short_read": short_read,
+        "given_up": given_up,
         "killed_writing": killed_writing,
         "against_resident": against_resident,
         "uneven": uneven,
