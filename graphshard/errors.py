@@ -364,12 +364,14 @@ class NoValue(GraphshardError):
 
 
 class ValueLost(GraphshardError):
-    """A parameter, buffer or optimizer state that a failed step had begun to replace is needed."""
+    """A parameter, buffer or optimizer state is needed that was begun to be replaced. ``why``: what did not end."""
 
     CURE = "load a checkpoint, with load_state_dict and optimizer.load_state_dict, before going on"
+    UPDATE = "a step failed in the middle of its update"
+    LOADING = "loading it failed"
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what} was lost when a step failed in the middle of its update; {self.CURE}")
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"{what} was lost when {why}; {self.CURE}")
 
     @staticmethod
     def of_step(what: str, cure: str) -> str:

@@ -83,7 +83,7 @@ class Executor(ABC):
         self.device = device
         self.homes = Homes(device, path)
         self.stores: dict[int, dict[Ref, Value]] = {rank: {} for rank in self.ranks}
-        self.lost: dict[int, set[Ref]] = {rank: set() for rank in self.ranks}  # what a failed step has left unusable
+        self.lost: dict[int, dict[Ref, str]] = {rank: {} for rank in self.ranks}  # what is not whole, and why
         self.sent_bytes: dict[int, dict[str, int]] = {rank: {} for rank in self.ranks}  # by axis, all steps so far
         self.state_keys: frozenset[str] = frozenset()  # the optimizer state that exists, the same on every rank
         self.meters = {rank: make_meter(device, len(self.ranks)) for rank in self.ranks} if measure_memory else {}
@@ -222,7 +222,7 @@ class Executor(ABC):
         Raises:
             PlanError: the plan cannot run (first use).
             NoValue: a parameter or buffer has no value.
-            ValueLost: it has none since a step before failed during its update.
+            ValueLost: it has none since a step before failed during its update, or loading did.
             NonFiniteStep: the plan is watched, and the loss or a gradient is not finite; what is stored is as it was.
 
         After any other error what the step had not begun to replace is stored as it was. The rest is lost, and the
@@ -286,22 +286,27 @@ class Executor(ABC):
         value = self.stores[rank][ref]
         return self.homes.fetch(value) if isinstance(value, Offloaded) else value
 
+    def lose(self, ref: Ref, stage: int) -> None:
+        """Drop what the ranks of ``stage`` store under ``ref``: until it is written it counts as lost. Who writes
+        several values that belong together loses all of them first, so that no failure leaves old beside new ones."""
+        for rank in self._ranks_of(stage):
+            self.stores[rank].pop(ref, None)
+            self.lost[rank][ref] = ValueLost.LOADING
+
     def write(self, ref: Ref, stage: int, value: Tensor, axis: str = "", home: str = "") -> None:
         """Store a full value on the ranks of ``stage``: all of it, or over ``axis`` each its part of dim 0. ``home``:
         where it is kept; "": on the device."""
-        for rank in self.ranks:
+        for rank in self._ranks_of(stage):
             at = self.mesh.coordinates(rank)
-            if at["pp"] != stage:
-                continue
-            part = value.chunk(self.mesh.size(axis))[at[axis]] if axis else value
-            if home:
-                old = self.stores[rank].pop(ref, None)
-                self.lost[rank].add(ref)  # unless all of it is written
-                kept = old if isinstance(old, Offloaded) else None
-                self.stores[rank][ref] = self.homes.keep(part.detach().to(self.device), home, kept)
-            else:
-                self.stores[rank][ref] = part.detach().to(self.device, copy=True)
-            self.lost[rank].discard(ref)
+            part = (value.chunk(self.mesh.size(axis))[at[axis]] if axis else value).detach()
+            self.stores[rank][ref] = (
+                self.homes.keep(part.to(self.device), home) if home else part.to(self.device, copy=True)
+            )
+            self.lost[rank].pop(ref, None)
+
+    def _ranks_of(self, stage: int) -> list[int]:
+        """The ranks of ``stage`` in this process."""
+        return [rank for rank in self.ranks if self.mesh.coordinates(rank)["pp"] == stage]
 
     def close(self) -> None:
         """Give back what the executor holds outside of memory."""
@@ -341,7 +346,8 @@ class Executor(ABC):
 
     def _absent(self, rank: int, ref: Ref, name: str) -> GraphshardError:
         """What to raise where the store of ``rank`` has nothing under ``ref``."""
-        return ValueLost(name) if ref in self.lost[rank] else NoValue(name)
+        why = self.lost[rank].get(ref)
+        return NoValue(name) if why is None else ValueLost(name, why)
 
     def _put_back(self, loaded: Loaded, values: Mapping[int, dict[Ref, Value]], first: bool) -> str:
         """Store again what a failed step has not begun to replace; the rest in words, "" if there is none."""
@@ -351,7 +357,7 @@ class Executor(ABC):
             left = machine.abandon() | values[rank]
             store.update((ref, value) for ref, value in left.items() if reads[ref][0].role in STORED)
             gone = {ref: slot.role for ref, slot in loaded.feeds[first][rank].taken if ref not in store}
-            self.lost[rank] |= set(gone)
+            self.lost[rank] |= dict.fromkeys(gone, ValueLost.UPDATE)
             lost |= set(gone.values())
         named = {Role.STATE: "optimizer state", Role.BUFFER: "buffers", Role.SCALER: "the loss scale"}
         return " and ".join(sorted({named.get(role, "parameters") for role in lost}))

@@ -209,9 +209,9 @@ class Homes:
         if isinstance(kept.place, HostBlock) and (done := self._computing.pop(kept.place, None)) is not None:
             done.result()
 
-    def keep(self, value: Tensor, home: str, old: Offloaded | None = None) -> Offloaded:
+    def keep(self, value: Tensor, home: str) -> Offloaded:
         """Move ``value`` out and wait for it."""
-        kept, transfer = self.offload(value, home, old)
+        kept, transfer = self.offload(value, home)
         transfer.wait()
         return kept
 

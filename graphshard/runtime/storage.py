@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -14,6 +14,9 @@ from graphshard.execution import ExecutionPlan, TensorType, slot_ref
 from graphshard.loss_scaling import SKIPPED, initial
 from graphshard.program import Bucket, Param, Role, Slot
 from graphshard.runtime.executor import Executor
+
+Members = tuple[tuple[str, int], ...]
+"""The parameters or buffers of one stored value: (name, offset); offset -1: it is that value itself."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +101,11 @@ class Storage:
         """
         for name, param in self.params.items():
             _expect(name, tensors.get(name), param.shape)
-        for place, members in self._param_places():
-            self._write(place, members, tensors)
-        for place in self._sharded_places(Role.MASTER):
-            self._write(place, self._members(place), tensors)
+        masters = [(place, self._members(place)) for place in self._sharded_places(Role.MASTER)]
+        self._replace((place, members, tensors) for place, members in [*self._param_places(), *masters])
 
-    def _param_places(self) -> Iterator[tuple[_Place, tuple[tuple[str, int], ...]]]:
-        """Each stored piece of parameters with its (name, offset) members; offset -1: it is the parameter itself."""
+    def _param_places(self) -> Iterator[tuple[_Place, Members]]:
+        """Each stored piece of parameters with its members."""
         seen: set[tuple[str, int]] = set()
         for bucket in self.buckets.values():
             sharded = bucket.store is Role.SHARD
@@ -139,8 +140,7 @@ class Storage:
         places = [place for place in self._places(Role.BUFFER) if place.slot.name in tensors]
         for place in places:
             _expect(place.slot.name, tensors.get(place.slot.name), place.kind.shape)
-        for place in places:
-            self._write(place, ((place.slot.name, -1),), tensors)
+        self._replace((place, ((place.slot.name, -1),), tensors) for place in places)
         placed = {place.slot.name for place in places}
         self._unplaced |= {n: value.detach().clone() for n, value in tensors.items() if n not in placed}
 
@@ -186,9 +186,8 @@ class Storage:
             for ref in [ref for ref in store if ref.name.startswith(f"{Role.STATE}:")]:
                 del store[ref]
         self.executor.state_keys = frozenset(place.slot.key for place in places if tensors)
-        for place in places if tensors else ():
-            given = {name: tensors[name][place.slot.key] for name, _ in self._members(place)}
-            self._write(place, self._members(place), given)
+        pieces = [(place, self._members(place)) for place in places] if tensors else []
+        self._replace((place, on, {name: tensors[name][place.slot.key] for name, _ in on}) for place, on in pieces)
 
     def _sharded_places(self, role: Role) -> Iterator[_Place]:
         """Of masters or optimizer state: sharded, if their shape says so."""
@@ -197,7 +196,7 @@ class Storage:
             split = bucket is not None and place.kind.shape == (bucket.shard_numel,) != (bucket.numel,)
             yield replace(place, axis=bucket.axis if bucket is not None and split else "")
 
-    def _members(self, place: _Place) -> tuple[tuple[str, int], ...]:
+    def _members(self, place: _Place) -> Members:
         bucket = self.buckets.get(place.slot.name)
         if bucket is None:
             return ((place.slot.name, -1),)
@@ -241,7 +240,15 @@ class Storage:
         shape = self.params[name].shape
         return flat.clone() if at < 0 else flat.reshape(-1)[at : at + self.params[name].numel].view(shape).clone()
 
-    def _write(self, place: _Place, members: tuple[tuple[str, int], ...], tensors: Mapping[str, Tensor]) -> None:
+    def _replace(self, pieces: Iterable[tuple[_Place, Members, Mapping[str, Tensor]]]) -> None:
+        """Write values that belong together; where one of them fails, those that are not written are lost."""
+        pieces = list(pieces)
+        for place, _, _ in pieces:
+            self.executor.lose(slot_ref(place.slot), place.stage)
+        for place, members, tensors in pieces:
+            self._write(place, members, tensors)
+
+    def _write(self, place: _Place, members: Members, tensors: Mapping[str, Tensor]) -> None:
         if not any(self.executor.mesh.coordinates(rank)["pp"] == place.stage for rank in self.executor.ranks):
             return
         if not place.kind.shape or members[0][1] < 0:

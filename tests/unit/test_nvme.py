@@ -361,26 +361,42 @@ def same(found: object, wanted: object) -> bool:
     return all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nth", [0, 1, 2])
+@pytest.mark.parametrize("loaded", ["parameters", "state"])
+def test_a_checkpoint_that_cannot_be_written_leaves_no_mixture(
+    loaded: str, nth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither of what was written and what was not, nor of old and new masters and parameters."""
     made = graphshard.compile(
-        nn.Linear(4, 4),
-        f"zero3:size=2+offload:params=nvme,path={tmp_path}",
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+        f"zero3:size=2+bf16+offload:params=nvme,optimizer=nvme,path={tmp_path}",
         loss_fn=nn.functional.mse_loss,
-        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+        optimizer=functools.partial(torch.optim.AdamW, lr=1e-2),
         executor="local",
     )
     x = torch.ones(4, 4)
     made.step(x, x)
-    parameters = made.state_dict()
+    parameters, state = made.state_dict(), made.optimizer.state_dict()
+    made.step(x, x)
+    following = made.state_dict(), made.optimizer.state_dict()
+    load, read, given = (
+        (made.load_state_dict, made.state_dict, parameters)
+        if loaded == "parameters"
+        else (made.optimizer.load_state_dict, made.optimizer.state_dict, state)
+    )
     failing = Failing(monkeypatch, "pwritev")
-    failing.left = 1
+    failing.left = nth
     with pytest.raises(OffloadFailed):
-        made.load_state_dict({name: value + 1 for name, value in parameters.items()})
+        load(given)
     failing.left = sys.maxsize
-    with pytest.raises(ValueLost):
-        made.state_dict()
+    for use in (read, lambda: made.step(x, x)):
+        with pytest.raises(ValueLost, match="was lost when loading it failed; load a checkpoint"):
+            use()
     made.load_state_dict(parameters)
-    assert same(made.state_dict(), parameters)
+    made.optimizer.load_state_dict(state)
+    assert same((made.state_dict(), made.optimizer.state_dict()), (parameters, state))
+    made.step(x, x)
+    assert same((made.state_dict(), made.optimizer.state_dict()), following)
 
 
 @pytest.mark.parametrize(

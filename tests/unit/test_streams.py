@@ -127,7 +127,8 @@ def test_any_dense_layout_goes_out_and_comes_back(dtype: torch.dtype) -> None:
 def test_a_replaced_value_takes_the_place_of_the_old_one() -> None:
     homes = Homes(CPU)
     old = homes.keep(torch.zeros(4), "cpu")
-    new = homes.keep(torch.ones(4), "cpu", old)
+    new, transfer = homes.offload(torch.ones(4), "cpu", old)
+    transfer.wait()
     assert new is old and torch.equal(homes.fetch(new), torch.ones(4))
 
 
