@@ -112,7 +112,8 @@ def compile(
     """
     parsed = plan if isinstance(plan, Plan) else Plan.parse(plan)
     kind = executor_kind(executor)
-    if kind != "none" and (folder := offload_folder(parsed)) is not None:
+    folder = offload_folder(parsed)
+    if kind != "none" and folder is not None:
         check_folder(folder)
     where = device_for(kind, device, model)
     on_gpu = where.type == "cuda"
@@ -148,6 +149,7 @@ def compile(
         measure_memory=measure_memory,
         init=init,
         seed=seed,
+        folder=folder,
         builder=builder,
     )
     builder.observe, builder.widest = compiled._observe, compiled._agreed
@@ -167,9 +169,12 @@ def _passes_of(plan: Plan, debug_nan: bool, on_gpu: bool) -> list[Pass]:
 
 
 def offload_folder(plan: Plan) -> str | None:
-    """Where the plan lets ranks keep files."""
+    """Where the plan lets ranks keep files: an absolute path with ``~`` expanded, since the first step, which makes
+    them, may be in another working directory."""
     given = (token.path for token in (plan.offload, plan.memory) if token is not None)
-    return next((path for path in given if path is not None), None)
+    path = next((path for path in given if path is not None), None)
+    # Unlike Path's this leaves the name of an unknown user, which is then no folder.
+    return None if path is None else str(Path(os.path.expanduser(path)).absolute())  # noqa: PTH111
 
 
 def executor_kind(executor: str) -> str:
@@ -212,6 +217,7 @@ class Compiled:
     timeout_s: float
     dump_dir: Path | None
     seed: int
+    folder: str | None = None  # for files of what is offloaded
     measure_memory: bool = False
     init: Callable[[nn.Module], object] | None = None
     optimizer: Any = None
@@ -440,7 +446,7 @@ class Compiled:
     def _make_executor(self) -> Executor:
         options: dict[str, Any] = {
             "measure_memory": self.measure_memory,
-            "path": offload_folder(self.plan),
+            "path": self.folder,
             "cudagraphs": self.plan.cudagraphs,
         }
         if self.executor == "distributed":

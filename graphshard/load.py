@@ -94,8 +94,9 @@ def load(
     elif (other := difference(describe(model), manifest.model)) is not None:
         raise PlanDirectoryMisfit(str(folder), f"a {manifest.model.kind}", f"a model that differs: {other}")
     plan = Plan.parse(manifest.plan)
-    if kind != "none" and (path := offload_folder(plan)) is not None:
-        check_folder(path)
+    offloads_to = offload_folder(plan)
+    if kind != "none" and offloads_to is not None:
+        check_folder(offloads_to)
     loaded = Loaded(
         directory=found,
         builds=builds,
@@ -110,6 +111,7 @@ def load(
         measure_memory=measure_memory,
         init=init,
         seed=manifest.seed if seed is None else seed,
+        folder=offloads_to,
     )
     _check_options(folder, loaded)
     return loaded

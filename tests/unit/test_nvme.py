@@ -230,6 +230,28 @@ def test_a_plan_without_a_folder_is_refused_before_anything_is_traced(tmp_path: 
     graphshard.compile(model, plan, executor="none")  # the plan may be for another machine
 
 
+@pytest.mark.parametrize("path", ["here", "~/here"])
+def test_a_folder_is_the_one_that_it_was_when_the_plan_was_compiled_or_loaded(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the process is when the first step makes the file; the plan says what was given."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    x = torch.ones(4, 4)
+    plan = f"zero3:size=2+offload:params=nvme,path={path}"
+    compiled = graphshard.compile(
+        nn.Linear(4, 4), plan, loss_fn=nn.functional.mse_loss, example_inputs=(x, x), executor="local"
+    )
+    compiled.dump("dumped")
+    loaded = graphshard.load("dumped", nn.Linear(4, 4), trust_code=True, executor="local")
+    assert str(compiled.plan) == str(loaded.plan) and path in str(compiled.plan)
+    monkeypatch.chdir("/")
+    for made in (compiled, loaded):
+        made.step(x, x)
+        assert f"in {tmp_path / 'here'}" in made.explain()
+
+
 def test_files_need_a_folder() -> None:
     with pytest.raises(OffloadPath, match="is not given; offload:optimizer=nvme,path=DIR says where"):
         Homes(CPU).keep(torch.ones(2), "nvme")
