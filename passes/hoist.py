@@ -3,7 +3,8 @@
 By default a bucket is gathered in forward and again in backward, per micro-batch: least memory, most traffic. Every
 bucket that fits the budget is gathered once per step in the prologue instead, and its gradients are accumulated whole
 and reduced once in the epilogue. Where that does not fit but the gathered parameter alone does, only the gather moves.
-Parameters do not change within a step, so the result is the same.
+Parameters do not change within a step, so a gather that moves changes no bit. A reduction that moves sums over
+micro-batches before ranks instead of after: the same to rounding.
 """
 
 from __future__ import annotations
