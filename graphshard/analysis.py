@@ -34,7 +34,7 @@ FLOPS_PER_STORED_BYTE = 90.0
 GPU_FLOPS_PER_STORED_BYTE = 67_000.0
 """The same of a byte between host memory and a disk, beside a GPU: 67 TFLOP/s beside 1 GB/s."""
 
-_CASTS = (aten._to_copy.default, aten.clone.default)
+_CASTS = (aten._to_copy.default, aten.clone.default, torch.ops.graphshard.cast.default)
 _LOOKUPS = (aten.embedding.default, aten.gather.default, aten.index.Tensor, aten.index_select.default)
 
 

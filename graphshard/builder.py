@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from graphshard import fake, trace
+from graphshard.autocast import HALVES
 from graphshard.batch import MicroBatch
 from graphshard.built import Asked, Built
 from graphshard.codegen import schedule as schedules
@@ -23,6 +24,7 @@ from graphshard.fingerprints import collectives_of
 from graphshard.mesh import Mesh
 from graphshard.moment import Moment, now
 from graphshard.pipeline import Context, Observer, Pass, Placement, placement_of, run_passes
+from graphshard.passes.precision import Precision
 from graphshard.plan import Plan
 from graphshard.plan_cache import PlanCache
 from graphshard.plan_key import digest, of_optimizer, of_passes, versions
@@ -172,7 +174,14 @@ class Builder:
         """The program before the first pass."""
         args, kwargs = example.arguments()
         captured = trace.capture(
-            self.model, self.loss_fn, args, kwargs, mode=mode, microbatches=microbatches, group_of=self._groups()
+            self.model,
+            self.loss_fn,
+            args,
+            kwargs,
+            mode=mode,
+            microbatches=microbatches,
+            group_of=self._groups(),
+            lower=self._lower(),
         )
         captured.program.mesh = self.mesh
         if mode == "train":
@@ -257,11 +266,15 @@ class Builder:
             before = before, trace.spell_signature(*self._assumed.arguments())
         names = trace.parameter_names(self.model)
         optimizer: Any = of_optimizer(self.optimizer, asked.spelled_options(), names) if trains else ()
-        model = seen(self.model, self.loss_fn, args, kwargs, asked.mode)
+        model = seen(self.model, self.loss_fn, args, kwargs, asked.mode, self._lower())
         settings = self.plan, self.mesh, asked.microbatches, self.max_grad_norm, self.debug_nan, self.on_gpu
         inputs = trace.spell_signature(args, kwargs)
         types = torch.get_default_dtype(), self._params, self._groups()
         return digest(versions(), asked.mode, model.digest, inputs, settings, types, optimizer, before), model.output
+
+    def _lower(self) -> torch.dtype | None:
+        """What the passes compute in instead of float32."""
+        return next((HALVES[item.dtype] for item in self.passes if isinstance(item, Precision)), None)
 
     def _groups(self) -> dict[str, int]:
         """By parameter, the index of its group of the optimizer."""

@@ -3,6 +3,9 @@
 Forward operations decide; an operation of the backward computes in the precision of the forward one it differentiates.
 A cast is made once per value; one that widens, which a byte per element more makes cheap to repeat, once per phase, so
 that the narrow value alone is kept for the backward. That also keeps casts of parameters within their phase.
+
+What the model says itself comes first: its own casts (``graphshard.cast``) become casts where a value is not in that
+precision already, and where it has turned autocast off operations compute in what they are given.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from graphshard.autocast import FLOATS, backward_island, island, promotes
+from graphshard.analysis import weight_views
 from graphshard.dataflow import is_getitem, is_view
-from graphshard.program import NodeInfo, Phase, Section, info, val
+from graphshard.program import NodeInfo, Phase, Role, Section, info, val
 from graphshard.rewrite import call, retype
 
 aten = torch.ops.aten
+gs = torch.ops.graphshard
 
 _MOVES = (aten.clone.default, aten.slice_backward.default, aten.select_backward.default)
 """Copies, which like views compute nothing that more precision could improve."""
@@ -48,12 +53,17 @@ class Caster:
         # A gradient that an island makes in float32 of a narrower value: autograd casts it back.
         self.due: dict[fx.Node, torch.dtype] = {}
         self.totals: set[fx.Node] = set()
+        self.narrow_of: dict[fx.Node, fx.Node] = {}  # by a widening cast of the model, what it is of
+        # To the model they are in float32, whatever they are stored in.
+        self.weights = {n for n, slot in body.inputs.items() if slot.role is Role.PARAM} | weight_views(body)
 
     def run(self, accumulated: dict[fx.Node, torch.dtype]) -> None:
         """Cast; ``accumulated``: the sums ``add(carry, value)`` by what they are kept in."""
         self.totals = _totals(accumulated)
         for node in list(self.body.nodes()):
-            if is_getitem(node):
+            if node.target is gs.cast.default:
+                self._settle(node)
+            elif is_getitem(node):
                 self._retype(node)
                 self._note_gradient(node)
             elif node in accumulated:
@@ -71,7 +81,7 @@ class Caster:
         narrow = {_shape(source) for source in floats if self._narrow(source)}
         narrow -= {_shape(source) for source in floats if not self._narrow(source)}
         exact = any(_dtype(source) is torch.float64 for source in node.all_input_nodes)
-        fixed = None if exact else island(node, self.lower)
+        fixed = None if exact or info(node).as_given else island(node, self.lower)
         wanted = fixed or self._widest(node)
         if wanted is not None:
             self._set_args(node, lambda n: self._cast(n, wanted, node) if self._casts(node, n) else n)
@@ -103,6 +113,7 @@ class Caster:
         moves = is_view(node) or node.target in _MOVES
 
         def read(source: fx.Node) -> fx.Node:
+            source = self.narrow_of.get(source, source)  # which alone is kept
             maker = source.args[0] if is_getitem(source) else source
             if of is not None and maker is of.node and source not in self.body.inputs:
                 return source  # statistics, a log-sum-exp: as the forward operation made them
@@ -130,10 +141,42 @@ class Caster:
 
     # Casts
 
+    def _settle(self, node: fx.Node) -> None:
+        """The model's own cast, or autograd's of the gradient of one, becomes a cast or nothing."""
+        source: Any = node.args[0]
+        wanted, like = node.args[1], node.args[2] if len(node.args) > 2 else None
+        if isinstance(like, fx.Node) and like not in self.weights and _dtype(like) in FLOATS:
+            wanted = _dtype(like)
+        forward = info(node).phase is Phase.FORWARD or source in self.weights
+        if _dtype(source) is wanted or not (forward or wanted is self.lower):  # a gradient is widened where it is read
+            self._drop(node, source)
+            return
+        node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": wanted}
+        self.changed.add(source)
+        self._retype(node)
+        if forward and wanted is torch.float32:
+            self.narrow_of[node] = source
+        if info(node).origin and forward:
+            made = _Forward(node, _dtype(node), False, frozenset())
+            self.forward.setdefault(info(node).origin, made)
+
+    def _drop(self, node: fx.Node, source: fx.Node) -> None:
+        """``source`` in place of a cast without effect; a result has memory of its own."""
+        if any(user.op == "output" for user in node.users):
+            node.target, node.args, node.kwargs = aten.clone.default, (source,), {}
+            self._retype(node)
+            return
+        node.replace_all_uses_with(source)
+        if val(source).dtype is not val(node).dtype:
+            self.changed.add(source)
+        node.graph.erase_node(node)
+
     def _cast(self, source: fx.Node, dtype: torch.dtype, reader: fx.Node) -> fx.Node:
         """``source`` in ``dtype``, by a cast in front of ``reader`` if there is none yet."""
         if _dtype(source) not in FLOATS or _dtype(source) is dtype:
             return source
+        if (narrow := self.narrow_of.get(source)) is not None and _dtype(narrow) is dtype:
+            return narrow
         # What a gradient is due is cast where it is made, so that it travels narrow.
         record = info(source if self.due.get(source) is dtype else reader)
         key = (source, dtype, record.phase if dtype is torch.float32 else None)

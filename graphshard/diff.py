@@ -21,7 +21,7 @@ from graphshard.difference import Diff, Difference, Entry, Kind, in_order
 from graphshard.program import Level, Program, Slot, info
 from graphshard.text_spelling import spell, spell_slot, spell_target, spell_type, type_of
 
-_ATTRIBUTES = ("phase", "module", "stage", "tag", "layout")
+_ATTRIBUTES = ("phase", "module", "stage", "tag", "layout", "as_given")
 
 
 def diff(before: Program, after: Program, by: str = "") -> Diff:
@@ -95,7 +95,7 @@ class _Comparison:
     def _entry(self, item: Item, side: int) -> Entry:
         section, record = self.sections[side][item.section], info(item.node)
         values = [("type", spell_type(type_of(item.node.meta["val"])))]
-        values += [(name, str(value)) for name, value in vars(record).items() if value not in (None, "")]
+        values += [(name, str(value)) for name, value in vars(record).items() if value not in (None, "") and value is not False]
         line = text.node_text(item.node, item.section, section)
         return Entry(item.section, item.node.name, line, item.index, "", record.module, tuple(values), record.made_by)
 

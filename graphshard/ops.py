@@ -1,6 +1,7 @@
 """The ``graphshard::`` operators: what ATen and the functional collectives cannot say.
 
 Each has a reference meaning for a single process, used for types, for checking and by the code generator.
+``cast`` is a cast of the model's own, between capture and the precision pass.
 Operators over a mesh axis (``local_shard``, ``stage_sum``, ``stage_broadcast``, ``transfer``) have types only: what
 they do depends on the rank, and executors carry them out.
 """
@@ -8,6 +9,7 @@ they do depends on the rank, and executors carry them out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ _define("offload(Tensor x, str to) -> Tensor")
 _define("reload(Tensor x, str from) -> Tensor")
 _define("pack(Tensor[] parts, int[] offsets, int numel) -> Tensor")
 _define("local_shard(Tensor flat, int parts, str axis) -> Tensor")
+_define("cast(Tensor x, ScalarType dtype, Tensor? like=None) -> Tensor")
 _define("sq_norm(Tensor[] parts) -> Tensor")
 _define("nonfinite(Tensor[] parts) -> Tensor")
 _define("stage_sum(Tensor[] parts, str axis) -> Tensor")
@@ -45,6 +48,25 @@ def _pack(parts: Sequence[Tensor], offsets: Sequence[int], numel: int) -> Tensor
     for part, offset in zip(parts, offsets, strict=True):
         flat[offset : offset + part.numel()].view(part.shape).copy_(part)
     return flat
+
+
+def _cast_meta(x: Tensor, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+    return torch.empty_like(x, dtype=dtype if like is None else like.dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
+    """A copy of ``x`` in ``dtype``, or in that of ``like``, which a pass may change, where it is given."""
+    return x.to(dtype if like is None else like.dtype, copy=True)
+
+
+def _cast_setup(ctx: Any, inputs: tuple[Tensor, torch.dtype, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _cast_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    """As autograd of a cast: the gradient in the precision of what was cast."""
+    (x,) = ctx.saved_tensors
+    return torch.ops.graphshard.cast(grad, x.dtype, x), None, None
 
 
 def _sq_norm(parts: Sequence[Tensor]) -> Tensor:
@@ -70,6 +92,9 @@ def _nonfinite(parts: Sequence[Tensor]) -> Tensor:
 
 
 _lib.impl("transfer", lambda x, src, dst: _like(x), "Meta")
+_lib.impl("cast", _cast_meta, "Meta")
+_lib.impl("cast", _cast, "CompositeExplicitAutograd")
+torch.library.register_autograd("graphshard::cast", _cast_backward, setup_context=_cast_setup, lib=_lib)
 for _move in ("offload", "reload"):
     _lib.impl(_move, lambda x, home: _like(x), "Meta")
     _lib.impl(_move, lambda x, home: x.clone(), "CompositeExplicitAutograd")

@@ -48,6 +48,8 @@ class Placement:
     # Parameter or buffer to the stages that hold it.
     stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     buckets: Mapping[str, Bucket] = field(default_factory=dict)
+    # Parameter to what it is stored in, its master aside.
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
     # Origin of a forward operation to its stage, for programs that have the same operations.
     operations: Mapping[str, int] = field(default_factory=dict)
 
@@ -63,7 +65,8 @@ def placement_of(program: Program) -> Placement:
     stages |= {name: tuple(sorted(held)) for name, held in holders.items()}
     forward = (info(node) for node in operations_of(program.body) if info(node).phase is Phase.FORWARD)
     operations = {r.origin: r.stage for r in forward if r.origin and r.stage is not None and not r.made_by}
-    return Placement(stages, dict(program.buckets), operations)
+    dtypes = {name: param.dtype for name, param in program.params.items()}
+    return Placement(stages, dict(program.buckets), dtypes, operations)
 
 
 @dataclass(frozen=True)

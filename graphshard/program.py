@@ -89,6 +89,7 @@ class NodeInfo:
     tag: MemoryTag | None = None
     layout: str = ""  # how the value is laid out over mesh axes: "", "dp:flat", "dp:partial"; see analysis.py
     device: str = ""  # HOST; "": the rank's device
+    as_given: bool = False  # a forward node that no plan's precision is for: the model has turned autocast off there
     made_by: str = ""  # the pass that made the node; "" for captured ones
 
 

@@ -255,6 +255,7 @@ class GraphParser:
             "tag": lambda: MemoryTag(cursor.one_of(MemoryTag, "memory tag")),
             "layout": label,
             "device": label,
+            "as_given": lambda: cursor.one_of(("True", "False"), "truth value") == "True",
             "made_by": label,
         }
         cursor.items(lambda: cursor.attribute(parsers, "attribute", values), "{", "}", "the attributes")

@@ -55,6 +55,7 @@ def capture(
     mode: Mode,
     microbatches: int = 1,
     group_of: Mapping[str, int] | None = None,
+    lower: torch.dtype | None = None,
 ) -> Captured:
     """Run ``model`` once on fake tensors; nothing is computed, and the model is left as it was.
 
@@ -66,6 +67,7 @@ def capture(
         loss_fn: ``loss_fn(model(x), *targets)``; None: the model returns its loss.
         args, kwargs: one micro-batch, as given to ``step``; only shapes and dtypes of tensors are read.
         group_of: parameter name to index of its optimizer group.
+        lower: what the plan computes in instead of float32: what the model says of precision itself is kept then.
 
     Raises:
         GraphshardError: the subclass that says what cannot be captured, where in the model, and what to do instead.
@@ -80,7 +82,7 @@ def capture(
     groups = group_of or {}
     params = {name: replace(p, group=groups.get(name)) for name, p in describe_params(model).items()}
     tensors = tensors_of(model)
-    joint = trace_joint(Request(model, loss_fn, mode, tuple(leaves), spec), tensors)
+    joint = trace_joint(Request(model, loss_fn, mode, tuple(leaves), spec, lower), tensors)
     program = convert(joint, tensors, params, microbatches, mode == "train")
     return Captured(program, spec, joint.output.spec, joint.output.leaves)
 

@@ -19,13 +19,15 @@ LossFn = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What to capture. ``leaves`` are the flattened (args, kwargs); of tensors only shapes and dtypes are read."""
+    """What to capture. ``leaves`` are the flattened (args, kwargs); of tensors only shapes and dtypes are read.
+    ``lower``: what the plan computes in instead of float32."""
 
     model: nn.Module
     loss_fn: LossFn | None
     mode: Mode
     leaves: tuple[Any, ...]
     spec: pytree.TreeSpec
+    lower: torch.dtype | None = None
 
     @property
     def train(self) -> bool:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from graphshard import attention, fake
 from graphshard.errors import UncapturableOperator
+from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_model import Held, evaluating
@@ -27,8 +28,9 @@ MODULE, LINE = "graphshard.module", "graphshard.line"
 
 
 @contextlib.contextmanager
-def capturing(model: nn.Module, train: bool) -> Iterator[None]:
-    """Around the whole capture of ``model``, in its own mode if ``train``, else in evaluation mode."""
+def capturing(model: nn.Module, train: bool, lower: torch.dtype | None = None) -> Iterator[None]:
+    """Around the whole capture of ``model``, in its own mode if ``train``, else in evaluation mode; ``lower``: what the
+    plan computes in instead of float32."""
     with (
         warnings.catch_warnings(),
         torch.inference_mode(False),
@@ -40,15 +42,17 @@ def capturing(model: nn.Module, train: bool) -> Iterator[None]:
         _fast_path_off(),
         _quiet("torch._subclasses.fake_tensor"),  # it logs what it raises
         _module_paths(model),
+        autocast_on(lower),
     ):
         yield
 
 
 @contextlib.contextmanager
-def watching(held: Sequence[Held]) -> Iterator[None]:
+def watching(held: Sequence[Held], casts: Casts | None) -> Iterator[None]:
     """Around a call of the model, whose tensors are ``held``: nodes are marked with module and line, attention becomes
-    one operator, and every device the CPU."""
-    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), _Calls(Devices(held)):
+    one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision."""
+    calls = _Calls(Devices(held), casts)
+    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), calls:
         yield
 
 
@@ -115,11 +119,11 @@ def _no_higher_order() -> Iterator[None]:
 
 class _Calls(TorchFunctionMode):
     """Sees every torch function the model calls: notes the line, makes attention one operator, and has devices
-    replaced."""
+    replaced and casts traced."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, casts: Casts | None) -> None:
         super().__init__()
-        self._devices = devices
+        self._devices, self._casts = devices, casts
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,7 +134,8 @@ class _Calls(TorchFunctionMode):
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        return result if self._casts is None else self._casts.traced(func, args, kwargs, result)
 
 
 _ATTENTION = F.scaled_dot_product_attention

@@ -23,6 +23,7 @@ from graphshard.errors import (
 )
 from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section
 from graphshard.rewrite import add_input, call, drop_dead
+from graphshard.trace_autocast import AS_GIVEN
 from graphshard.trace_carries import Carries, owns_memory
 from graphshard.trace_context import LINE, MODULE
 from graphshard.trace_errors import NO_FUNCTIONS, Line, describe
@@ -182,7 +183,8 @@ class _Body:
         if node.meta.get("partitioner_tag") != "is_backward":
             if (line := _line(node)) is not None:
                 self.sources[node.name] = f"{line[0]}:{line[1]}"
-            return NodeInfo(module=_module(node), origin=node.name)
+            as_given = bool(node.meta.get("custom", {}).get(AS_GIVEN))
+            return NodeInfo(module=_module(node), origin=node.name, as_given=as_given)
         forward = self.forward_of.get(node.meta.get("seq_nr"))
         if forward is None:
             return NodeInfo(phase=Phase.BACKWARD, origin=node.name)

@@ -20,6 +20,7 @@ from graphshard.trace_model import Held
 _CPU = torch.device("cpu")
 _HERE = ("cpu", "meta")  # a tensor on the meta device has no value, which is refused elsewhere
 _ACCELERATOR = "cuda"
+_autocast_enabled = torch.is_autocast_enabled  # torch's own, which the model may be told otherwise of meanwhile
 
 
 class Devices:
@@ -42,7 +43,7 @@ class Devices:
             ParameterOutsideModel: a tensor of the model itself is used, not what stands for it.
             UncapturableOperator: the model switches on autocast of an accelerator.
         """
-        if torch.is_autocast_enabled(_ACCELERATOR):
+        if _autocast_enabled(_ACCELERATOR):
             instead = "the plan says what is computed in which precision: bf16 or fp16"
             raise UncapturableOperator(f"torch.autocast({_ACCELERATOR!r})", describe(calling_line()), instead)
         if func is Tensor.cuda:

@@ -12,6 +12,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from graphshard import fake
 from graphshard.errors import GraphshardError
+from graphshard.trace_autocast import Casts
 from graphshard.trace_call import Output, Request, call
 from graphshard.trace_context import capturing, watching
 from graphshard.trace_errors import translate
@@ -51,7 +52,7 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
         GraphshardError: the subclass that names what cannot be captured, with the line of the model.
     """
     step = Step(request, tensors)
-    with capturing(request.model, request.train), contextlib.ExitStack() as stack:
+    with capturing(request.model, request.train, request.lower), contextlib.ExitStack() as stack:
         try:
             traced = aot_export_joint_with_descriptors(stack, step, tuple(step.batch_values))
         except GraphshardError:
@@ -95,10 +96,12 @@ class Step(nn.Module):
         for i, value in zip(self.batch, batch, strict=True):
             leaves[i] = value
         values = [v for v in (*self._parameters.values(), *self._buffers.values()) if v is not None]
+        given = [*batch, *(v for v in self._buffers.values() if v is not None)]
+        casts = None if self.request.lower is None else Casts(given)
         with (
             unchanged(self.request.model, self.changes),
             swapped(self.held, values, self.replaced),
-            watching(self.held),
+            watching(self.held, casts),
         ):
             results, self.output = call(self.request, leaves)
         # For a result that is a view or an input AOTAutograd would return something else in its place.

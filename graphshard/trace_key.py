@@ -42,7 +42,8 @@ class Seen:
 
 @fake.default_device()
 def seen(
-    model: nn.Module, loss_fn: LossFn | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Mode
+    model: nn.Module, loss_fn: LossFn | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Mode,
+    lower: torch.dtype | None = None,
 ) -> Seen:
     """Run ``model`` as :func:`graphshard.trace.capture` does, without making a graph.
 
@@ -52,12 +53,12 @@ def seen(
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     tensors = tensors_of(model)
-    step = Step(Request(model, loss_fn, mode, tuple(leaves), spec), tensors)
+    step = Step(Request(model, loss_fn, mode, tuple(leaves), spec, lower), tensors)
     calls = _Calls()
     calls.note("model", _described(tensors), step.batch)
     for value in (*step.parameters(), *step.buffers(), *step.batch_values):
         calls.number(value)
-    with capturing(model, step.request.train), step.mode, calls:
+    with capturing(model, step.request.train, lower), step.mode, calls:
         results = step(*step.batch_values)
         if step.request.train:
             trained = [p for p in step.parameters() if p.requires_grad]

@@ -4,7 +4,7 @@ Micikevicius et al. 2018, "Mixed Precision Training". A float32 parameter is sto
 what the body reads, gathers and keeps; its float32 master is state of the update, sharded as such, and the parameter
 is the master's cast, made once per step, on the shard. With Adam and gradients reduced in the lower precision that is
 the 16 bytes a parameter of Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12. A parameter that is never updated has no
-master. Parameters in another precision stay, unless there would be nothing to do: see NothingToLower.
+master. A parameter that is read only where the model itself asks for float32 stays in it; see wide.py. Parameters in another precision stay, unless there would be nothing to do: see NothingToLower.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from graphshard.loss_scaling import SCALE, TRACKER, Scaler, initial, scale_loss
 from graphshard.pipeline import Context
 from graphshard.program import Level, NodeInfo, Phase, Program, Role, Section, Slot, info, val
 from graphshard.rewrite import add_input, after, call, replace_node, set_outputs
+from graphshard.wide import wide_parameters
 
 aten = torch.ops.aten
 
@@ -51,16 +52,20 @@ class Precision:
             raise PassTooLate(self.name, str(program.level))
         lower = HALVES[self.dtype]
         reduced = HALVES.get(self.reduce, torch.float32)
-        names = {name for name, param in program.params.items() if param.dtype is torch.float32}
+        floats = {name for name, param in program.params.items() if param.dtype is torch.float32}
+        wide = wide_parameters(program, lower)
+        if ctx.placement is not None and ctx.placement.dtypes:
+            wide = {name for name in floats if ctx.placement.dtypes.get(name) is torch.float32}
+        names = floats - wide
         # The scale is in every gradient, that of a parameter which is not lowered, too.
         gradients = {
             slot: program.params[slot.name.removeprefix("grad:")].dtype
             for slot in program.body.output_slots
             if slot.role is Role.CARRY and slot.name.startswith("grad:")
         }
-        carries = {slot for slot, dtype in gradients.items() if dtype is torch.float32}
+        carries = {slot for slot in gradients if slot.name.removeprefix("grad:") in names}
         scales = bool(gradients) and self.dtype == "fp16"
-        if gradients and not (carries if scales else names):
+        if gradients and not (torch.float32 in gradients.values() if scales else floats):
             # GradScaler, too, refuses to unscale gradients of float16 parameters: there are no masters.
             raise NothingToLower(self.dtype, {str(dtype).removeprefix("torch.") for dtype in gradients.values()})
         if scales:
