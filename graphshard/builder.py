@@ -23,8 +23,8 @@ from graphshard.execution import ExecutionPlan
 from graphshard.fingerprints import collectives_of
 from graphshard.mesh import Mesh
 from graphshard.moment import Moment, now
-from graphshard.pipeline import Context, Observer, Pass, Placement, placement_of, run_passes
 from graphshard.passes.precision import Precision
+from graphshard.pipeline import Context, Observer, Pass, Placement, placement_of, run_passes
 from graphshard.plan import Plan
 from graphshard.plan_cache import PlanCache
 from graphshard.plan_key import digest, of_optimizer, of_passes, versions

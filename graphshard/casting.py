@@ -19,8 +19,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from graphshard.autocast import FLOATS, backward_island, island, promotes
 from graphshard.analysis import weight_views
+from graphshard.autocast import FLOATS, backward_island, island, promotes
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.program import NodeInfo, Phase, Role, Section, info, val
 from graphshard.rewrite import call, retype

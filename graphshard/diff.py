@@ -95,7 +95,9 @@ class _Comparison:
     def _entry(self, item: Item, side: int) -> Entry:
         section, record = self.sections[side][item.section], info(item.node)
         values = [("type", spell_type(type_of(item.node.meta["val"])))]
-        values += [(name, str(value)) for name, value in vars(record).items() if value not in (None, "") and value is not False]
+        values += [
+            (name, str(value)) for name, value in vars(record).items() if value not in (None, "") and value is not False
+        ]
         line = text.node_text(item.node, item.section, section)
         return Entry(item.section, item.node.name, line, item.index, "", record.module, tuple(values), record.made_by)
 

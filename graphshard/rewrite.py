@@ -122,7 +122,9 @@ def into_region(
     inputs = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in inside))
     region = region_of(nodes, inputs, results, autotune)
     module = ".".join(_common_prefix([record.module.split(".") for record in records]))
-    record = replace(records[-1], origin="", forward="", module=module, tag=None, layout="", as_given=False, made_by=made_by)
+    record = replace(
+        records[-1], origin="", forward="", module=module, tag=None, layout="", as_given=False, made_by=made_by
+    )
     with after(nodes[-1]):
         node = section.graph.create_node("call_function", region, tuple(inputs), {}, title(region))
         node.meta = {"val": tuple(val(result) for result in results), "info": record}

@@ -3,7 +3,8 @@
 To the model, autocast is on in that precision: ``torch.is_autocast_enabled`` says so, whatever device is asked about,
 and torch's own code that asks (``custom_fwd``, ``checkpoint``) does what it does under autocast. Where the model turns
 it off nodes are marked, and the pass leaves them in what they are given; where the model turns it on again, in the
-plan's precision, they are not. The other half precision is another matter: that is torch's autocast, cast by cast.
+plan's precision, they are not. The other half precision is torch's own autocast, whose casts are part of the graph;
+there, too, nodes are left in what they are given.
 
 A cast to float32 of what is float32 here would leave no trace, though its value may be narrow when the plan runs: it
 becomes ``graphshard.cast``, which the pass settles. What a model is given, its buffers and the batch, is as wide then
@@ -21,9 +22,11 @@ from torch import Tensor
 from torch.amp.autocast_mode import autocast
 
 AS_GIVEN = "graphshard.as_given"
-"""Key of ``node.meta["custom"]`` in the joint graph: whether autocast is off."""
+"""Key of ``node.meta["custom"]`` in the joint graph: whether the plan's precision is not for the node."""
 
 _CASTS = (Tensor.float, Tensor.to, Tensor.type, Tensor.type_as)
+_TAKE_DTYPE = ("softmax", "log_softmax", "sum", "mean", "prod", "cumsum", "cumprod")
+"""Functions that cast what they are given where they are told to; float32 under autocast whether they are or not."""
 
 
 class Casts:
@@ -35,6 +38,15 @@ class Casts:
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self._given = {id(value): value for value in given}
+
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The arguments of a call of a torch function: cast where it is told to, and autocast would not do it."""
+        off = torch.fx.traceback.current_meta.get("custom", {}).get(AS_GIVEN)
+        if not off or kwargs.get("dtype") is not torch.float32 or getattr(func, "__name__", "") not in _TAKE_DTYPE:
+            return args
+        if not (args and isinstance(args[0], Tensor) and args[0].dtype is torch.float32):
+            return args
+        return torch.ops.graphshard.cast(args[0], torch.float32), *args[1:]
 
     def traced(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
         """``result`` of a call of a torch function, or its cast."""
@@ -68,7 +80,8 @@ def autocast_on(lower: torch.dtype | None) -> Iterator[None]:
 
 
 _enabled, _dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
-_init, _enter, _exit = autocast.__init__, autocast.__enter__, autocast.__exit__
+_init: Any = autocast.__init__
+_enter, _exit = autocast.__enter__, autocast.__exit__
 
 
 class _State:
@@ -83,7 +96,7 @@ class _State:
 
     def replacements(self) -> list[tuple[Any, str, Any]]:
         """What to replace: owner, name, and by what."""
-        is_on, dtype = (lambda *_: self.now[-1][0]), (lambda *_: self.now[-1][1])
+        is_on, dtype = (lambda *_, **__: self.now[-1][0]), (lambda *_, **__: self.now[-1][1])
         return [
             (torch, "is_autocast_enabled", is_on),
             (torch, "is_autocast_cpu_enabled", is_on),
@@ -113,12 +126,12 @@ class _State:
         _, asked = self.asked.get(id(made), (made, made._enabled))
         on = asked and made.fast_dtype is not torch.float32
         before, enabled = (_enabled(made.device), _dtype(made.device)), made._enabled
-        made._enabled = enabled and on and made.fast_dtype is not self.lower
+        other = made._enabled = enabled and on and made.fast_dtype is not self.lower
         _enter(made)
         made._enabled = enabled
         made.prev, made.prev_fastdtype = before
         self.now.append((on, made.fast_dtype if on else self.now[-1][1]))
-        self.marks.append(torch.fx.traceback.annotate({AS_GIVEN: not on}))
+        self.marks.append(torch.fx.traceback.annotate({AS_GIVEN: not on or other}))
         self.marks[-1].__enter__()
         return made
 

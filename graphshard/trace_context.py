@@ -134,8 +134,10 @@ class _Calls(TorchFunctionMode):
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
-        result = func(*args, **kwargs)
-        return result if self._casts is None else self._casts.traced(func, args, kwargs, result)
+        if self._casts is None:
+            return func(*args, **kwargs)
+        args = self._casts.before(func, args, kwargs)
+        return self._casts.traced(func, args, kwargs, func(*args, **kwargs))
 
 
 _ATTENTION = F.scaled_dot_product_attention

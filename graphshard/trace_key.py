@@ -42,7 +42,11 @@ class Seen:
 
 @fake.default_device()
 def seen(
-    model: nn.Module, loss_fn: LossFn | None, args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Mode,
+    model: nn.Module,
+    loss_fn: LossFn | None,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mode: Mode,
     lower: torch.dtype | None = None,
 ) -> Seen:
     """Run ``model`` as :func:`graphshard.trace.capture` does, without making a graph.

@@ -12,7 +12,7 @@ from torch import fx
 
 from graphshard.analysis import weight_views
 from graphshard.autocast import island
-from graphshard.program import Phase, Program, Role, info
+from graphshard.program import Phase, Program, Role, info, val
 
 gs = torch.ops.graphshard
 
@@ -29,7 +29,9 @@ def wide_parameters(program: Program, lower: torch.dtype) -> set[str]:
 
 
 def _readers(node: fx.Node) -> list[fx.Node]:
-    return [user for user in node.users if user.op == "call_function" and info(user).phase is Phase.FORWARD]
+    """What reads elements of ``node`` in the forward, not its type alone."""
+    found = [user for user in node.users if user.op == "call_function" and info(user).phase is Phase.FORWARD]
+    return [user for user in found if user.target is not gs.cast.default or user.args[0] is node]
 
 
 def _is_wide(node: fx.Node, views: set[fx.Node], lower: torch.dtype, is_cast: bool) -> bool:
@@ -37,7 +39,8 @@ def _is_wide(node: fx.Node, views: set[fx.Node], lower: torch.dtype, is_cast: bo
     it before."""
     for reader in _readers(node):
         if reader in views:
-            wide = _is_wide(reader, views, lower, is_cast or reader.target is gs.cast.default)
+            narrows = val(reader).dtype is lower
+            wide = not narrows and _is_wide(reader, views, lower, is_cast or reader.target is gs.cast.default)
         else:
             wide = info(reader).as_given or (is_cast and island(reader, lower) is not lower)
         if not wide:

@@ -4,7 +4,8 @@ Micikevicius et al. 2018, "Mixed Precision Training". A float32 parameter is sto
 what the body reads, gathers and keeps; its float32 master is state of the update, sharded as such, and the parameter
 is the master's cast, made once per step, on the shard. With Adam and gradients reduced in the lower precision that is
 the 16 bytes a parameter of Rajbhandari et al. 2020, section 3.1: 2 + 2 + 12. A parameter that is never updated has no
-master. A parameter that is read only where the model itself asks for float32 stays in it; see wide.py. Parameters in another precision stay, unless there would be nothing to do: see NothingToLower.
+master. One that is read only where the model itself asks for float32 stays in it; see wide.py. Parameters in another
+precision stay, unless there would be nothing to do: see NothingToLower.
 """
 
 from __future__ import annotations

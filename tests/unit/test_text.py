@@ -350,6 +350,7 @@ INFOS = st.builds(
     stage=st.none() | st.integers(0, 9),
     tag=st.none() | st.sampled_from(MemoryTag),
     layout=LABELS,
+    as_given=st.booleans(),
     made_by=LABELS,
 )
 SLOTS = st.builds(Slot, st.sampled_from(Role), LABELS | st.just("0"), LABELS, st.integers(0, 3))

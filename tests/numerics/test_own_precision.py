@@ -1,0 +1,349 @@
+"""What a model says of precision itself holds under bf16 and fp16: its casts, and where it turns autocast off."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphshard
+from graphshard.autocast import HALVES
+from graphshard.passes.precision import Precision
+from graphshard.pipeline import Context
+from graphshard.program import Program
+from numerics.cases import sgd
+from numerics.mixed import both
+
+SIZE = 16
+
+
+class Norm(nn.Module):
+    """RMS norm by hand of what is too large for its square to be a float16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.scale = nn.Linear(SIZE, SIZE, bias=False), nn.Parameter(torch.rand(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x) * 1000
+        wide = h.float()
+        normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-6)
+        return normed.type_as(h) * (1 + self.scale.float())
+
+
+class Differences(nn.Module):
+    """What cancels in float32, and is lost in less; every spelling of a cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(SIZE, SIZE, bias=False), nn.Linear(SIZE, SIZE, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, wide = self.a(x), self.b(x), torch.ones(SIZE, device=x.device)
+        result = a.float() * 1000 + b.to(torch.float32) - a.type(torch.float32) * 1000
+        result = result + a.to(wide) * 1000 + b.to(dtype=torch.float32) - a.type_as(wide) * 1000
+        return result + (b.type_as(a) - b) + a.to(b)
+
+
+class Router(nn.Module):
+    """A softmax of a linear layer in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.router = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x)
+        with torch.autocast(x.device.type, enabled=False):
+            odds = torch.softmax(self.router(h.float() * 30), -1)
+            total = h.sum(-1, keepdim=True, dtype=torch.float32)
+        return odds * h + total / SIZE
+
+
+class Fourier(nn.Module):
+    """Features of coordinates."""
+
+    frequencies: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(SIZE, SIZE)
+        self.register_buffer("frequencies", torch.rand(SIZE, SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return h + torch.cos((x.float() * 4) @ self.frequencies)
+
+
+class Product(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type=torch.get_default_device().type, cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x @ w
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type=torch.get_default_device().type)  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        return gradients[0] @ w.T, x.T @ gradients[0]
+
+
+class Custom(nn.Module):
+    """An operator of the user's that asks for float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.weight = nn.Linear(SIZE, SIZE), nn.Parameter(torch.randn(SIZE, SIZE) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Product.apply(self.lin(x), self.weight)  # type: ignore[no-untyped-call]
+        return result
+
+
+class Nested(nn.Module):
+    """On again, in the plan's precision, where it is off; a weight that is read in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        with torch.autocast(device, enabled=False):
+            h = self.a(x.float())
+            with torch.autocast(device, dtype=torch.get_autocast_dtype(device)):
+                h = self.b(h)
+            h = h.float() * 1000 - (h * 1000).float()
+            h = h + x.float()
+        return self.c(h)
+
+
+class Asks(nn.Module):
+    """As libraries do: whether autocast is on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lin(x)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                assert not torch.is_autocast_enabled(x.device.type)
+                h = h.float() * 1000 + torch.linspace(0, 1, SIZE, device=x.device) - h.float() * 1000
+        return h
+
+
+BLOCKS = (Norm, Differences, Router, Fourier, Custom, Nested, Asks)
+
+
+class Stack(nn.Module):
+    """Two blocks of a kind, and a layer."""
+
+    def __init__(self, block: type[nn.Module]) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([block(), block()]), nn.Linear(SIZE, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x).tanh()
+        result: Tensor = self.head(x)
+        return result
+
+
+def rows(count: int = 8) -> Tensor:
+    return torch.randn(count, SIZE)
+
+
+def under_autocast(model: nn.Module, token: str, x: Tensor) -> Tensor:
+    with torch.no_grad(), torch.autocast(x.device.type, HALVES[token]):
+        result: Tensor = model(x)
+    return result
+
+
+def compiled(model: nn.Module, plan: str, x: Tensor, **options: Any) -> graphshard.Compiled:
+    return graphshard.compile(
+        copy.deepcopy(model),
+        plan,
+        loss_fn=options.pop("loss_fn", F.mse_loss),
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        executor=options.pop("executor", "local"),
+        example_inputs=(x, model(x).detach()),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("token", ["bf16", "fp16"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_call_gives_what_autocast_gives(block: type[nn.Module], token: str) -> None:
+    """Its type, too: float32 where the model says so last."""
+    torch.manual_seed(0)
+    model, x = block(), rows()
+    ours, theirs = compiled(model, f"dp1+{token}", x)(x), under_autocast(model, token, x)
+    assert theirs.isfinite().all()
+    assert ours.dtype is theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("plan", ["dp2+bf16+recompute:policy=full", "zero3+pp2+fp16:init_scale=64"])
+@pytest.mark.parametrize("block", BLOCKS)
+def test_training_follows_autocast(block: type[nn.Module], plan: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Stack(block), rows(16), torch.randn(16, 4)
+    ours, eager, *_ = both(lambda: (model, (x, y), {}, F.mse_loss), plan, optimizer=sgd)
+    before = {n: v.detach().clone() for n, v in eager.model.named_parameters()}
+    for _ in range(3):
+        assert ours.step(x, y).item() == pytest.approx(eager.step((x, y), {}).item(), rel=3e-3)
+    state = ours.state_dict()
+    for name, value in eager.model.named_parameters():
+        moved, wanted = state[name].to(value.device) - before[name], value.detach() - before[name]
+        assert (moved - wanted).norm() <= 0.05 * wanted.norm(), name
+
+
+def test_a_parameter_that_only_float32_is_read_of_stays_in_it() -> None:
+    """One that is read elsewhere, too, is not; a cast of a weight whose product is lowered asks for nothing."""
+
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.off, self.cast, self.like, self.lowered, self.shared = (nn.Linear(SIZE, SIZE) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.linear(x.type_as(self.like.weight), self.lowered.weight.float(), self.lowered.bias.float())
+            x = self.shared(x + self.cast.bias.float()) * self.like.weight.to(torch.float32)[0]
+            with torch.autocast(x.device.type, enabled=False):
+                return F.layer_norm(self.off(x.float()) + self.shared.weight.mean(), (SIZE,), self.cast.weight[0])
+
+    torch.manual_seed(0)
+    model, x = Reads(), rows()
+    ours = compiled(model, "zero3:size=2+bf16", x)
+    stored = {name: param.dtype for name, param in ours.program.params.items()}
+    wide = {"off.weight", "off.bias", "cast.weight", "cast.bias", "like.weight"}
+    read = wide | {"lowered.weight", "lowered.bias", "shared.weight", "shared.bias"}
+    assert {name for name in read if stored[name] is torch.float32} == wide
+    for _ in range(2):
+        ours.step(x, torch.zeros_like(x))
+    assert ours(x).isfinite().all()
+    assert {value.dtype for value in ours.state_dict().values()} == {torch.float32}
+
+
+def test_a_later_program_reads_parameters_as_they_are_stored() -> None:
+    """In training the head is read in float32 alone, in a call it is a product of autocast's."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=not self.training):
+                result: Tensor = self.head(x)
+            return result
+
+    torch.manual_seed(0)
+    model, x = Head(), rows()
+    ours = compiled(model, "zero3:size=2+bf16", x)
+    assert ours(x).dtype is torch.bfloat16
+    torch.testing.assert_close(ours(x), under_autocast(model.eval(), "bf16", x))
+    assert ours.step(x, x).item() == pytest.approx(F.mse_loss(model.train()(x), x).item(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_off_for_any_device_is_off() -> None:
+    """A graph knows no device; and ``cuda`` where there is none says of itself that it is not on."""
+
+    class On(nn.Module):
+        def __init__(self, device: str, enabled: bool) -> None:
+            super().__init__()
+            self.lin, self.options = nn.Linear(SIZE, SIZE), {"device_type": device, "enabled": enabled}
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(dtype=torch.bfloat16, **self.options):  # type: ignore[arg-type]
+                result: Tensor = self.lin(x)
+            return result
+
+    x = rows()
+    for device in ("cpu", "cuda"):
+        assert compiled(On(device, False), "dp1+bf16", x)(x).dtype is torch.float32
+        assert compiled(On(device, True), "dp1+bf16", x)(x).dtype is torch.bfloat16
+
+
+def test_the_other_half_precision_is_as_autocast_makes_it() -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(SIZE, SIZE)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.float16):
+                result: Tensor = self.lin(x)
+            return result
+
+    torch.manual_seed(0)
+    model, x = Other(), rows()
+    ours, theirs = compiled(model, "dp1+bf16", x)(x), under_autocast(model, "bf16", x)
+    assert ours.dtype is theirs.dtype is torch.float16
+    torch.testing.assert_close(ours, theirs)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_buffer_is_cast_in_place_of_itself() -> None:
+    """Nothing narrows a buffer: its cast is the buffer, and what is written there is kept."""
+
+    class Counts(nn.Module):
+        seen: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin = nn.Linear(SIZE, SIZE)
+            self.register_buffer("seen", torch.ones(SIZE))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.float().mul_(0.5)
+            self.seen[:4].to(torch.float32).add_(1)
+            result: Tensor = self.lin(x) * self.seen
+            return result
+
+    model, x = Counts(), rows()
+    ours = compiled(copy.deepcopy(model), "dp1+bf16", x)
+    before = ours.state_dict()["seen"].clone()
+    ours.step(x, x)
+    wanted = before * 0.5
+    wanted[:4] += 1
+    assert torch.equal(ours.state_dict()["seen"], wanted)
+
+
+@pytest.mark.parametrize("plan", ["dp2+bf16", "zero3+pp2+fp16"])
+def test_verify_finds_the_meaning_kept(plan: str) -> None:
+    model = nn.Sequential(Norm(), Router(), nn.Linear(SIZE, SIZE))
+    ours = compiled(model, plan, rows(), executor="none")
+    assert "precision" in [item.name for item in ours.verify()]
+
+
+def test_without_a_precision_casts_are_no_operations() -> None:
+    model, x = nn.Sequential(Norm(), Router()), rows()
+    program = compiled(model, "dp1", x, executor="none").program
+    for section in program.sections().values():
+        assert not any("cast" in node.name or node.meta["info"].as_given for node in section.nodes())
+    plain = compiled(model, "dp1+bf16", x, executor="none").program
+    assert not any("graphshard.cast" in str(node.target) for node in plain.body.nodes())
+
+
+class Idle(Precision):
+    """Stands for the pass, and does nothing."""
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        return program
+
+
+def test_a_cast_that_no_pass_settles_is_computed() -> None:
+    model, x = Norm(), rows()
+    ours = compiled(model, "dp1+fp16", x, passes=[Idle("fp16")])
+    torch.testing.assert_close(ours(x), model(x))
