@@ -81,7 +81,8 @@ def autocast_on(lower: torch.dtype | None) -> Iterator[None]:
 
 _enabled, _dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 _init: Any = autocast.__init__
-_enter, _exit = autocast.__enter__, autocast.__exit__
+_enter: Any = autocast.__enter__
+_exit: Any = autocast.__exit__
 
 
 class _State:

@@ -23,7 +23,7 @@ from graphshard.errors import NothingToLower, PassOptionError, PassTooLate
 from graphshard.loss_scaling import SCALE, TRACKER, Scaler, initial, scale_loss
 from graphshard.pipeline import Context
 from graphshard.program import Level, NodeInfo, Phase, Program, Role, Section, Slot, info, val
-from graphshard.rewrite import add_input, after, call, replace_node, set_outputs
+from graphshard.rewrite import add_input, after, call, drop_dead, replace_node, set_outputs
 from graphshard.wide import wide_parameters
 
 aten = torch.ops.aten
@@ -95,6 +95,7 @@ def _lower_body(
             changed.add(node)
     stored = {slot: val(node).dtype for slot, node in body.input_slots.items() if slot.role is Role.CARRY}
     Caster(body, lower, changed).run({node: stored[s] for s, node in body.outputs.items() if s in stored})
+    drop_dead(body)  # what a cast had the precision of, and casts that nothing reads but what casts back
     if reduced is not torch.float32:
         for slot, zeros in program.prologue.outputs.items():
             if slot in carries:

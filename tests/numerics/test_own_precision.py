@@ -30,7 +30,7 @@ class Norm(nn.Module):
         self.lin, self.scale = nn.Linear(SIZE, SIZE, bias=False), nn.Parameter(torch.rand(SIZE))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.lin(x) * 1000
+        h: Tensor = self.lin(x) * 1000
         wide = h.float()
         normed = wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + 1e-6)
         return normed.type_as(h) * (1 + self.scale.float())
@@ -44,7 +44,9 @@ class Differences(nn.Module):
         self.a, self.b = nn.Linear(SIZE, SIZE, bias=False), nn.Linear(SIZE, SIZE, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b, wide = self.a(x), self.b(x), torch.ones(SIZE, device=x.device)
+        a: Tensor = self.a(x)
+        b: Tensor = self.b(x)
+        wide = torch.ones(SIZE, device=x.device)
         result = a.float() * 1000 + b.to(torch.float32) - a.type(torch.float32) * 1000
         result = result + a.to(wide) * 1000 + b.to(dtype=torch.float32) - a.type_as(wide) * 1000
         return result + (b.type_as(a) - b) + a.to(b)
@@ -58,7 +60,7 @@ class Router(nn.Module):
         self.lin, self.router = nn.Linear(SIZE, SIZE), nn.Linear(SIZE, SIZE)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.lin(x)
+        h: Tensor = self.lin(x)
         with torch.autocast(x.device.type, enabled=False):
             odds = torch.softmax(self.router(h.float() * 30), -1)
             total = h.sum(-1, keepdim=True, dtype=torch.float32)
@@ -76,7 +78,7 @@ class Fourier(nn.Module):
         self.register_buffer("frequencies", torch.rand(SIZE, SIZE))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.lin(x)
+        h: Tensor = self.lin(x)
         with torch.autocast(x.device.type, enabled=False):
             return h + torch.cos((x.float() * 4) @ self.frequencies)
 
@@ -122,7 +124,8 @@ class Nested(nn.Module):
                 h = self.b(h)
             h = h.float() * 1000 - (h * 1000).float()
             h = h + x.float()
-        return self.c(h)
+        result: Tensor = self.c(h)
+        return result
 
 
 class Asks(nn.Module):
@@ -133,7 +136,7 @@ class Asks(nn.Module):
         self.lin = nn.Linear(SIZE, SIZE)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.lin(x)
+        h: Tensor = self.lin(x)
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 assert not torch.is_autocast_enabled(x.device.type)
