@@ -144,21 +144,25 @@ class Caster:
     def _settle(self, node: fx.Node) -> None:
         """The model's own cast, or autograd's of the gradient of one, becomes a cast or nothing."""
         source: Any = node.args[0]
-        wanted, like = node.args[1], node.args[2] if len(node.args) > 2 else None
-        if isinstance(like, fx.Node) and like not in self.weights and _dtype(like) in FLOATS:
-            wanted = _dtype(like)
-        forward = info(node).phase is Phase.FORWARD or source in self.weights
-        if _dtype(source) is wanted or not (forward or wanted is self.lower):  # a gradient is widened where it is read
+        wanted = self._wanted(node)
+        # A gradient is widened where it is read; the backward's own copy of a cast of a weight is none.
+        is_gradient = info(node).phase is not Phase.FORWARD and source not in self.weights
+        if _dtype(source) is wanted or (is_gradient and wanted is not self.lower):
             self._drop(node, source)
             return
         node.target, node.args, node.kwargs = aten._to_copy.default, (source,), {"dtype": wanted}
         self.changed.add(source)
         self._retype(node)
-        if forward and wanted is torch.float32:
+        if wanted is torch.float32:
             self.narrow_of[node] = source
-        if info(node).origin and forward:
-            made = _Forward(node, _dtype(node), False, frozenset())
-            self.forward.setdefault(info(node).origin, made)
+        if not is_gradient and info(node).origin:
+            self.forward.setdefault(info(node).origin, _Forward(node, wanted, False, frozenset()))
+
+    def _wanted(self, cast: fx.Node) -> Any:
+        """What it casts to: the precision of the value it names, if that is not a weight, or else what it says."""
+        like = cast.args[2] if len(cast.args) > 2 else None
+        named = isinstance(like, fx.Node) and like not in self.weights and _dtype(like) in FLOATS
+        return _dtype(like) if named else cast.args[1]  # type: ignore[arg-type]
 
     def _drop(self, node: fx.Node, source: fx.Node) -> None:
         """``source`` in place of a cast without effect; a result has memory of its own."""
