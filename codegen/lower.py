@@ -114,6 +114,7 @@ class _StageLowering:
         self.reads: dict[Slot, TensorType] = {}
         self.results: dict[Slot, TensorType] = {}
         self.homes = homes(program)
+        self.beside: dict[fx.Node, list[fx.Node]] = {}  # by a value that a segment makes, all that the segment reads
         self.initialised: set[Slot] = set()  # carries the first micro-batch overwrites: the prologue need not
 
     def run(self) -> StagePlan:
@@ -263,6 +264,7 @@ class _StageLowering:
                 self.initialised |= code.accumulators
             assert inside.isdisjoint(piece.inputs)
             piece.outputs = outputs
+            self.beside |= dict.fromkeys(outputs, piece.inputs)
 
     def _accumulators(self) -> frozenset[Slot]:
         """Carries that the prologue sets to zero."""
@@ -388,8 +390,8 @@ class _StageLowering:
         return [*before, issue]
 
     def _namer(self, section: Section, microbatch: int | None, prefix: str = "") -> Callable[[fx.Node], Ref]:
-        """Where each node's value lives. A carry that nobody else reads is written straight to its slot, unless the old
-        value is read behind it, and so is what is offloaded: it replaces the old value where that is kept."""
+        """Where each node's value lives. A carry that nobody else reads is written straight to its slot by the segment
+        that reads the old value last, and so is what is offloaded: it replaces the old value where that is kept."""
         outputs = section.outputs
         returned = Counter(outputs.values())
         direct = {
@@ -399,7 +401,7 @@ class _StageLowering:
             and len(node.users) == 1
             and node.op != "placeholder"
             and returned[node] == 1
-            and not (slot.role is Role.CARRY and _is_read_behind(section.input_slots.get(slot), node))
+            and (slot.role is not Role.CARRY or self._ends(section.input_slots.get(slot), node))
         }
 
         def name(node: fx.Node) -> Ref:
@@ -410,6 +412,12 @@ class _StageLowering:
             return Ref(prefix + node.name, microbatch)
 
         return name
+
+    def _ends(self, old: fx.Node | None, new: fx.Node) -> bool:
+        """Whether nothing reads ``old`` behind the segment that makes ``new`` of it."""
+        if old is None:
+            return True
+        return old in self.beside.get(new, ()) and not any(user > new for user in old.users)
 
     def _bindings(
         self,
@@ -423,11 +431,7 @@ class _StageLowering:
         """What becomes of the section's outputs: results and carries that do not live in their slot yet."""
         inputs, outputs = [], []
         for slot, node in section.outputs.items():
-            if (
-                info(node).stage not in (self.stage, None)
-                or slot in skip
-                or (node not in nodes and node.op != "placeholder")
-            ):
+            if info(node).stage not in (self.stage, None) or slot in skip or node not in nodes:
                 continue
             target = slot_ref(slot, mb if slot.role in _PER_MICROBATCH else None)
             if name(node) != target:
@@ -485,7 +489,7 @@ class _StageLowering:
         self._collect(section, nodes, name)
         arriving = [_Piece("recv", n) for n in nodes if n.target is gs.transfer.default and n.args[2] == self.stage]
         result = self._instantiate(arriving + pieces, name, label, first=False)
-        return result + self._bindings(section, set(nodes), name, None, label, skip)
+        return result + self._bindings(section, {*section.inputs, *nodes}, name, None, label, skip)
 
     def _collect(self, section: Section, nodes: list[fx.Node], name: Callable[[fx.Node], Ref]) -> None:
         """Note which slots this stage reads from outside the step, which results it gives, and where values live."""
@@ -514,7 +518,3 @@ def _kind(node: fx.Node) -> str:
     both ends see one order on the channel."""
     phase = info(node.args[0]).phase if node.target is gs.transfer.default else info(node).phase  # type: ignore[arg-type]
     return {Phase.FORWARD: "F", Phase.WEIGHT: "W"}.get(phase, "B")
-
-
-def _is_read_behind(old: fx.Node | None, new: fx.Node) -> bool:
-    return old is not None and any(user > new for user in old.users if user.op != "output")

@@ -1,4 +1,4 @@
-"""What the forward of one micro-batch leaves for the next, as a buffer that it updates: later phases need what it was.
+"""Later phases read a buffer as it was before their micro-batch's forward updated it.
 
 On a pipeline the forwards of later micro-batches replace such a value before the backward of this one reads it. So a
 later phase reads a copy that its own forward makes.
@@ -23,18 +23,26 @@ _RUNNING, _TRAIN = (3, 4), 7  # positions of its arguments: mean and variance, a
 
 def late_reads(body: Section) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
     """Each read, in a later phase, of what the forward replaces: (what is replaced, it or a view of it, the reader)."""
-    replaced = {slot for slot, node in body.outputs.items() if slot.role is Role.CARRY and _is_forward(node)}
-    olds = {node for node, slot in body.inputs.items() if slot in replaced and body.outputs[slot] is not node}
-    for node in [*olds, *body.nodes()] if olds else ():
-        if node in olds or (_is_forward(node) and storage_root(node) in olds):
-            for user in list(node.users):
-                if user.op != "output" and not _is_forward(user):
-                    yield storage_root(node), node, user
+    replaced = set(_replaced(body))
+    if not replaced:
+        return
+    shown = [node for node in body.nodes() if _is_forward(node) and storage_root(node) in replaced]
+    for node in [*replaced, *shown]:
+        for user in list(node.users):
+            if user.op != "output" and not _is_forward(user):
+                yield storage_root(node), node, user
+
+
+def _replaced(body: Section) -> dict[fx.Node, fx.Node]:
+    """Each carry that the forward replaces, and by what."""
+    olds = {slot: node for node, slot in body.inputs.items() if slot.role is Role.CARRY}
+    news = {slot: node for slot, node in body.outputs.items() if slot in olds and node is not olds[slot]}
+    return {olds[slot]: node for slot, node in news.items() if _is_forward(node)}
 
 
 def keep_for_later(body: Section, made_by: str = "") -> None:
     """Have later phases read copies, made by the pass of that name, of what the forward replaces."""
-    copies = _Copies(body.graph, made_by)
+    copies = _Copies(body, made_by)
     for old, shown, reader in list(late_reads(body)):
         if _reads_no_statistics(reader):
             reader.args = tuple(None if i in _RUNNING and a is shown else a for i, a in enumerate(reader.args))
@@ -45,8 +53,8 @@ def keep_for_later(body: Section, made_by: str = "") -> None:
 class _Copies:
     """One of each value and stage that reads it."""
 
-    def __init__(self, graph: fx.Graph, made_by: str) -> None:
-        self._graph, self._made_by = graph, made_by
+    def __init__(self, body: Section, made_by: str) -> None:
+        self._graph, self._made_by, self._replaced = body.graph, made_by, _replaced(body)
         self._made: dict[tuple[fx.Node, int | None], fx.Node] = {}
 
     def of(self, old: fx.Node, shown: fx.Node, stage: int | None) -> fx.Node:
@@ -54,8 +62,9 @@ class _Copies:
         if (shown, stage) not in self._made:
             if shown is old:
                 record = NodeInfo(Phase.FORWARD, info(old).module, stage=stage, made_by=self._made_by)
-                # Where the forward reads it first, so that it is made on that stage.
-                with self._graph.inserting_before(min(user for user in old.users if _is_forward(user))):
+                # Where the forward reads it first, or replaces it, so that it is made on that stage.
+                readers = [user for user in old.users if user.op != "output" and _is_forward(user)]
+                with self._graph.inserting_before(min(readers, default=self._replaced[old])):
                     made = call(self._graph, aten.clone.default, (old,), record)
             else:
                 with after(shown):
@@ -65,8 +74,6 @@ class _Copies:
 
 
 def _is_forward(node: fx.Node) -> bool:
-    if node.op == "output":
-        return True
     return node.op == "placeholder" or info(node).phase is Phase.FORWARD
 
 

@@ -60,6 +60,12 @@ def is_getitem(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
+def owns_memory(node: fx.Node) -> bool:
+    """Whether the value is an operation's own result, not an input or a view."""
+    producer: Any = node.args[0] if is_getitem(node) else node
+    return producer.op == "call_function" and not is_view(producer)
+
+
 def resolve(node: fx.Node) -> fx.Node:
     """A wait gives the collective's own buffer."""
     return node.args[0] if node.target is torch.ops._c10d_functional.wait_tensor.default else node  # type: ignore[return-value]

@@ -287,7 +287,10 @@ class BodyStaging:
             return tuple(sorted(stages)) or held[:1]
         if self.places.get(result):
             return (self.stage(result),)
-        return holders.get(name, (0,))[:1]
+        if name in holders:
+            return holders[name][:1]
+        old = self.inputs[slot]
+        return (min((place[0] for user in old.users if (place := self.places.get(user))), default=0),)
 
 
 def nearest(held: tuple[int, ...], stage: int) -> int:

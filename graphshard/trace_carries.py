@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from graphshard import fake
-from graphshard.dataflow import is_getitem, is_view
+from graphshard.dataflow import owns_memory
 from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot
 from graphshard.rewrite import add_input, after, call, remove_input, set_outputs
 
@@ -90,12 +90,6 @@ class Carries:
         """A placeholder for ``slot``, contiguous."""
         value = fake.tensor(self.mode, like.shape, like.dtype, device=like.device)
         return add_input(section, slot, value, record, slot.name)
-
-
-def owns_memory(node: fx.Node) -> bool:
-    """Whether the value is an operation's own result, not an input or a view."""
-    producer: Any = node.args[0] if is_getitem(node) else node
-    return producer.op == "call_function" and not is_view(producer)
 
 
 def _append(section: Section, target: Any, args: tuple[Any, ...], record: NodeInfo, **kwargs: Any) -> fx.Node:

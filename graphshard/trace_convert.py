@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from graphshard import fake
 from graphshard.carried import keep_for_later
+from graphshard.dataflow import owns_memory
 from graphshard.errors import (
     ParameterOutsideModel,
     ParameterWritten,
@@ -24,7 +25,7 @@ from graphshard.errors import (
 from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section
 from graphshard.rewrite import add_input, call, drop_dead
 from graphshard.trace_autocast import AS_GIVEN
-from graphshard.trace_carries import Carries, owns_memory
+from graphshard.trace_carries import Carries
 from graphshard.trace_context import LINE, MODULE
 from graphshard.trace_errors import NO_FUNCTIONS, Line, describe
 from graphshard.trace_joint import Joint, Port

@@ -229,6 +229,9 @@ def _check_carries(program: Program, suffix: str) -> None:
         _fail(f"{slot} is read by the body but not initialised by the prologue", slot, f"graph body{suffix}")
     for slot in sorted(map(str, written - read)):
         _fail(f"{slot} is returned by the body but not read by it", slot, f"graph body{suffix}")
+    for target, node in program.body.outputs.items():
+        if target.role is Role.CARRY and node.op == "placeholder" and program.body.inputs[node] != target:
+            _fail(f"{target} becomes another slot's value; that needs a copy", node, f"graph body{suffix}")
     for old, _, reader in late_reads(program.body):
         rule = f"{program.body.inputs[old]} is replaced by the forward and read by a later phase; that needs a copy"
         _fail(rule, reader, f"graph body{suffix}")

@@ -13,7 +13,7 @@ from torch import fx
 from graphshard import fake
 from graphshard.analysis import weight_views
 from graphshard.carried import keep_for_later
-from graphshard.dataflow import is_view
+from graphshard.dataflow import is_view, owns_memory
 from graphshard.pipeline import Context
 from graphshard.program import Level, Phase, Program, Section, info, set_info, val
 from graphshard.rewrite import call, clone, drop_dead, retype, retype_from
@@ -237,10 +237,12 @@ def _without_effect(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
         return node
     if node.target is aten.clone.default and any(user.op == "output" for user in node.users):
         return node  # a result that must own its memory
-    if isinstance(source, fx.Node) and _type(source) == _type(node):
-        node.replace_all_uses_with(source)
-        return source
-    return node
+    if not isinstance(source, fx.Node) or _type(source) != _type(node):
+        return node
+    if any(user.op == "output" for user in node.users) and not owns_memory(source):
+        return _become(node, aten.clone.default, (source,), changed)  # as when a buffer takes another one's value
+    node.replace_all_uses_with(source)
+    return source
 
 
 _RULES = (_canonical, _merge_reshapes, _merge_permutes, _transposed_product, _joined_in_order, _without_effect)

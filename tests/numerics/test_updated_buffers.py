@@ -78,6 +78,86 @@ class Late(Block):
         return result
 
 
+class Overwritten(Block):
+    """What was there is never read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = torch.tanh(self.linear(x))
+        self.m.copy_(hidden.detach().mean(0))
+        return hidden
+
+
+class Feedback(Block):
+    """The new value is made far behind the last read of the old one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rest = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.rest(torch.tanh(self.linear(x) * self.m))
+        self.m = 1 + hidden.detach().mean(0)
+        return hidden
+
+
+class Delay(Block):
+    """One buffer takes the old value of another, which is replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("before", torch.zeros(WIDTH))
+        self.before: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(x) * self.m + self.before
+        self.before.copy_(self.m)
+        self.m = 1 + hidden.detach().abs().mean(0)
+        return hidden
+
+
+class Swap(Delay):
+    """Two buffers take each other's values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(x) * self.m + self.before
+        self.m, self.before = self.before, self.m
+        return hidden
+
+
+class FromOther(Delay):
+    """A buffer is made of another one alone, without the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.linear(x) * self.m + self.before
+        self.before = self.m * 2
+        self.m = self.m * 0.5
+        return hidden
+
+
+class _Saving(torch.autograd.Function):
+    """Needs the buffer in the backward alone."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, m: Tensor) -> Tensor:
+        ctx.save_for_backward(m)
+        return hidden * 1.5
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (m,) = ctx.saved_tensors
+        return gradient * m, None
+
+
+class SavedOnly(Block):
+    """No operation of the forward reads the old value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.linear(x)
+        result: Tensor = _Saving.apply(hidden, self.m)  # type: ignore[no-untyped-call]
+        self.m = 1 + hidden.detach().mean(0)
+        return result
+
+
 def spectral() -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH))
 
@@ -88,11 +168,33 @@ def made(kind: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
     return nn.Sequential(*layers), (torch.randn(16, WIDTH), torch.randint(WIDTH, (16,))), {}, F.cross_entropy
 
 
-@pytest.mark.parametrize("kind", [InPlace, Rebound, Viewed, Late, spectral])
-@pytest.mark.parametrize("plan", ["dp1", "zero3:size=2+accum2", "pp2:schedule=gpipe", "zero1+pp2:schedule=zb-h1"])
-@pytest.mark.parametrize("policy", ["", "+recompute:policy=full", "+recompute:policy=selective"])
-def test_training_is_that_of_eager(kind: Any, plan: str, policy: str) -> None:
-    check_parity(lambda: made(kind), plan + policy, sgd, dtype=torch.float64)
+KINDS = (
+    InPlace,
+    Rebound,
+    Viewed,
+    Late,
+    Overwritten,
+    Feedback,
+    Delay,
+    Swap,
+    FromOther,
+    SavedOnly,
+    spectral,
+)
+PLANS = (
+    "dp1+accum2",
+    "dp1+recompute:policy=selective",
+    "zero3:size=2+accum2+recompute:policy=full",
+    "pp2:schedule=gpipe+recompute:policy=full",
+    "zero1+pp2:schedule=zb-h1",
+    "zero3:size=2+pp2+recompute:policy=selective",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("plan", PLANS)
+def test_training_is_that_of_eager(kind: Any, plan: str) -> None:
+    check_parity(lambda: made(kind), plan, sgd, dtype=torch.float64)
 
 
 def test_a_late_read_of_what_the_forward_replaces_is_illegal() -> None:
