@@ -16,7 +16,7 @@ import resource
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,7 @@ class Disk:
         self._made: dict[int, int] = {}  # by length: how many there are
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="graphshard-nvme")
         self._staging = threading.local()
+        self._under_way: set[Future[None]] = set()
         self._streams = streams_of(device)
 
     def describe(self) -> str:
@@ -110,6 +111,10 @@ class Disk:
         """Start reading into ``value``."""
         return self._transfer(value, region, self._read)
 
+    def settle(self) -> None:
+        """Return when all transfers have ended, well or not, also those that nobody waits for."""
+        wait(list(self._under_way))
+
     def close(self) -> None:
         """Give the file back when what is on its way has ended."""
         self._pool.shutdown()
@@ -133,16 +138,21 @@ class Disk:
 
     def _transfer(self, value: Tensor, region: Region, move: Callable[[Tensor, int], None]) -> Pieces:
         whole = value.as_strided((region.nbytes // value.element_size(),), (1,), value.storage_offset())
-        held = [
-            whole.view(torch.uint8)
-        ]  # by what is returned alone: a thread forgets its work only after the end of it
-        computed, offset = self._streams.record(Lane.COMPUTE), region.offset
+        held = _Held((whole.view(torch.uint8), region))
+        computed = self._streams.record(Lane.COMPUTE)
 
         def run(at: int) -> None:
             self._streams.hold(Lane.FILE, computed)
-            move(held[0][at : at + PIECE], offset + at)
+            assert held.moved is not None, "nobody has waited before all pieces had ended"
+            data, there = held.moved
+            move(data[at : at + PIECE], there.offset + at)
 
-        return Pieces([self._pool.submit(run, at) for at in range(0, region.nbytes, PIECE)], region, held)
+        pieces = []
+        for at in range(0, region.nbytes, PIECE):
+            pieces.append(self._pool.submit(run, at))
+            self._under_way.add(pieces[-1])
+            pieces[-1].add_done_callback(self._under_way.discard)
+        return Pieces(pieces, held)
 
     def empty(self, kind: TensorType) -> Tensor:
         """Memory to read a value into. A large one is aligned, to be read, and written again, without a copy."""
@@ -150,7 +160,7 @@ class Disk:
         if nbytes < PIECE or self._device.type != "cpu":
             return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self._device)
         # With a storage of its own, of which offsets in views count from the beginning; pages are aligned.
-        flat = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=kind.dtype)
+        flat = torch.frombuffer(mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype=kind.dtype)
         return flat.as_strided(kind.shape, kind.stride)
 
     def _write(self, piece: Tensor, offset: int) -> None:
@@ -199,13 +209,23 @@ class Disk:
         return made
 
 
+@dataclass
+class _Held:
+    """The bytes that a transfer moves and their place, which nobody else may have before its end.
+
+    The threads hold it, and not who waits alone: after a failed step nobody waits, and the transfer goes on. But a
+    thread forgets its work only some time after the end of it; so who has waited takes out what is in here.
+    """
+
+    moved: tuple[Tensor, Region] | None
+
+
 @dataclass(frozen=True)
 class Pieces:
     """A transfer on its way."""
 
     futures: list[Future[None]]
-    region: Region  # nobody else gets it before the end
-    held: list[Tensor]  # the value, until somebody has waited
+    held: _Held
 
     def done(self) -> bool:
         """Whether it has ended, well or not."""
@@ -213,9 +233,10 @@ class Pieces:
 
     def wait(self) -> None:
         """Return when it has ended. Raises OffloadFailed."""
+        wait(self.futures)  # all of them, also where one has failed: then nothing is on its way any more
+        self.held.moved = None
         for future in self.futures:
             future.result()
-        self.held.clear()
 
 
 def _memory(piece: Tensor) -> memoryview:

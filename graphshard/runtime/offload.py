@@ -222,9 +222,11 @@ class Homes:
         return value
 
     def settle(self) -> None:
-        """Return when all copies have ended, and all that the CPU computes, also what nobody waits for: after a step
-        that failed."""
+        """Return when all copies have ended, those to and from files too, and all that the CPU computes, also what
+        nobody waits for: after a step that failed."""
         wait(list(self._computing.values()))
+        if self._disk is not None:
+            self._disk.settle()
         for lane in (Lane.OUT, Lane.IN):
             self._streams.block(self._streams.record(lane))
 

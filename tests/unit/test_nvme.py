@@ -29,7 +29,7 @@ from graphshard.errors import OffloadFailed, OffloadPath, OffloadSpace, ValueLos
 from graphshard.execution import type_of
 from graphshard.plan import Plan
 from graphshard.runtime.leftovers import Owner
-from graphshard.runtime.nvme import ALIGN, PIECE, Disk
+from graphshard.runtime.nvme import ALIGN, PIECE, Disk, Region
 from graphshard.runtime.offload import Homes
 
 CPU = torch.device("cpu")
@@ -98,6 +98,37 @@ def test_a_region_is_used_again_when_nobody_holds_it(disk: Disk) -> None:
     transfer.wait()
     del transfer
     assert offset in {disk.allocate(ALIGN).offset for _ in range(3)}
+
+
+def test_a_region_stays_until_its_transfer_has_ended_though_nobody_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a failed step: what is written later is not overwritten by what was under way."""
+    homes = Homes(CPU, str(tmp_path))
+    go_on, written, write = threading.Event(), threading.Event(), os.pwritev
+
+    def slow(file: int, parts: list[memoryview], at: int) -> int:
+        go_on.wait(10.0)
+        count = write(file, parts, at)
+        written.set()
+        return count
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    kept, transfer = homes.offload(torch.zeros(ALIGN // 4), "nvme")
+    assert isinstance(kept.place, Region)
+    offset, region = kept.place.offset, weakref.ref(kept.place)
+    del kept, transfer
+    others = [homes.disk.allocate(ALIGN) for _ in range(3)]
+    assert region() is not None and offset not in {other.offset for other in others}
+    settled = threading.Thread(target=homes.settle)
+    settled.start()
+    settled.join(0.2)  # it would have ended, did it not wait
+    assert settled.is_alive() and not written.is_set()
+    go_on.set()
+    settled.join()
+    assert written.is_set()
+    homes.close()  # its threads have ended, and hold nothing
+    assert region() is None
 
 
 def test_nobody_holds_a_value_that_has_been_written(disk: Disk) -> None:
