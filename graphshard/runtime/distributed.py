@@ -16,11 +16,9 @@ from torch import Tensor
 
 from graphshard.errors import (
     NonFiniteStep,
-    NoValue,
     PeerFailed,
     PlanMismatch,
     RanksOutOfStep,
-    ValueLost,
     WaitTimeout,
 )
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
@@ -29,7 +27,7 @@ from graphshard.mesh import Mesh, ranks_by
 from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
-from graphshard.runtime.executor import Executor, Loaded
+from graphshard.runtime.executor import Executor, Loaded, absent
 from graphshard.runtime.groups import join_world, make_groups
 from graphshard.runtime.machine import Communicator, Handle, Value
 from graphshard.runtime.neighbours import Neighbours
@@ -129,8 +127,17 @@ class DistributedExecutor(Executor):
         return loaded
 
     def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
-        with self._together(NoValue, ValueLost):
+        self._check_there(ref, stage)
+        with self._together():
             return self._read(ref, stage, kind, axis, everywhere)
+
+    def _check_there(self, ref: Ref, stage: int) -> None:
+        """Raise the same on all ranks if one of ``stage`` lacks the value. What failed on one rank may have lost it
+        there alone: the others would begin to read, and that rank's next collective would be taken for its part."""
+        lacks = self._ranks_of(stage) and ref not in self.stores[self.rank]
+        mine = [self.lost[self.rank].get(ref)] if lacks else []
+        if reasons := [why for reason in self.told(mine, f"reading {ref}") for why in reason]:
+            raise absent(ref.name, reasons[0])
 
     def _read(self, ref: Ref, stage: int, kind: TensorType, axis: str, everywhere: bool) -> Tensor | None:
         size = self.mesh.size(axis) if axis else 1

@@ -282,7 +282,7 @@ class Executor(ABC):
             NoValue, ValueLost: it stores nothing.
         """
         if ref not in self.stores[rank]:
-            raise self._absent(rank, ref, ref.name)
+            raise absent(ref.name, self.lost[rank].get(ref))
         value = self.stores[rank][ref]
         return self.homes.fetch(value) if isinstance(value, Offloaded) else value
 
@@ -341,13 +341,8 @@ class Executor(ABC):
         for stored in (feed.kept, feed.taken):
             for ref, slot in stored:
                 if ref not in store:
-                    raise self._absent(rank, ref, str(slot))
+                    raise absent(str(slot), self.lost[rank].get(ref))
         return values
-
-    def _absent(self, rank: int, ref: Ref, name: str) -> GraphshardError:
-        """What to raise where the store of ``rank`` has nothing under ``ref``."""
-        why = self.lost[rank].get(ref)
-        return NoValue(name) if why is None else ValueLost(name, why)
 
     def _put_back(self, loaded: Loaded, values: Mapping[int, dict[Ref, Value]], first: bool) -> str:
         """Store again what a failed step has not begun to replace; the rest in words, "" if there is none."""
@@ -405,6 +400,11 @@ class Executor(ABC):
         loaded.steps += 1
         self.state_keys |= loaded.state_keys if made else frozenset()
         return StepResult(loss, outputs)
+
+
+def absent(name: str, why: str | None) -> GraphshardError:
+    """What to raise where a store lacks a value. ``why``: what has lost it; None: it never had one."""
+    return NoValue(name) if why is None else ValueLost(name, why)
 
 
 @dataclass

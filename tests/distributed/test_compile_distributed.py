@@ -99,6 +99,14 @@ def test_a_disk_that_fails_on_one_rank_ends_all_and_is_named() -> None:
     refuses_from_now_on(peer, 0, "rank 0 lost ")
 
 
+def test_what_one_rank_has_lost_all_ranks_say_when_they_read_it() -> None:
+    plan = f"zero3+offload:params=nvme,path={tempfile.gettempdir()}"
+    for result in launch("train_rank.py", 2, "lost_by_one", plan):
+        assert len(result["said"]) == 2, result
+        assert all("was lost when loading it failed; load a checkpoint" in said for said in result["said"])
+        assert result["same"]
+
+
 def test_an_interrupted_step_ends_all() -> None:
     plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
     peer, interrupted = launch("train_rank.py", 2, "given_up", plan, "interrupt")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import graphshard
 from distributed.processes import report
-from graphshard.errors import GraphshardError, PlanMismatch, RanksOutOfStep
+from graphshard.errors import GraphshardError, OffloadFailed, PlanMismatch, RanksOutOfStep, ValueLost
 from graphshard.program import info
 from graphshard.runtime.nvme import ALIGN
 from models.zoo import gpt
@@ -205,6 +205,26 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 3)).double()
 
 
+def lost_by_one(plan: str) -> dict[str, Any]:
+    """The last rank cannot write the parameters it is given; what each rank says when they are read, twice, and whether
+    they are there once all have been given them again."""
+    c = compiled(plan, "distributed")
+    c.step(*part(c, batch()))
+    values, write, said = c.state_dict(), os.pwritev, []
+    if RANK == WORLD_SIZE - 1:
+        os.pwritev = lambda *_: 0
+    with suppress(OffloadFailed):
+        c.load_state_dict(values)
+    os.pwritev = write
+    for _ in range(2):
+        try:
+            c.state_dict()
+        except ValueLost as error:
+            said.append(str(error))
+    c.load_state_dict(values)
+    return {"said": said, "same": listed(c.state_dict()) == listed(values)}
+
+
 def killed_writing(plan: str) -> dict[str, Any]:
     """The last rank is killed in the second step, with a value half written to its file and others on their way."""
     c = compiled(plan, "distributed", model=wide(), max_grad_norm=None)
@@ -276,6 +296,7 @@ def main() -> None:
         "mixed": mixed,
         "mismatch": mismatch,
         "given_up": given_up,
+        "lost_by_one": lost_by_one,
         "killed_writing": killed_writing,
         "against_resident": against_resident,
         "uneven": uneven,
