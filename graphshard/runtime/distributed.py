@@ -56,7 +56,7 @@ class DistributedExecutor(Executor):
     Raises:
         NoProcessGroup: no process group is running and no launcher's environment is set.
         WorldSizeMismatch: the mesh has another size than the process group.
-        PlanMismatch: another rank has another mesh.
+        PlanMismatch: another rank has another mesh or another ``measure_memory``.
     """
 
     cure: ClassVar[str] = RanksOutOfStep.CURE
@@ -79,7 +79,7 @@ class DistributedExecutor(Executor):
         if join_world(device, timeout_s):
             atexit.register(self.close)
         self.timeout_s = timeout_s
-        self._groups = make_groups(mesh, device, timeout_s)
+        self._groups = make_groups(mesh, device, timeout_s, measure_memory)
         self.rank = dist.get_rank()
         super().__init__(mesh, (self.rank,), device, measure_memory, path, cudagraphs)
         self._link: Communicator = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)

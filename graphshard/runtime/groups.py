@@ -42,22 +42,24 @@ def join_world(device: torch.device, timeout_s: float) -> bool:
     return True
 
 
-def make_groups(mesh: Mesh, device: torch.device, timeout_s: float) -> Groups:
-    """Create this rank's groups; every rank must call it at the same point with the same mesh.
+def make_groups(mesh: Mesh, device: torch.device, timeout_s: float, measure_memory: bool) -> Groups:
+    """Create this rank's groups; every rank must call it at the same point with the same mesh, and measure memory if
+    all do: those that do tell each other after every step.
 
     Raises:
         WorldSizeMismatch: the running process group has another size than the mesh.
-        PlanMismatch: another rank was given another mesh.
+        PlanMismatch: another rank was given another mesh, or ``measure_memory``.
     """
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size != mesh.world_size:
         raise WorldSizeMismatch(str(mesh), mesh.world_size, world_size)
     timeout = timedelta(seconds=timeout_s)
     control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
-    given: list[str] = [""] * world_size
-    dist.all_gather_object(given, str(mesh), group=control)
-    if len(set(given)) > 1:
-        raise PlanMismatch("mesh", ranks_by(given))
+    given = [(str(mesh), str(measure_memory))] * world_size
+    dist.all_gather_object(given, given[rank], group=control)
+    for what, by_rank in zip(("mesh", "measure_memory"), zip(*given, strict=True), strict=True):
+        if len(set(by_rank)) > 1:
+            raise PlanMismatch(what, ranks_by(by_rank))
     long = [(name, size) for name, size in mesh.axes if size > 1]
     axes: dict[str, dist.ProcessGroup] = {}
     if long:

@@ -88,6 +88,12 @@ def mismatch(plan: ExecutionPlan) -> dict[str, object]:
     return {}
 
 
+def measures(plan: ExecutionPlan) -> dict[str, object]:
+    """The last rank alone is to measure memory."""
+    DistributedExecutor(plan.mesh, timeout_s=30.0, measure_memory=LAST)
+    return {}
+
+
 def late(plan: ExecutionPlan) -> dict[str, object]:
     """After a step together the last rank does nothing until its input is closed."""
     executor = DistributedExecutor(plan.mesh, timeout_s=4.0)
@@ -120,6 +126,7 @@ def main() -> None:
     scenarios = {
         "together": lambda plan: train(plan) | communicate(plan),
         "mismatch": mismatch,
+        "measures": measures,
         "late": late,
         "ends": ends,
     }

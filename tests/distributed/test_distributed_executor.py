@@ -40,6 +40,12 @@ def test_ranks_with_different_plans_all_say_so() -> None:
         assert "rank" in result["message"]
 
 
+def test_ranks_measure_memory_all_or_none() -> None:
+    for result in launch("rank.py", 2, "measures"):
+        assert result["error"] == "PlanMismatch"
+        assert "ranks disagree on the measure_memory: ranks 0 have False; ranks 1 have True" in result["message"]
+
+
 @pytest.mark.parametrize("environment", [{}, GLOO], ids=["shared memory", "gloo"])
 def test_a_rank_that_waits_too_long_names_instruction_and_peer(environment: dict[str, str]) -> None:
     waiting, _ = launch("rank.py", 2, "late", environment=environment)
