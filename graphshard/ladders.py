@@ -22,10 +22,12 @@ from itertools import accumulate
 from graphshard.analysis import FLOPS_PER_SENT_BYTE, nbytes
 from graphshard.blocks import stages_of
 from graphshard.codegen.schedule import Schedule
-from graphshard.homes import home_of
+from graphshard.homes import homes
 from graphshard.passes.hoist import hoistable_bytes
-from graphshard.program import Program, Role, val
+from graphshard.program import Program, Role, Slot, val
 from graphshard.saving import PRICES, Ladder, Rung, saved_bytes
+
+_STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.MASTER, Role.STATE)  # between steps
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,11 @@ def _bytes_by_bucket(program: Program, stage: int, roles: tuple[Role, ...]) -> d
 
 
 def _host_bytes(program: Program, stage: int) -> int:
-    """What a rank of ``stage`` stores in host memory between steps."""
-    outputs = program.epilogue.outputs.items()
-    return sum(nbytes(val(node)) for slot, node in outputs if slot.stage == stage and home_of(node) == "cpu")
+    """What a rank of ``stage`` stores in host memory between steps, be it updated or only read."""
+    away = homes(program)
+    sizes: dict[Slot, int] = {}
+    for section in program.sections().values():
+        for slot, node in (section.input_slots | section.outputs).items():
+            if slot.role in _STORED and slot.stage == stage and away.get(slot) == "cpu":
+                sizes[slot] = nbytes(val(node))
+    return sum(sizes.values())

@@ -26,9 +26,11 @@ from models.zoo import gpt
 from numerics.cases import rows_of
 
 
-def compiled(plan: str, run: bool = False, **sizes: Any) -> graphshard.Compiled:
+def compiled(plan: str, run: bool = False, frozen: str = "", **sizes: Any) -> graphshard.Compiled:
     sizes = {"rows": rows_of(plan, 8), "depth": 2, "width": 16, "length": 32} | sizes
     model, (args, kwargs), loss_fn = gpt(**sizes)
+    if frozen:
+        model.get_submodule(frozen).requires_grad_(False)
     made = graphshard.compile(
         model,
         plan,
@@ -203,10 +205,12 @@ def test_values_may_go_to_host_memory_on_a_gpu_and_to_files_where_there_is_a_fol
     assert levers.optimizer and not levers.params, "the plan says where they are"
 
 
-@pytest.mark.parametrize("said", ["", "offload:optimizer=cpu,activations=cpu+"])
-def test_what_host_memory_has_no_room_for_goes_to_files(said: str) -> None:
-    """A GPU's ladder, without one. What the plan offloads itself takes room, too."""
-    made = compiled(f"zero3+accum2+{said}memory:budget_gb=1,path=/x")
+@pytest.mark.parametrize(
+    ("said", "frozen"), [("", ""), ("offload:optimizer=cpu,activations=cpu+", ""), ("offload:params=cpu+", "h.0")]
+)
+def test_what_host_memory_has_no_room_for_goes_to_files(said: str, frozen: str) -> None:
+    """A GPU's ladder, without one. What the plan offloads itself takes room, too, be it trained or not."""
+    made = compiled(f"zero3+accum2+{said}memory:budget_gb=1,path=/x", frozen=frozen)
     source = made._compiled().graphs.source
     assert source is not None
     at = [item.name for item in made.passes].index("memory-policy")
