@@ -60,13 +60,12 @@ def _cast(x: Tensor, dtype: torch.dtype, like: Tensor | None = None) -> Tensor:
 
 
 def _cast_setup(ctx: Any, inputs: tuple[Tensor, torch.dtype, Tensor | None], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0])
+    ctx.x = inputs[0].detach()  # not saved: of its precision alone it does not matter that it is written to later
 
 
 def _cast_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     """As autograd of a cast: the gradient in the precision of what was cast."""
-    (x,) = ctx.saved_tensors
-    return torch.ops.graphshard.cast(grad, x.dtype, x), None, None
+    return torch.ops.graphshard.cast(grad, ctx.x.dtype, ctx.x), None, None
 
 
 def _sq_norm(parts: Sequence[Tensor]) -> Tensor:

@@ -7,19 +7,25 @@ plan's precision, they are not. The other half precision is torch's own autocast
 there, too, nodes are left in what they are given.
 
 A cast to float32 of what is float32 here would leave no trace, though its value may be narrow when the plan runs: it
-becomes ``graphshard.cast``, which the pass settles. What a model is given, its buffers and the batch, is as wide then
-as now, and such a cast stays the alias that it is in eager code.
+becomes ``graphshard.cast``, which the pass settles. What is as wide then as now, the model's buffers, the batch and
+what is made in float32, stays its own cast, as in eager code.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
 from torch.amp.autocast_mode import autocast
+from torch.utils._pytree import tree_leaves
+
+from graphshard.autocast import FLOAT32, LOWER
+from graphshard.errors import UncapturableOperator
+from graphshard.trace_errors import calling_line, describe
 
 AS_GIVEN = "graphshard.as_given"
 """Key of ``node.meta["custom"]`` in the joint graph: whether the plan's precision is not for the node."""
@@ -28,40 +34,117 @@ _CASTS = (Tensor.float, Tensor.to, Tensor.type, Tensor.type_as)
 _TAKE_DTYPE = ("softmax", "log_softmax", "sum", "mean", "prod", "cumsum", "cumprod")
 """Functions that cast what they are given where they are told to; float32 under autocast whether they are or not."""
 
+_FLOAT32 = FLOAT32 | {"layer_norm", "group_norm", "batch_norm"}
+_LOWER = LOWER | {"__matmul__", "scaled_dot_product_attention"}
+_DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """What a cast was made of, and how often that had been written to by then."""
+
+    result: Tensor
+    source: Tensor
+    version: int
+    source_is_narrow: bool  # for sure: the cast is a copy under autocast, too
+
 
 class Casts:
     """Leaves a trace of casts to float32 of float32 values.
+
+    Under autocast the cast of a value that is in float32 there is the value itself, of a narrow one a copy. Which of
+    them it is here is only known once the plan runs: where it makes a difference, since either is written to, it is
+    refused. What is in float32 whatever the plan does stays its own cast.
 
     Args:
         given: what stands for the model's buffers and the batch.
     """
 
     def __init__(self, given: Sequence[Tensor]) -> None:
-        self._given = {id(value): value for value in given}
+        self._wide = {id(value): value for value in given}  # by id; kept, so that no id is given twice
+        self._narrow: dict[int, Tensor] = {}
+        self._casts: dict[int, _Cast] = {}
 
-    def before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The result of a call of a torch function, or its cast.
+
+        Raises:
+            UncapturableOperator: a cast, or what it was made of, is written to.
+        """
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        casts = [(value, cast) for value in tensors if (cast := _of(value, self._casts)) is not None]
+        if any(not cast.source_is_narrow and cast.source._version != cast.version for _, cast in casts):
+            _refuse("an in-place operation on what was cast to float32, and a use of the cast after it")
+        versions = [value._version for value, _ in casts]
+        result = func(*self._before(func, args, kwargs), **kwargs)
+        if any(value._version != before for (value, _), before in zip(casts, versions, strict=True)):
+            _refuse("an in-place operation on a cast to float32")
+        self._note(func, tensors, kwargs, result)
+        return self._traced(func, args, kwargs, result)
+
+    def _before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
         """The arguments of a call of a torch function: cast where it is told to, and autocast would not do it."""
-        off = torch.fx.traceback.current_meta.get("custom", {}).get(AS_GIVEN)
-        if not off or kwargs.get("dtype") is not torch.float32 or getattr(func, "__name__", "") not in _TAKE_DTYPE:
+        if not _is_off() or kwargs.get("dtype") is not torch.float32 or _name(func) not in _TAKE_DTYPE:
             return args
         if not (args and isinstance(args[0], Tensor) and args[0].dtype is torch.float32):
             return args
         return torch.ops.graphshard.cast(args[0], torch.float32), *args[1:]
 
-    def traced(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
-        """``result`` of a call of a torch function, or its cast."""
+    def _note(self, func: Any, tensors: Sequence[Tensor], kwargs: Mapping[str, Any], result: Any) -> None:
+        """Remember what is known of the precision of results, and which have the memory of a cast."""
+        name = _name(func)
+        if func == _DATA or func is Tensor.detach:
+            if (cast := _of(tensors[0], self._casts)) is not None:
+                self._casts[id(result)] = replace(cast, result=result)
+            return
+        if name.removesuffix("_") in LOWER and name.endswith("_"):
+            self._wide.pop(id(result), None)
+            return
+        copies = name.endswith("_like") or name.startswith("new_")
+        is_made = not tensors or (copies and kwargs.get("dtype") is torch.float32)
+        if is_made or (not _is_off() and name in _FLOAT32):
+            known = self._wide
+        elif not _is_off() and name in _LOWER:
+            known = self._narrow
+        else:
+            return
+        made = [value for value in tree_leaves(result) if isinstance(value, Tensor) and value.dtype is torch.float32]
+        known.update((id(value), value) for value in made if not any(value is given for given in tensors))
+
+    def _traced(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> Any:
         if func not in _CASTS or not (isinstance(result, Tensor) and args[0].dtype is result.dtype is torch.float32):
             return result
         options = (*args[1:], *kwargs.values())
         like = next((value for value in options if isinstance(value, Tensor)), None)
         said = like is not None or func is Tensor.float or any(isinstance(o, torch.dtype) for o in options)
-        if not (said or func is Tensor.type) or self._is_given(args[0]):
+        if not (said or func is Tensor.type) or _of(args[0], self._wide) is not None:
             return result
-        return torch.ops.graphshard.cast(result, torch.float32, like)
+        cast: Tensor = torch.ops.graphshard.cast(result, torch.float32, like)
+        if result is args[0]:  # else it has memory of its own
+            is_narrow = _of(result, self._narrow) is not None
+            self._casts[id(cast)] = _Cast(cast, result, result._version, is_narrow)
+        return cast
 
-    def _is_given(self, value: Tensor) -> bool:
-        base = value._base if value._is_view() else value
-        return id(value) in self._given or id(base) in self._given
+
+def _of(value: Tensor, known: Mapping[int, _T]) -> _T | None:
+    """What is known of ``value``, or of what it is a view of."""
+    found = known.get(id(value))
+    return known.get(id(value._base)) if found is None and value._is_view() else found
+
+
+def _is_off() -> bool:
+    return bool(torch.fx.traceback.current_meta.get("custom", {}).get(AS_GIVEN))
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", "")
+
+
+def _refuse(what: str) -> NoReturn:
+    instead = "write a.float().clone() for a.float(), or an operation that is not in place"
+    raise UncapturableOperator(what, describe(calling_line()), instead)
 
 
 @contextlib.contextmanager

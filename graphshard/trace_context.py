@@ -136,8 +136,7 @@ class _Calls(TorchFunctionMode):
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if self._casts is None:
             return func(*args, **kwargs)
-        args = self._casts.before(func, args, kwargs)
-        return self._casts.traced(func, args, kwargs, func(*args, **kwargs))
+        return self._casts.call(func, args, kwargs)
 
 
 _ATTENTION = F.scaled_dot_product_attention

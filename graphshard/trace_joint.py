@@ -96,14 +96,13 @@ class Step(nn.Module):
         for i, value in zip(self.batch, batch, strict=True):
             leaves[i] = value
         values = [v for v in (*self._parameters.values(), *self._buffers.values()) if v is not None]
-        given = [*batch, *(v for v in self._buffers.values() if v is not None)]
-        casts = None if self.request.lower is None else Casts(given)
         with (
             unchanged(self.request.model, self.changes),
-            swapped(self.held, values, self.replaced),
-            watching(self.held, casts),
+            swapped(self.held, values, self.replaced) as shown,
         ):
-            results, self.output = call(self.request, leaves)
+            casts = None if self.request.lower is None else Casts([*batch, *shown[len(self._parameters) :]])
+            with watching(self.held, casts):
+                results, self.output = call(self.request, leaves)
         # For a result that is a view or an input AOTAutograd would return something else in its place.
         return tuple(result.clone() for result in results)
 

@@ -138,8 +138,9 @@ def fake_tensors(held: Sequence[Held], mode: FakeTensorMode, trained: bool) -> l
 
 
 @contextmanager
-def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) -> Iterator[None]:
-    """The model's modules hold ``values`` meanwhile. A buffer that the model replaces is written to instead.
+def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) -> Iterator[Sequence[Tensor]]:
+    """The model's modules hold what is yielded meanwhile: ``values``, or copies. A buffer that the model replaces is
+    written to instead.
 
     Args:
         replaced: names of such buffers from an earlier run, to which this one adds. The model holds copies of these:
@@ -153,7 +154,7 @@ def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) 
         for where, key in item.places:
             where[key] = value
     try:
-        yield
+        yield shown
         for item, value, given in zip(held, values, shown, strict=True):
             for where, key in item.places:
                 if _is_replaced(item, given, where.get(key)):

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard.autocast import HALVES
+from graphshard.errors import UncapturableOperator
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context
 from graphshard.program import Program
+from graphshard.trace import capture
 from numerics.cases import sgd
 from numerics.mixed import both
 
@@ -178,7 +180,7 @@ def compiled(model: nn.Module, plan: str, x: Tensor, **options: Any) -> graphsha
         loss_fn=options.pop("loss_fn", F.mse_loss),
         optimizer=partial(torch.optim.SGD, lr=0.1),
         executor=options.pop("executor", "local"),
-        example_inputs=(x, model(x).detach()),
+        example_inputs=(x, copy.deepcopy(model)(x).detach()),
         **options,
     )
 
@@ -321,6 +323,133 @@ def test_a_buffer_is_cast_in_place_of_itself() -> None:
     wanted = before * 0.5
     wanted[:4] += 1
     assert torch.equal(ours.state_dict()["seen"], wanted)
+
+
+class Written(nn.Module):
+    """A linear layer and a function of it."""
+
+    mean: Tensor
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.lin, self.function = nn.Linear(SIZE, SIZE), function
+        self.register_buffer("mean", torch.ones(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function(self, x)
+        return result
+
+
+def a_cast_is_added_to(m: Written, x: Tensor) -> Tensor:
+    total = torch.zeros(SIZE, device=x.device)
+    total.float().add_(m.lin(x).sum(0))
+    total[:4].to(torch.float32).mul_(3)
+    return total
+
+
+def a_norms_cast_is_scaled(m: Written, x: Tensor) -> Tensor:
+    normed = F.layer_norm(m.lin(x), (SIZE,))
+    wide = normed.float()
+    wide.mul_(2)
+    return normed + wide
+
+
+def a_buffer_is_rebound(m: Written, x: Tensor) -> Tensor:
+    before = m.mean
+    before.float().add_(1)
+    m.mean = before * 0.5 + m.lin(x).detach().mean(0)
+    result: Tensor = m.lin(x) * m.mean
+    return result
+
+
+@pytest.mark.parametrize(
+    "function",
+    [a_cast_is_added_to, a_norms_cast_is_scaled, a_buffer_is_rebound],
+)
+def test_what_is_in_float32_for_sure_is_its_own_cast(function: Any) -> None:
+    """As it is to the model that computes in float32 throughout."""
+    torch.manual_seed(0)
+    model, x = Written(function), rows()
+    ours, wanted = compiled(model, "dp1+bf16", x), copy.deepcopy(model)
+    torch.testing.assert_close(ours.step(x, x), F.mse_loss(wanted(x), x), rtol=2e-2, atol=0)
+
+
+def test_a_product_may_be_written_to_after_its_cast() -> None:
+    """It is narrow for sure, and the cast a copy."""
+
+    def a_product_is_written_after_its_cast(m: Written, x: Tensor) -> Tensor:
+        h: Tensor = m.lin(x)
+        wide = h.float()
+        h.mul_(2)
+        return wide * 1000 + h
+
+    model, x = Written(a_product_is_written_after_its_cast), rows()
+    ours, theirs = compiled(model, "dp1+bf16", x), under_autocast(model, "bf16", x)
+    torch.testing.assert_close(ours(x), theirs)
+    torch.testing.assert_close(ours.step(x, x), F.mse_loss(theirs, x), rtol=1e-3, atol=0)
+
+
+def a_cast_is_written(h: Tensor) -> Tensor:
+    h.float().mul_(2)
+    return h
+
+
+def a_view_of_a_cast_is_written(h: Tensor) -> Tensor:
+    wide = h.to(torch.float32)
+    wide[:, 0] = 0
+    return wide + h
+
+
+def a_part_of_a_cast_is_written(h: Tensor) -> Tensor:
+    part = h.type_as(torch.ones(1))[:, 1:]
+    torch.relu_(part)
+    return part
+
+
+def a_detached_cast_is_written(h: Tensor) -> Tensor:
+    h.float().detach().mul_(2)
+    return h
+
+
+def data_of_a_cast_is_written(h: Tensor) -> Tensor:
+    h.float().data.mul_(2)
+    return h
+
+
+def a_cast_is_written_by_out(h: Tensor) -> Tensor:
+    wide = h.detach().float()
+    torch.add(wide, 1, out=wide)
+    return wide + h
+
+
+def what_was_cast_is_written(h: Tensor) -> Tensor:
+    h = h * torch.ones(SIZE)
+    wide = h.float()
+    h.mul_(2)
+    return wide + h
+
+
+@pytest.mark.parametrize("mode", ["call", "train"])
+@pytest.mark.parametrize(
+    "function",
+    [
+        a_cast_is_written,
+        a_view_of_a_cast_is_written,
+        a_part_of_a_cast_is_written,
+        a_detached_cast_is_written,
+        data_of_a_cast_is_written,
+        a_cast_is_written_by_out,
+        what_was_cast_is_written,
+    ],
+)
+def test_what_may_be_its_own_cast_is_not_written_to(function: Any, mode: Any) -> None:
+    """Only the plan knows: it would be lost, or not, by the precision of the value."""
+    x = rows()
+    model = Written(lambda m, x: function(m.lin(x)))
+    with pytest.raises(
+        UncapturableOperator, match=r"in-place .* in .*test_own_precision.py:\d+: .*float\(\)\.clone\(\)"
+    ):
+        capture(model, F.mse_loss, (x,) if mode == "call" else (x, x), {}, mode=mode, lower=torch.bfloat16)
 
 
 @pytest.mark.parametrize("plan", ["dp2+bf16", "zero3+pp2+fp16"])
