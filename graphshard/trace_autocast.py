@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
+from torch.amp import autocast_mode
 from torch.amp.autocast_mode import autocast
 from torch.utils._pytree import tree_leaves
 
@@ -78,19 +79,25 @@ class Casts:
         if any(not cast.source_is_narrow and cast.source._version != cast.version for _, cast in casts):
             _refuse("an in-place operation on what was cast to float32, and a use of the cast after it")
         versions = [value._version for value, _ in casts]
-        result = func(*self._before(func, args, kwargs), **kwargs)
+        called_with, options = self._before(func, args, kwargs)
+        result = func(*called_with, **options)
         if any(value._version != before for (value, _), before in zip(casts, versions, strict=True)):
             _refuse("an in-place operation on a cast to float32")
         self._note(func, tensors, kwargs, result)
         return self._traced(func, args, kwargs, result)
 
-    def _before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def _before(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """The arguments of a call of a torch function: cast where it is told to, and autocast would not do it."""
-        if not _is_off() or kwargs.get("dtype") is not torch.float32 or _name(func) not in _TAKE_DTYPE:
-            return args
-        if not (args and isinstance(args[0], Tensor) and args[0].dtype is torch.float32):
-            return args
-        return torch.ops.graphshard.cast(args[0], torch.float32), *args[1:]
+        value, *others = args or (kwargs.get("input"),)
+        told = any(option is torch.float32 for option in (*others, *kwargs.values()))
+        if not (told and _is_off() and _name(func) in _TAKE_DTYPE):
+            return args, kwargs
+        if not (isinstance(value, Tensor) and value.dtype is torch.float32):
+            return args, kwargs
+        cast = torch.ops.graphshard.cast(value, torch.float32)
+        return ((cast, *others), kwargs) if args else ((), {**kwargs, "input": cast})
 
     def _note(self, func: Any, tensors: Sequence[Tensor], kwargs: Mapping[str, Any], result: Any) -> None:
         """Remember what is known of the precision of results, and which have the memory of a cast."""
@@ -166,6 +173,7 @@ _enabled, _dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
 _init: Any = autocast.__init__
 _enter: Any = autocast.__enter__
 _exit: Any = autocast.__exit__
+_cast_inputs: Any = autocast_mode._cast
 
 
 class _State:
@@ -187,6 +195,8 @@ class _State:
             (torch, "get_autocast_dtype", dtype),
             (torch, "get_autocast_cpu_dtype", dtype),
             (torch, "get_autocast_gpu_dtype", dtype),
+            # What custom_fwd does to arguments on a device: here all are on the CPU.
+            (autocast_mode, "_cast", lambda value, _, dtype: _cast_inputs(value, "cpu", dtype)),
             (autocast, "__init__", self._made()),
             (autocast, "__enter__", lambda made: self.enter(made)),
             (autocast, "__exit__", lambda made, *raised: self.leave(made, *raised)),

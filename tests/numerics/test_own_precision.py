@@ -374,6 +374,54 @@ def test_what_is_in_float32_for_sure_is_its_own_cast(function: Any) -> None:
     torch.testing.assert_close(ours.step(x, x), F.mse_loss(wanted(x), x), rtol=2e-2, atol=0)
 
 
+class Cubed(torch.autograd.Function):
+    """Of one argument, which alone says what to compute in."""
+
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cuda", cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x * x
+
+    @staticmethod
+    @torch.amp.custom_bwd(device_type="cuda")  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * 3 * x * x
+
+
+def test_custom_fwd_casts_wherever_the_model_is_captured() -> None:
+    """Its device is the one that the plan runs on."""
+    torch.manual_seed(0)
+    model, x = Written(lambda m, x: Cubed.apply(m.lin(x))), rows()
+    ours, h = compiled(model, "dp1+bf16", x)(x), F.linear(x.bfloat16(), *(p.bfloat16() for p in model.parameters()))
+    assert ours.dtype is torch.float32
+    torch.testing.assert_close(ours, h.float() ** 3)
+
+
+@pytest.mark.parametrize(
+    "softmax",
+    [
+        lambda h: torch.softmax(h, -1, torch.float32),
+        lambda h: h.softmax(-1, torch.float32),
+        lambda h: torch.softmax(input=h, dim=-1, dtype=torch.float32),
+        lambda h: F.softmax(h, dim=-1, dtype=torch.float32),
+    ],
+)
+def test_a_function_is_told_its_precision_in_any_way(softmax: Any) -> None:
+    def off(m: Written, x: Tensor) -> Tensor:
+        h = m.lin(x)
+        with torch.autocast(x.device.type, enabled=False):
+            result: Tensor = softmax(h)
+        return result
+
+    torch.manual_seed(0)
+    model, x = Written(off), rows()
+    ours, theirs = compiled(model, "dp1+bf16", x)(x), under_autocast(model, "bf16", x)
+    assert ours.dtype is torch.float32
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_a_product_may_be_written_to_after_its_cast() -> None:
     """It is narrow for sure, and the cast a copy."""
 
