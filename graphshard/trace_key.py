@@ -56,19 +56,28 @@ def seen(
         Exception: whatever the model raises; capture says it better.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    tensors = tensors_of(model)
-    step = Step(Request(model, loss_fn, mode, tuple(leaves), spec, lower), tensors)
+    return _seen(Request(model, loss_fn, mode, tuple(leaves), spec, lower), tensors_of(model), set())
+
+
+def _seen(request: Request, tensors: ModelTensors, replaced: set[str]) -> Seen:
+    """``replaced``: what buffers the model is known to replace."""
+    step = Step(request, tensors)
+    step.replaced |= replaced
     calls = _Calls()
     calls.note("model", _described(tensors), step.batch)
     for value in (*step.parameters(), *step.buffers(), *step.batch_values):
         calls.number(value)
-    with capturing(model, step.request.train, lower), step.mode, calls:
+    with capturing(request.model, request.train, request.lower), step.mode, calls:
         results = step(*step.batch_values)
-        if step.request.train:
+        # What autograd has saved of them is overwritten now: once more, as capture runs the model twice, with copies.
+        again = request.train and step.replaced != replaced
+        if request.train and not again:
             trained = [p for p in step.parameters() if p.requires_grad]
             tangents = [torch.empty_like(result) for result in results]
             calls.note("backward")
             results += torch.autograd.grad(results, trained, tangents, allow_unused=True)
+    if again:
+        return _seen(request, tensors, step.replaced)
     calls.note("results", [None if value is None else calls.number(value) for value in results])
     calls.note(sorted(step.changes), str(step.output))
     return Seen(calls.digest.hexdigest(), step.output)

@@ -109,17 +109,16 @@ def test_what_cannot_be_written_down_is_said() -> None:
         key(Calls(lambda x, w: x @ w + torch.rand(4, generator=generator)), torch.ones(4, 4))
 
 
-def off(x: Tensor, w: Tensor) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        return x @ w
+no_autocast: Any = torch.autocast("cpu", enabled=False)
+
+# On one line, which counts.
+PRECISIONS: list[Any] = [lambda x, w: x @ w, lambda x, w: (x @ w).float(), no_autocast(lambda x, w: x @ w)]
 
 
 def test_what_a_model_says_of_precision_counts() -> None:
     """Where the plan has one; without, none of it has an effect."""
-    x = torch.ones(4, 4)
-    functions: list[Callable[[Tensor, Tensor], Tensor]] = [lambda x, w: x @ w, lambda x, w: (x @ w).float(), off]
     for lower, count in ((torch.bfloat16, 3), (None, 1)):
-        keys = {seen(Calls(f), lambda y: y.sum(), (x,), {}, "train", lower).digest for f in functions[: count or None]}
+        keys = {seen(Calls(f), lambda y: y.sum(), (torch.ones(4, 4),), {}, "train", lower).digest for f in PRECISIONS}
         assert len(keys) == count
 
 

@@ -170,6 +170,32 @@ def test_what_makes_another_plan_is_compiled(more: dict[str, Any], filled: Path,
     assert is_cached(start(tmp_path, **more))
 
 
+class Rebinds(nn.Module):
+    """A model that replaces a buffer, of which its backward needs the old value."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+        self.register_buffer("mean", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.linear(x)
+        y = h * self.mean
+        self.mean = self.mean * 0.5 + h.detach().mean(0)
+        return y
+
+
+@pytest.mark.parametrize("plan", ["dp2", "dp2+bf16"])
+def test_a_model_that_replaces_a_buffer_is_cached(plan: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = Rebinds()
+    first, second = (start(tmp_path, plan=plan, model=copy.deepcopy(made)) for _ in range(2))
+    assert not is_cached(first) and is_cached(second)
+    assert all(map(torch.equal, training(first, BATCH, {}), training(second, BATCH, {})))
+
+
 def test_values_that_the_models_code_reads_count(tmp_path: Path) -> None:
     plan = {"plan": "dp2", "model": Scaled(1.0, 1.0)}
     start(tmp_path, **plan)
