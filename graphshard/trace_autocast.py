@@ -14,6 +14,8 @@ what is made in float32, stays its own cast, as in eager code.
 from __future__ import annotations
 
 import contextlib
+import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, TypeVar
@@ -24,8 +26,9 @@ from torch.amp import autocast_mode
 from torch.amp.autocast_mode import autocast
 from torch.utils._pytree import tree_leaves
 
-from graphshard.autocast import FLOAT32, LOWER
+from graphshard.autocast import FLOAT32, HALVES, LOWER
 from graphshard.errors import UncapturableOperator
+from graphshard.trace_decorated import asks_for_autocast, decorated
 from graphshard.trace_errors import calling_line, describe
 
 AS_GIVEN = "graphshard.as_given"
@@ -149,6 +152,11 @@ def _name(func: Any) -> str:
     return getattr(func, "__name__", "")
 
 
+def _refuse_autocast(what: str) -> NoReturn:
+    instead = "the plan says what is computed in which precision: bf16 or fp16"
+    raise UncapturableOperator(what, describe(calling_line()), instead)
+
+
 def _refuse(what: str) -> NoReturn:
     instead = "write a.float().clone() for a.float(), or an operation that is not in place"
     raise UncapturableOperator(what, describe(calling_line()), instead)
@@ -163,10 +171,21 @@ def autocast_on(lower: torch.dtype | None) -> Iterator[None]:
     state = _State(lower)
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in state.replacements():
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
+            before = getattr(owner, name)
+            stack.callback(setattr, owner, name, before)
+            setattr(owner, name, _in_this_thread(replacement, before))
         stack.callback(state.close)
         yield
+
+
+def _in_this_thread(replacement: Any, before: Any) -> Any:
+    """Other threads, which capture nothing, have what was before."""
+    capturing = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (replacement if threading.get_ident() == capturing else before)(*args, **kwargs)
+
+    return call
 
 
 _enabled, _dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
@@ -174,6 +193,7 @@ _init: Any = autocast.__init__
 _enter: Any = autocast.__enter__
 _exit: Any = autocast.__exit__
 _cast_inputs: Any = autocast_mode._cast
+_MAKERS = (__file__, torch.cuda.amp.autocast_mode.__file__)
 
 
 class _State:
@@ -183,7 +203,7 @@ class _State:
         self.lower = lower
         self.now: list[tuple[bool, torch.dtype]] = [(True, lower)]
         self.marks: list[contextlib.AbstractContextManager[None]] = []
-        # By id, the instances made here and what they are asked for: one for CUDA says, where there is none, it is off.
+        # By id, the instances made here and what they are asked for.
         self.asked: dict[int, tuple[autocast, bool]] = {}
 
     def replacements(self) -> list[tuple[Any, str, Any]]:
@@ -216,9 +236,14 @@ class _State:
         return init
 
     def enter(self, made: autocast) -> autocast:
-        """Only another half precision than the plan's turns torch's own autocast on."""
-        _, asked = self.asked.get(id(made), (made, made._enabled))
-        on = asked and made.fast_dtype is not torch.float32
+        """Only another half precision than the plan's turns torch's own autocast on.
+
+        Raises:
+            UncapturableOperator: it is that of an accelerator, which is not where capture computes.
+        """
+        on = self._asked(made) and made.fast_dtype in HALVES.values()
+        if on and made.device != "cpu" and made.fast_dtype is not self.lower:
+            _refuse_autocast(f"torch.autocast({made.device!r}, dtype={made.fast_dtype})")
         before, enabled = (_enabled(made.device), _dtype(made.device)), made._enabled
         other = made._enabled = enabled and on and made.fast_dtype is not self.lower
         _enter(made)
@@ -228,6 +253,20 @@ class _State:
         self.marks.append(torch.fx.traceback.annotate({AS_GIVEN: not on or other}))
         self.marks[-1].__enter__()
         return made
+
+    def _asked(self, made: autocast) -> bool:
+        """Whether it is to be on."""
+        if id(made) in self.asked:
+            return self.asked[id(made)][1]
+        if made._enabled or made.device != "cuda" or torch.cuda.is_available():
+            return made._enabled
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename in _MAKERS:
+            frame = frame.f_back
+        asked = asks_for_autocast(decorated(frame))
+        if asked is None:
+            _refuse_autocast("torch.autocast('cuda') that was made before, without CUDA, and may be on or off")
+        return asked
 
     def leave(self, made: autocast, *raised: Any) -> Any:
         """Back to what was before."""

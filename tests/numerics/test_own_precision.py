@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import warnings
 from functools import partial
 from typing import Any
 
@@ -393,7 +395,7 @@ class Cubed(torch.autograd.Function):
 def test_custom_fwd_casts_wherever_the_model_is_captured() -> None:
     """Its device is the one that the plan runs on."""
     torch.manual_seed(0)
-    model, x = Written(lambda m, x: Cubed.apply(m.lin(x))), rows()
+    model, x = Written(lambda m, x: Cubed.apply(m.lin(x))), rows()  # type: ignore[no-untyped-call]
     ours, h = compiled(model, "dp1+bf16", x)(x), F.linear(x.bfloat16(), *(p.bfloat16() for p in model.parameters()))
     assert ours.dtype is torch.float32
     torch.testing.assert_close(ours, h.float() ** 3)
@@ -420,6 +422,93 @@ def test_a_function_is_told_its_precision_in_any_way(softmax: Any) -> None:
     ours, theirs = compiled(model, "dp1+bf16", x)(x), under_autocast(model, "bf16", x)
     assert ours.dtype is torch.float32
     torch.testing.assert_close(ours, theirs)
+
+
+with warnings.catch_warnings():  # as a library writes it: made when it is imported, where there may be no CUDA
+    warnings.simplefilter("ignore")
+
+    @torch.autocast("cuda", dtype=torch.bfloat16)  # type: ignore[untyped-decorator]
+    def decorated_on(m: Written, x: Tensor) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return decorated_on_again(m, x)
+
+    @torch.autocast(device_type="cuda", dtype=torch.bfloat16)  # type: ignore[untyped-decorator]
+    def decorated_on_again(m: Written, x: Tensor) -> Any:
+        return m.lin(x)
+
+    @torch.autocast("cuda", enabled=False)  # type: ignore[untyped-decorator]
+    def decorated_off(m: Written, x: Tensor) -> Any:
+        return m.lin(x)
+
+    @torch.autocast("cuda", torch.bfloat16, False)  # type: ignore[untyped-decorator]
+    def decorated_off_by_position(m: Written, x: Tensor) -> Any:
+        return m.lin(x)
+
+    @torch.autocast("cuda", torch.float16)  # type: ignore[untyped-decorator]
+    def decorated_other(m: Written, x: Tensor) -> Any:
+        return m.lin(x)
+
+    @torch.autocast("cuda", torch.bfloat16, enabled=bool(SIZE))  # type: ignore[untyped-decorator]
+    def decorated_unknown(m: Written, x: Tensor) -> Any:
+        return m.lin(x)
+
+
+def other_inside(m: Written, x: Tensor) -> Tensor:
+    with torch.autocast("cuda", dtype=torch.float16):
+        result: Tensor = m.lin(x)
+    return result
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        (decorated_on, torch.bfloat16),
+        (decorated_off, torch.float32),
+        (decorated_off_by_position, torch.float32),
+    ],
+)
+def test_a_decorator_for_cuda_says_what_it_says(function: Any, dtype: torch.dtype) -> None:
+    x = rows()
+    assert compiled(Written(function), "dp1+bf16", x)(x).dtype is dtype
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("function", [decorated_other, other_inside])
+def test_another_precision_on_an_accelerator_is_refused(function: Any) -> None:
+    said = r"torch.autocast\('cuda', dtype=torch.float16\) in .*the plan says .*: bf16 or fp16"
+    with pytest.raises(UncapturableOperator, match=said):
+        capture(Written(function), F.mse_loss, (rows(),), {}, mode="call", lower=torch.bfloat16)
+
+
+@pytest.mark.only_cpu
+def test_autocast_of_which_nothing_tells_whether_it_is_on_is_refused() -> None:
+    with pytest.raises(
+        UncapturableOperator, match=r"torch.autocast\('cuda'\) that was made before.*may be on or off in"
+    ):
+        capture(Written(decorated_unknown), F.mse_loss, (rows(),), {}, mode="call", lower=torch.bfloat16)
+
+
+def test_other_threads_have_autocast_as_it_is() -> None:
+    seen: list[object] = []
+
+    def look() -> None:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        with torch.autocast("cpu", dtype=torch.float16):
+            seen.extend((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+            seen.append((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        seen.append(torch.is_autocast_enabled("cpu"))
+
+    def asks(m: Written, x: Tensor) -> Tensor:
+        seen.clear()
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        result: Tensor = m.lin(x)
+        return result
+
+    capture(Written(asks), F.mse_loss, (rows(),), {}, mode="call", lower=torch.bfloat16)
+    assert seen == [False, True, torch.float16, torch.float16, False]
 
 
 def test_a_product_may_be_written_to_after_its_cast() -> None:
