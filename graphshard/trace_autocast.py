@@ -52,7 +52,6 @@ class _Cast:
     result: Tensor
     source: Tensor
     version: int
-    source_is_narrow: bool  # for sure: the cast is a copy under autocast, too
 
 
 class Casts:
@@ -60,7 +59,7 @@ class Casts:
 
     Under autocast the cast of a value that is in float32 there is the value itself, of a narrow one a copy. Which of
     them it is here is only known once the plan runs: where it makes a difference, since either is written to, it is
-    refused. What is in float32 whatever the plan does stays its own cast.
+    refused. What is in float32 whatever the plan does stays its own cast; that of a product is a copy for sure.
 
     Args:
         given: what stands for the model's buffers and the batch.
@@ -68,7 +67,7 @@ class Casts:
 
     def __init__(self, given: Sequence[Tensor]) -> None:
         self._wide = {id(value): value for value in given}  # by id; kept, so that no id is given twice
-        self._narrow: dict[int, Tensor] = {}
+        self._narrow: dict[int, Tensor] = {}  # products
         self._casts: dict[int, _Cast] = {}
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -79,7 +78,7 @@ class Casts:
         """
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         casts = [(value, cast) for value in tensors if (cast := _of(value, self._casts)) is not None]
-        if any(not cast.source_is_narrow and cast.source._version != cast.version for _, cast in casts):
+        if any(cast.source._version != cast.version for _, cast in casts):
             _refuse("an in-place operation on what was cast to float32, and a use of the cast after it")
         versions = [value._version for value, _ in casts]
         called_with, options = self._before(func, args, kwargs)
@@ -132,9 +131,9 @@ class Casts:
         if not (said or func is Tensor.type) or _of(args[0], self._wide) is not None:
             return result
         cast: Tensor = torch.ops.graphshard.cast(result, torch.float32, like)
-        if result is args[0]:  # else it has memory of its own
-            is_narrow = _of(result, self._narrow) is not None
-            self._casts[id(cast)] = _Cast(cast, result, result._version, is_narrow)
+        # What was made in between has memory of its own; so has, under autocast, the cast of a product.
+        if result is args[0] and _of(result, self._narrow) is None:
+            self._casts[id(cast)] = _Cast(cast, result, result._version)
         return cast
 
 

@@ -511,16 +511,25 @@ def test_other_threads_have_autocast_as_it_is() -> None:
     assert seen == [False, True, torch.float16, torch.float16, False]
 
 
-def test_a_product_may_be_written_to_after_its_cast() -> None:
-    """It is narrow for sure, and the cast a copy."""
+def a_product_is_written_after_its_cast(m: Written, x: Tensor) -> Tensor:
+    h: Tensor = m.lin(x)
+    wide = h.float()
+    h.mul_(2)
+    return wide * 1000 + h
 
-    def a_product_is_written_after_its_cast(m: Written, x: Tensor) -> Tensor:
-        h: Tensor = m.lin(x)
-        wide = h.float()
-        h.mul_(2)
-        return wide * 1000 + h
 
-    model, x = Written(a_product_is_written_after_its_cast), rows()
+def a_products_cast_is_written(m: Written, x: Tensor) -> Tensor:
+    h: Tensor = m.lin(x)
+    wide = h.float()
+    wide[:, 0] = 0
+    wide.mul_(1000)
+    return wide + h
+
+
+@pytest.mark.parametrize("function", [a_product_is_written_after_its_cast, a_products_cast_is_written])
+def test_the_cast_of_a_product_is_a_copy(function: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Written(function), rows()
     ours, theirs = compiled(model, "dp1+bf16", x), under_autocast(model, "bf16", x)
     torch.testing.assert_close(ours(x), theirs)
     torch.testing.assert_close(ours.step(x, x), F.mse_loss(theirs, x), rtol=1e-3, atol=0)
@@ -560,7 +569,6 @@ def a_cast_is_written_by_out(h: Tensor) -> Tensor:
 
 
 def what_was_cast_is_written(h: Tensor) -> Tensor:
-    h = h * torch.ones(SIZE)
     wide = h.float()
     h.mul_(2)
     return wide + h
@@ -582,7 +590,7 @@ def what_was_cast_is_written(h: Tensor) -> Tensor:
 def test_what_may_be_its_own_cast_is_not_written_to(function: Any, mode: Any) -> None:
     """Only the plan knows: it would be lost, or not, by the precision of the value."""
     x = rows()
-    model = Written(lambda m, x: function(m.lin(x)))
+    model = Written(lambda m, x: function(m.lin(x) * torch.ones(SIZE)))
     with pytest.raises(
         UncapturableOperator, match=r"in-place .* in .*test_own_precision.py:\d+: .*float\(\)\.clone\(\)"
     ):
