@@ -14,7 +14,6 @@ what is made in float32, stays its own cast, as in eager code.
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,6 @@ from torch.utils._pytree import tree_leaves
 
 from graphshard.autocast import FLOAT32, HALVES, LOWER
 from graphshard.errors import UncapturableOperator
-from graphshard.trace_decorated import asks_for_autocast, decorated
 from graphshard.trace_errors import calling_line, describe
 
 AS_GIVEN = "graphshard.as_given"
@@ -192,7 +190,6 @@ _init: Any = autocast.__init__
 _enter: Any = autocast.__enter__
 _exit: Any = autocast.__exit__
 _cast_inputs: Any = autocast_mode._cast
-_MAKERS = (__file__, torch.cuda.amp.autocast_mode.__file__)
 
 
 class _State:
@@ -259,13 +256,8 @@ class _State:
             return self.asked[id(made)][1]
         if made._enabled or made.device != "cuda" or torch.cuda.is_available():
             return made._enabled
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename in _MAKERS:
-            frame = frame.f_back
-        asked = asks_for_autocast(decorated(frame))
-        if asked is None:
-            _refuse_autocast("torch.autocast('cuda') that was made before, without CUDA, and may be on or off")
-        return asked
+        # Without CUDA it says that it is off, whatever it was asked for.
+        _refuse_autocast("torch.autocast('cuda') that was made before the model was called, on a machine without CUDA")
 
     def leave(self, made: autocast, *raised: Any) -> Any:
         """Back to what was before."""
