@@ -103,6 +103,7 @@ class _Memory:
             root = self._root_of.get(ref)
             if root is not None:
                 ends[root] = max(ends.get(root, 0), interval)
+        shown = {ref: self._shown(ref) for ref in ins.outputs}
         self.forget(ins.last)
         going: dict[int, list[Ref]] = {}
         for root, interval in ends.items():
@@ -119,8 +120,14 @@ class _Memory:
                 before[category] -= size
         before["workspace"] = before.get("workspace", 0) + held[at_peak]
         for ref in ins.outputs:
-            self._define(ref)
+            self._define(ref, shown[ref])
         return before
+
+    def _shown(self, ref: Ref) -> Ref | None:
+        """The storage that a view of a value lives in where that value has been given another one, by a BIND."""
+        storage = self._storages.get(ref.name)
+        own = None if storage is None else storage.of(ref.microbatch)
+        return self._root_of.get(own) if own is not None and own != ref else None
 
     def bind(self, ins: Instruction) -> None:
         """Give values second names."""
