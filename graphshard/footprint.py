@@ -34,7 +34,10 @@ from graphshard.program import Phase, Program, Role, Slot, info, val
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
-_STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.CONSTANT, Role.MASTER, Role.STATE)
+STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.MASTER, Role.STATE)
+"""What a rank keeps between steps."""
+
+_THERE = (*STORED, Role.CONSTANT)
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,11 @@ def _stored(program: Program, places: Places) -> list[int]:
     sizes: dict[tuple[Slot, int], int] = {}
     for section in program.sections().values():
         for node, slot in section.inputs.items():
-            if slot.role in _STORED and slot not in away:
+            if slot.role in _THERE and slot not in away:
                 for stage in places.of[node] or (slot.stage,):
                     sizes[slot, stage] = nbytes(val(node))
         for slot, node in section.outputs.items():
-            if slot.role in _STORED and slot not in away:
+            if slot.role in _THERE and slot not in away:
                 sizes.setdefault((slot, slot.stage), nbytes(val(node)))
     result = [0] * places.stages
     for (_, stage), size in sizes.items():

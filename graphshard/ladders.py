@@ -22,12 +22,11 @@ from itertools import accumulate
 from graphshard.analysis import FLOPS_PER_SENT_BYTE, nbytes
 from graphshard.blocks import stages_of
 from graphshard.codegen.schedule import Schedule
+from graphshard.footprint import STORED
 from graphshard.homes import homes
 from graphshard.passes.hoist import hoistable_bytes
 from graphshard.program import Program, Role, Slot, val
 from graphshard.saving import PRICES, Ladder, Rung, saved_bytes
-
-_STORED = (Role.PARAM, Role.FLAT, Role.SHARD, Role.BUFFER, Role.MASTER, Role.STATE)  # between steps
 
 
 @dataclass(frozen=True)
@@ -222,6 +221,6 @@ def _host_bytes(program: Program, stage: int) -> int:
     sizes: dict[Slot, int] = {}
     for section in program.sections().values():
         for slot, node in (section.input_slots | section.outputs).items():
-            if slot.role in _STORED and slot.stage == stage and away.get(slot) == "cpu":
+            if slot.role in STORED and slot.stage == stage and away.get(slot) == "cpu":
                 sizes[slot] = nbytes(val(node))
     return sum(sizes.values())

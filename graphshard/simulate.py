@@ -125,9 +125,15 @@ class _Memory:
 
     def _shown(self, ref: Ref) -> Ref | None:
         """The storage that a view of a value lives in where that value has been given another one, by a BIND."""
-        storage = self._storages.get(ref.name)
-        own = None if storage is None else storage.of(ref.microbatch)
+        own = self._own(ref)
         return self._root_of.get(own) if own is not None and own != ref else None
+
+    def _own(self, ref: Ref) -> Ref | None:
+        """The storage that the plan gives a value; None: it is not on the device."""
+        storage = self._storages.get(ref.name)
+        if storage is None or storage.category.startswith(OFFLOADED):
+            return None
+        return storage.of(ref.microbatch)
 
     def bind(self, ins: Instruction) -> None:
         """Give values second names."""
@@ -167,9 +173,7 @@ class _Memory:
 
     def _define(self, ref: Ref, root: Ref | None = None) -> None:
         """``ref`` is made: in storage of its own, or in that of ``root``."""
-        storage = self._storages.get(ref.name)
-        away = storage is not None and storage.category.startswith(OFFLOADED)
-        own = None if storage is None or away else storage.of(ref.microbatch)
+        own = self._own(ref)
         root = root or own
         if root is None:
             self.forget((ref,))
@@ -177,7 +181,8 @@ class _Memory:
         self._users[root] += 1  # before the old value goes: it may be the same storage
         old = self._root_of.pop(ref, None)
         if self._users[root] == 1:
-            if storage is not None and root == own:
+            if root == own:
+                storage = self._storages[ref.name]
                 self._sizes[root] = storage.nbytes, storage.category
             size, category = self._sizes[root]
             self._live[category] = self._live.get(category, 0) + size

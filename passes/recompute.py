@@ -1,8 +1,8 @@
 """Compute again in the backward what memory-policy tagged, by copies of operations right before their first reader.
 
 A copy reads kept values, other copies, parameters and the batch, and of a buffer that the forward updates what it was
-(carried.py); copies of reads of a parameter count as reads of the
-backward, so that ``zero`` gathers it there again. Random operators draw by a key (random_ops.py) and repeat themselves.
+(carried.py). Copies of reads of a parameter count as reads of the backward, so that ``zero`` gathers it there again.
+Random operators draw by a key (random_ops.py) and repeat themselves.
 """
 
 from __future__ import annotations

@@ -197,7 +197,6 @@ class DistributedExecutor(Executor):
                     raise PeerFailed(self.rank, at, "its peer", _line(error), account) from error
                 error.add_note(f"on rank {self.rank} in instruction {at}")
                 self._blame.fail(f"{type(error).__name__}: {_line(error)}", at)
-                self._alarm()
                 raise
             assert handle is not None, "a machine that is not preempted stops only where it must wait"
             self._complete(handle, lambda: loaded.instruction_of(self.rank), agreement)
