@@ -171,6 +171,11 @@ def test_values_of_more_than_a_piece_are_the_same_to_the_bit(tmp_path: Path) -> 
     assert all(torch.equal(a, b) for a, b in zip(moved, found("zero1+pp2"), strict=True))
 
 
+def test_a_view_of_a_hoisted_gather_is_no_storage_of_its_own(tmp_path: Path) -> None:
+    """It outlives the segment that makes it, beside SGD's little state: counted twice it is the simulated peak."""
+    check("zero3:size=2,budget_gb=1+accum2", "activations=cpu", "sgd", tmp_path)
+
+
 def test_state_that_the_first_step_makes(tmp_path: Path) -> None:
     check("zero1:size=2", "optimizer=nvme,params=cpu", "sgd", tmp_path)
 
