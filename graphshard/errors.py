@@ -328,6 +328,14 @@ class RanksOutOfStep(GraphshardError):
         )
 
 
+class PeerNotReady(GraphshardError):
+    """Other ranks cannot begin the step that this one begins."""
+
+    def __init__(self, ranks: list[int]) -> None:
+        named = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        super().__init__(f"{named} cannot begin the step that the others have; what {named} raised says why")
+
+
 class PlanMismatch(GraphshardError):
     """Ranks that should run one plan have different ones."""
 

@@ -6,7 +6,7 @@ import atexit
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import ClassVar, TypeVar
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from graphshard.errors import (
     NonFiniteStep,
     PeerFailed,
+    PeerNotReady,
     PlanMismatch,
     RanksOutOfStep,
     WaitTimeout,
@@ -160,6 +161,21 @@ class DistributedExecutor(Executor):
     def _communicator(self, rank: int) -> Communicator:
         return self._link
 
+    @contextmanager
+    def _getting_ready(self, loaded: Loaded, first: bool) -> Iterator[None]:
+        """Whoever cannot begin says so instead of comparing plans. What the others have begun they cannot end; if no
+        rank has begun, all may try again."""
+        try:
+            yield
+        except Exception as error:
+            agreement = _Agreement(self, loaded, first, ready=False)
+            with suppress(PeerFailed, WaitTimeout), self._together():
+                self._complete(agreement, "comparing plans")
+                if loaded.steps and agreement.has_begun():
+                    self._gave_up = _line(error)
+                    self._alarm()
+            raise
+
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         with self._together():
             agreement = _Agreement(self, loaded, first)
@@ -273,10 +289,10 @@ class _Agreement:
 
     peers: tuple[int, ...] = ()
 
-    def __init__(self, executor: DistributedExecutor, loaded: Loaded, first: bool) -> None:
+    def __init__(self, executor: DistributedExecutor, loaded: Loaded, first: bool, ready: bool = True) -> None:
         self._mesh = executor.mesh
         self._timeout = timedelta(seconds=executor.timeout_s)
-        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], first], device="cpu")
+        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], first, ready], device="cpu")
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         self._work = dist.all_gather(self._all, mine, group=executor._groups.control, async_op=True)
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
@@ -292,8 +308,11 @@ class _Agreement:
 
         Raises:
             PlanMismatch: they differ.
+            PeerNotReady: a rank cannot begin.
         """
-        collectives, transfers, firsts = zip(*(given.tolist() for given in self._all), strict=True)
+        collectives, transfers, firsts, ready = zip(*(given.tolist() for given in self._all), strict=True)
+        if not all(ready):
+            raise PeerNotReady([rank for rank, is_ready in enumerate(ready) if not is_ready])
         if len(set(collectives)) > 1:
             raise PlanMismatch("plan (its collectives)", ranks_by([_short(value) for value in collectives]))
         for dp_rank in range(self._mesh.dp_size):
@@ -305,8 +324,12 @@ class _Agreement:
         if len(set(firsts)) > 1:
             raise PlanMismatch("optimizer state", ranks_by(["none" if first else "some" for first in firsts]))
 
+    def has_begun(self) -> bool:
+        """Whether any rank was ready."""
+        return any(bool(given[-1]) for given in self._all)
+
     def explain(self) -> None:
-        """After a failure: raise PlanMismatch if that is why."""
+        """After a failure: raise PlanMismatch or PeerNotReady if that is why."""
         try:
             self._work.wait(timedelta(seconds=_FAILING_S))
         except RuntimeError:

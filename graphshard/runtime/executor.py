@@ -10,6 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -232,12 +233,14 @@ class Executor(ABC):
         # All ranks decide alike, also those that keep no state: the two epilogues may order collectives differently.
         first = not loaded.state_keys <= self.state_keys
         feeds = loaded.feeds[first]
-        values = {
-            rank: self._values(loaded, rank, feeds[rank], batches, (seed, step), lrs) for rank in self.ranks
-        }  # before anything is taken from a store, so that a missing value leaves all as it was
+        with self._getting_ready(loaded, first):
+            values = {
+                rank: self._values(loaded, rank, feeds[rank], batches, (seed, step), lrs) for rank in self.ranks
+            }  # before anything is taken from a store, so that a missing value leaves all as it was
         try:
-            for rank in self.ranks:
-                self._take(loaded.machines[rank], feeds[rank], values[rank])
+            with self._getting_ready(loaded, first):
+                for rank in self.ranks:
+                    self._take(loaded.machines[rank], feeds[rank], values[rank])
             with torch.no_grad():
                 results = self._run(loaded, values, first)
         except BaseException as error:
@@ -319,6 +322,10 @@ class Executor(ABC):
     def _functions(self, plan: ExecutionPlan, stage: int, watch: Watch | None) -> dict[str, SegmentFunction]:
         """What the segments of a stage are called with; every value goes by ``watch``."""
         return compile_segments(plan.stages[stage].segments, plan.kernels, watch)
+
+    def _getting_ready(self, loaded: Loaded, first: bool) -> AbstractContextManager[None]:
+        """Around what comes before :meth:`_run`, which does not follow if that fails."""
+        return nullcontext()
 
     @abstractmethod
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:

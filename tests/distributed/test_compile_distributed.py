@@ -107,6 +107,23 @@ def test_what_one_rank_has_lost_all_ranks_say_when_they_read_it() -> None:
         assert result["same"]
 
 
+def test_a_rank_that_lacks_values_tells_the_others_when_they_have_begun() -> None:
+    plan = f"zero3+offload:params=nvme,path={tempfile.gettempdir()}"
+    peer, failed = launch("train_rank.py", 2, "given_up", plan, "lost")
+    assert failed["error"] == "ValueLost" and "was lost when loading it failed" in failed["message"]
+    assert peer["error"] == "PeerNotReady" and peer["message"].startswith("rank 1 cannot begin the step"), peer
+    refuses_from_now_on(failed, 1, "was lost when loading it failed")
+    refuses_from_now_on(peer, 0, "rank 1 cannot begin the step")
+
+
+def test_where_no_rank_has_begun_all_go_on_once_values_are_loaded() -> None:
+    plan = f"zero3+offload:params=nvme,path={tempfile.gettempdir()}"
+    for result, error in zip(launch("train_rank.py", 2, "not_ready", plan), ("PeerNotReady", "ValueLost"), strict=True):
+        assert [said.partition(":")[0] for said in result.get("said", ())] == [error, error], result
+        local, ours = result["losses"]
+        assert ours == close(local)
+
+
 def test_an_interrupted_step_ends_all() -> None:
     plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
     peer, interrupted = launch("train_rank.py", 2, "given_up", plan, "interrupt")

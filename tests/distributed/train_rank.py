@@ -170,8 +170,8 @@ def mismatch(plan: str) -> dict[str, Any]:
 
 
 def given_up(plan: str, why: str) -> dict[str, Any]:
-    """In the second step the last rank's file ends early, or somebody interrupts it; what each rank raises then, and
-    what it says to another step and to reading."""
+    """In the second step the last rank's file ends early, somebody interrupts it, or it lacks values since loading
+    failed there; what each rank raises then, and what it says to another step and to reading."""
     c = compiled(plan, "distributed")
     c.step(*part(c, batch()))
     read, found = os.preadv, {}
@@ -183,7 +183,9 @@ def given_up(plan: str, why: str) -> dict[str, Any]:
         signal.raise_signal(signal.SIGINT)  # what waits for this in the main thread
         return read(file, buffers, offset)
 
-    if RANK == WORLD_SIZE - 1:
+    if why == "lost":
+        load_failing(c, c.state_dict())
+    elif RANK == WORLD_SIZE - 1:
         os.preadv = failing  # type: ignore[assignment]
     try:
         for _ in range(2):  # a peer that needed nothing more of this rank in that step notices in the next one
@@ -207,17 +209,38 @@ def wide() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, 3)).double()
 
 
+def load_failing(given: graphshard.Compiled, values: dict[str, Tensor]) -> None:
+    """The last rank cannot write the parameters it is given."""
+    write = os.pwritev
+    if RANK == WORLD_SIZE - 1:
+        os.pwritev = lambda *_: 0
+    with suppress(OffloadFailed):
+        given.load_state_dict(values)
+    os.pwritev = write
+
+
+def not_ready(plan: str) -> dict[str, Any]:
+    """The last rank lacks values in the first step; what each rank raises, twice, and the losses once it has them."""
+    c, local = compiled(plan, "distributed"), compiled(plan, "local")
+    c.evaluate(*part(c, batch()))
+    values, said = c.state_dict(), []
+    load_failing(c, values)
+    for _ in range(2):
+        try:
+            c.step(*part(c, batch()))
+        except GraphshardError as error:
+            said.append(f"{type(error).__name__}: {error}")
+    c.load_state_dict(values)
+    return {"said": said, "losses": [[c.step(*part(c, batch())).item() for _ in range(2)] for c in (local, c)]}
+
+
 def lost_by_one(plan: str) -> dict[str, Any]:
     """The last rank cannot write the parameters it is given; what each rank says when they are read, twice, and whether
     they are there once all have been given them again."""
     c = compiled(plan, "distributed")
     c.step(*part(c, batch()))
-    values, write, said = c.state_dict(), os.pwritev, []
-    if RANK == WORLD_SIZE - 1:
-        os.pwritev = lambda *_: 0
-    with suppress(OffloadFailed):
-        c.load_state_dict(values)
-    os.pwritev = write
+    values, said = c.state_dict(), []
+    load_failing(c, values)
     for _ in range(2):
         try:
             c.state_dict()
@@ -299,6 +322,7 @@ def main() -> None:
         "mismatch": mismatch,
         "given_up": given_up,
         "lost_by_one": lost_by_one,
+        "not_ready": not_ready,
         "killed_writing": killed_writing,
         "against_resident": against_resident,
         "uneven": uneven,
