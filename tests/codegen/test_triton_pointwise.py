@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 import graphshard.ops  # noqa: F401 - defines graphshard::bernoulli
 from graphshard.codegen.triton import supports, write_kernel
+from graphshard.region import Region
 from interpreted import Interpreter
-from traced import check, region_from
+from traced import TOLERANCE, check, region_from
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard
@@ -114,6 +115,18 @@ def programs(draw: st.DrawFn) -> tuple[Callable[..., Any], list[Tensor]]:
     return function, arguments
 
 
+def hinges_on_rounding(function: Callable[..., Any], region: Region, arguments: list[Tensor]) -> bool:
+    """Whether ATen itself gives something else in float64, as where two numbers that should be equal are compared: a
+    kernel rounds in other places, and both are right."""
+    wide = function(*(a.double() if a.is_floating_point() else a for a in arguments))
+    meaning = region(*arguments)
+    for narrow, exact in zip(meaning if isinstance(meaning, tuple) else (meaning,), wide, strict=True):
+        rtol, atol = max(TOLERANCE[a.dtype] for a in (narrow, *arguments) if a.dtype in TOLERANCE)
+        if not torch.allclose(narrow.double(), exact.double(), rtol, atol, equal_nan=True):
+            return True
+    return False
+
+
 @quick
 @given(programs())
 def test_expressions(interpreter: Interpreter, program: tuple[Callable[..., Any], list[Tensor]]) -> None:
@@ -124,6 +137,8 @@ def test_expressions(interpreter: Interpreter, program: tuple[Callable[..., Any]
     except RuntimeError as error:
         assert "view size is not compatible" in str(error)
         reject()  # a result has other strides than torch said it would: what was a view of it by those is none
+    if hinges_on_rounding(function, region, arguments):
+        reject()
     check(interpreter, region, *arguments)
 
 
