@@ -1,10 +1,11 @@
 """What to keep from forward to backward, by a minimum cut: the cheapest values to compute the others from again.
 
 In each block the operations are a network from what is there to what the backward reads. A value's edge costs its bytes
-times a price, an operation's the time it takes again; the cut of least capacity says what is kept and what is computed
-again (the formulation of Jain et al. 2020, "Checkmate", relaxed as in torch's min-cut partitioner; Ford and Fulkerson
-1956). Values that cross blocks are kept, so that no more than one block is computed again at a time: without that, a
-cut that keeps fewer bytes can have the larger peak. Growing prices give a ladder from keeping all to keeping least.
+times a price, an operation's the time it takes again, without what fusion spares of reading and writing; the cut of
+least capacity says what is kept and what is computed again (the formulation of Jain et al. 2020, "Checkmate", relaxed
+as in torch's min-cut partitioner; Ford and Fulkerson 1956). Values that cross blocks are kept, so that no more than one
+block is computed again at a time: without that, a cut that keeps fewer bytes can have the larger peak. Growing prices
+give a ladder from keeping all to keeping least.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import networkx as nx
 import torch
 from torch import fx
 
-from graphshard.analysis import cost, is_random, nbytes
+from graphshard.analysis import FLOPS_PER_BYTE, cost, is_random, nbytes
 from graphshard.blocks import blocks, boundaries, forward_of, root, shows_another
 from graphshard.communication import communicates
 from graphshard.program import Phase, Program, info, val
+from graphshard.rows import Space, common, space
 
 if TYPE_CHECKING:
     _Graph = nx.DiGraph[object]  # networkx's classes take no parameters at run time
@@ -121,6 +123,7 @@ class _Network:
         number = {node: index for index, node in enumerate(members)}
         outside: dict[fx.Node, int] = {}
         self.edges: list[tuple[int, int]] = []
+        self.reads: dict[tuple[int, int], int] = {}  # time that it takes to read what is kept, and is not fused
         for node in members:
             for source in map(_shown, node.all_input_nodes):
                 if source.op != "call_function":
@@ -135,7 +138,7 @@ class _Network:
             several = not isinstance(val(node), torch.Tensor)
             alone = node in kept or not (several or shows_another(node))
             self.size.append(nbytes(val(node)) if alone else None)
-            self.time.append(None if node in kept or not can_repeat(node) else round(cost(node)))
+            self.time.append(None if node in kept or not can_repeat(node) else self._time(node, number))
             self.required.append(is_required(node))
         for node in outside:
             self.size.append(0 if is_required(node) or node in kept else nbytes(val(root(node))))
@@ -143,9 +146,24 @@ class _Network:
             self.required.append(False)
         self.members = len(members)
 
+    def _time(self, node: fx.Node, number: dict[fx.Node, int]) -> int:
+        """What a node costs that is computed again, without what fusion spares."""
+        time = round(cost(node))
+        if not time or (where := space(node)) is None:
+            return time
+        for shown in node.all_input_nodes:
+            source = root(shown)
+            if source in number and _fused(source, where):
+                read, edge = round(FLOPS_PER_BYTE * nbytes(val(shown))), (number[source], number[node])
+                self.reads[edge] = self.reads.get(edge, 0) + read
+                time -= read
+        if node.users and all(_fused(user, where) for user in node.users if user.op != "output"):
+            time -= round(FLOPS_PER_BYTE * nbytes(val(node)))
+        return max(time, 0)
+
     @cached_property
     def signature(self) -> tuple[object, ...]:
-        return tuple(self.edges), tuple(self.size), tuple(self.time), tuple(self.required)
+        return tuple(self.edges), tuple(self.reads.items()), tuple(self.size), tuple(self.time), tuple(self.required)
 
     def cut(self, price: int) -> frozenset[int]:
         """The members to compute again where a byte costs ``price``."""
@@ -159,6 +177,8 @@ class _Network:
                 _edge(graph, after, "sink", None)
         for source, reader in self.edges:
             _edge(graph, (source, "out"), (reader, "in"), None)
+        for (source, reader), time in self.reads.items():
+            _edge(graph, (source, "in"), (reader, "in"), time)
         _, (_, behind) = nx.minimum_cut(graph, "source", "sink", flow_func=nx.algorithms.flow.dinitz)
         return frozenset(i for i in range(self.members) if (i, "in") in behind and self.time[i] is not None)
 
@@ -166,6 +186,12 @@ class _Network:
 def _edge(graph: _Graph, start: object, end: object, capacity: int | None) -> None:
     """None: infinite."""
     graph.add_edge(start, end, **({} if capacity is None else {"capacity": capacity}))
+
+
+def _fused(node: fx.Node, where: Space) -> bool:
+    """Whether a region of ``where`` may hold ``node``."""
+    found = space(node)
+    return found is not None and common(found, where) is not None
 
 
 def _shown(node: fx.Node) -> fx.Node:

@@ -105,7 +105,11 @@ def test_an_impossible_budget_is_refused_with_the_smallest_and_what_it_holds() -
     assert below.value.smallest_bytes == least
     message = str(caught.value)
     assert message.startswith("a budget of 1e-05 GB per rank is too small: the smallest possible is 0.00")
-    assert "for a rank of stage 0 that holds " in message and "optimizer state" in message and "\n" not in message
+    assert (
+        "for a rank of stage 0 that holds workspace " in message
+        and "saved activations" in message
+        and "\n" not in message
+    )
     fitting = compiled(f"zero3+accum2+memory:budget_gb={math.ceil(caught.value.smallest_bytes / 1e3) / 1e6!r}")
     assert max(peaks(fitting)) <= caught.value.smallest_bytes
 

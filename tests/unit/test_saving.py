@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from graphshard.analysis import cost, nbytes
+from graphshard.analysis import FLOPS_PER_BYTE, cost, flops, nbytes
 from graphshard.blocks import blocks, boundaries, forward_of, root
-from graphshard.dataflow import is_view
+from graphshard.dataflow import is_pointwise, is_view
 from graphshard.program import Program, info, val
 from graphshard.saving import PRICES, Ladder, Rung, can_repeat, divide, saved_bytes, storages
 from graphshard.testing import apply, trainable
@@ -29,10 +29,19 @@ class Feed(nn.Module):
         return result
 
 
-def program(depth: int = 3, width: int = 8) -> Program:
+class Gated(Feed):
+    """A chain of pointwise operations, which is one region."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        result: Tensor = x + self.down(F.gelu(y * torch.sigmoid(y)).exp())
+        return result
+
+
+def program(depth: int = 3, width: int = 8, block: type[nn.Module] = Feed) -> Program:
     model = nn.Sequential()
     model.add_module("first", nn.Linear(width, width))
-    model.add_module("h", nn.Sequential(*(Feed(width) for _ in range(depth))))
+    model.add_module("h", nn.Sequential(*(block(width) for _ in range(depth))))
     model.add_module("last", nn.Linear(width, 1))
     return apply("normalize", trainable(model, [16, width], loss_fn=Tensor.mean))
 
@@ -75,11 +84,13 @@ def test_a_ladder_keeps_less_for_more_work_on_every_rung() -> None:
     assert work == sorted(work) and len(set(work)) == len(work)
 
 
+@pytest.mark.parametrize("block", [Feed, Gated])
 @pytest.mark.parametrize("level", range(1, len(PRICES) + 1, 3))
-def test_no_other_choice_in_a_block_costs_less_than_the_cut(level: int) -> None:
-    made, price = program(1), PRICES[level - 1]
+def test_no_other_choice_in_a_block_costs_less_than_the_cut(level: int, block: type[nn.Module]) -> None:
+    made, price = program(1, block=block), PRICES[level - 1]
     ladder = Ladder(made, None)
-    inside = [node for node, block in ladder.block_of.items() if block == ladder.block_of[one(made, "gelu")]]
+    at = ladder.block_of[one(made, "gelu")]
+    inside = [node for node, number in ladder.block_of.items() if number == at]
     free = [node for node in inside if not is_view(node) and node not in ladder.kept]
 
     def total(again: set[fx.Node]) -> float:
@@ -87,13 +98,34 @@ def test_no_other_choice_in_a_block_costs_less_than_the_cut(level: int) -> None:
         if any(not isinstance(val(node), Tensor) for node in kept):
             return float("inf")  # of an operator with several results, each is kept by itself
         held = sum(nbytes(val(node)) for node in storages(kept) if node in inside and node not in ladder.kept)
-        return price * held + sum(round(cost(node)) for node in repeated if node in inside)
+        return price * held + sum(time(node, repeated) for node in repeated if node in inside)
 
     views = {node for node in inside if is_view(node)}
     choices = itertools.chain.from_iterable(itertools.combinations(free, count) for count in range(len(free) + 1))
     best = min(total(views | set(choice)) for choice in choices)
-    block = ladder.block_of[inside[0]]
-    assert total(views | set(ladder.recomputed(Rung(level, block + 1)))) == best
+    assert total(views | set(ladder.recomputed(Rung(level, at + 1)))) == best
+
+
+def time(node: fx.Node, repeated: set[fx.Node]) -> int:
+    """Of computing ``node`` again beside ``repeated``: what pointwise ones make for each other is not in memory."""
+    if not is_pointwise(node):
+        return round(cost(node))
+    read = sum(
+        nbytes(val(source)) for source in node.all_input_nodes if not (source in repeated and is_pointwise(source))
+    )
+    written = 0 if all(map(is_pointwise, node.users)) else nbytes(val(node))
+    return round(flops(node) + FLOPS_PER_BYTE * (read + written))
+
+
+def test_what_is_fused_is_cheaper_to_compute_again() -> None:
+    """At a price at which each operation by itself is kept, all of a chain are computed again."""
+    made = program(1, width=64, block=Gated)
+    ladder = Ladder(made, None)
+    chain = [node for node in ladder.block_of if is_pointwise(node) and info(node).module == "h.0"][:-1]
+    assert len(chain) == 4
+    alone = min(cost(node) / nbytes(val(node)) for node in chain)
+    level = max(level for level, price in enumerate(PRICES, 1) if price < alone)
+    assert set(chain[:3]) <= ladder.recomputed(Rung(level, len(ladder.members)))
 
 
 def one(program: Program, op: str) -> fx.Node:
