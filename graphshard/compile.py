@@ -663,13 +663,15 @@ def device_for(executor: str, device: torch.device | str | None, model: nn.Modul
 
 def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> None:
     """Replace parameters, in the optimizers' groups too, and buffers by what ``make`` gives for them; tied ones stay
-    tied, which to_empty forgets."""
+    tied, which to_empty forgets, and hooks stay."""
     new: dict[Tensor, Any] = {}
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
                 if old not in new:
                     new[old] = nn.Parameter(make(old.detach()), requires_grad=old.requires_grad)
+                    if old.requires_grad:
+                        new[old]._backward_hooks = old._backward_hooks  # one dict, so that handles remove them still
                 module._parameters[name] = new[old]
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:

@@ -827,6 +827,16 @@ class UnsupportedParameter(GraphshardError):
         super().__init__(f"{name!r} {problem}; expected a dense torch.Tensor with storage of its own")
 
 
+class PostAccumulateHook(GraphshardError):
+    """A parameter has a hook that wants its whole gradient of a step."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"parameter {name!r} has a post-accumulate-grad hook, which a compiled step does not call: there may be no "
+            "rank that has the whole gradient; use register_hook, max_grad_norm or the optimizer"
+        )
+
+
 class BufferChangesType(GraphshardError):
     """The forward pass replaces a buffer by one of another shape or dtype."""
 

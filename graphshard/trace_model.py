@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphshard import fake
-from graphshard.errors import BufferChangesType, UnsupportedModule, UnsupportedParameter
+from graphshard.errors import BufferChangesType, PostAccumulateHook, UnsupportedModule, UnsupportedParameter
 from graphshard.program import Param
 
 
@@ -51,6 +51,7 @@ def tensors_of(model: nn.Module) -> ModelTensors:
     Raises:
         UnsupportedModule: a module is TorchScript, or distributes the model itself.
         UnsupportedParameter: a tensor is sparse, a tensor subclass, or shares memory with another.
+        PostAccumulateHook: a parameter has a hook that cannot be called.
     """
     for path, module in model.named_modules():
         kind = type(module).__name__
@@ -106,6 +107,8 @@ def _check(held: Held) -> None:
         raise UnsupportedParameter(held.name, f"is a {type(tensor).__name__}")
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         raise UnsupportedParameter(held.name, "is sparse, nested or quantized")
+    if getattr(tensor, "_post_accumulate_grad_hooks", None):
+        raise PostAccumulateHook(held.name)
 
 
 def _check_memory(held: Sequence[Held]) -> None:
@@ -153,6 +156,9 @@ def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) 
     for item, value in zip(held, shown, strict=True):
         for where, key in item.places:
             where[key] = value
+        if value.requires_grad:
+            for hook in (item.tensor._backward_hooks or {}).values():
+                value.register_hook(hook)  # its operations become part of the backward
     try:
         yield shown
         for item, value, given in zip(held, values, shown, strict=True):
