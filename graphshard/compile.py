@@ -32,7 +32,7 @@ from graphshard.errors import (
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.model_record import describe, unsaved_buffers
-from graphshard.optim import CompiledOptimizer, ScalerState, given_state
+from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
 from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.fuse import Fuse
@@ -226,7 +226,7 @@ class Compiled:
     _main: Built | None = None
     _runtime: Executor | None = None
     _storage: Storage | None = None
-    _steps: int = 0
+    _steps: Steps = field(default_factory=Steps)
     _over_peak: str = ""  # what was said of a step that held more than its plan states
 
     def __post_init__(self) -> None:
@@ -239,6 +239,7 @@ class Compiled:
                 self._read_state,
                 self._write_state,
                 self._scaler_state,
+                self._steps,
             )
 
     # Facts
@@ -302,7 +303,7 @@ class Compiled:
         lrs = [] if self.optimizer is None else self.optimizer.lrs()
         loss: Tensor | None = self._run(build, parts, lrs).loss
         self._check_peak(build.plan)
-        self._steps += 1
+        self._steps.taken += 1
         if self.optimizer is not None:
             self.optimizer.note_step()
         assert loss is not None
@@ -347,7 +348,7 @@ class Compiled:
         runtime, _ = self._start()
         first = self.dp_rank if self.executor == "distributed" else 0
         batches = {first + i: [part.leaves for part in row] for i, row in enumerate(parts)}
-        return runtime.step(build.plan, batches, seed=self.seed, step=self._steps, lrs=lrs)
+        return runtime.step(build.plan, batches, seed=self.seed, step=self._steps.taken, lrs=lrs)
 
     def _check_peak(self, plan: ExecutionPlan) -> None:
         """Say once if a step is seen to hold more than the plan states."""
@@ -618,7 +619,7 @@ class Compiled:
     def _losses(self, batch: Any, steps: int) -> list[float]:
         """What the local executor makes of some steps on one batch, from the model's own values on."""
         args, kwargs = example_arguments(batch)
-        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None, "_steps": 0}
+        fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None, "_steps": Steps()}
         builder = self._builder().fresh()
         twin = replace(self, executor="local", optimizer=self._user_optimizer, dump_dir=None, builder=builder, **fresh)
         return [twin.step(*args, **kwargs).item() for _ in range(steps)]

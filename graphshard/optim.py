@@ -56,6 +56,13 @@ class ScalerState:
         self.write({"scale": float(state["scale"]), "growth_tracker": int(state["_growth_tracker"])})
 
 
+@dataclass
+class Steps:
+    """How many steps were taken: the next one's number, which is in the key of the random numbers that it draws."""
+
+    taken: int = 0
+
+
 class CompiledOptimizer(Optimizer):
     """What schedulers and checkpoints see of the compiled update.
 
@@ -72,9 +79,10 @@ class CompiledOptimizer(Optimizer):
         read_state: Callable[[], NamedState],
         write_state: Callable[[NamedState], None],
         scaler: Callable[[], ScalerState | None] = lambda: None,
+        steps: Steps | None = None,
     ) -> None:
         """``param_names`` maps the id of each Parameter to its canonical name; ``scaler`` gives None where the compiled
-        step does not scale the loss.
+        step does not scale the loss; ``steps`` is saved and loaded with the state.
 
         Raises:
             OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
@@ -84,6 +92,7 @@ class CompiledOptimizer(Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._complete = True
         self._read_state, self._write_state, self._scaler = read_state, write_state, scaler
+        self._steps = Steps() if steps is None else steps
         self._constants = [set(group) - {"params", "param_names", "lr", "initial_lr"} for group in self.param_groups]
         self._names: list[list[str]] = []
         for index, group in enumerate(self.param_groups):
@@ -135,7 +144,8 @@ class CompiledOptimizer(Optimizer):
         self.param_groups.append(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"state": {name: {key: tensor}}, "param_groups": [{"lr": …, "params": [name, …]}]}`` with full tensors.
+        """``{"state": {name: {key: tensor}}, "param_groups": [{"lr": …, "params": [name, …]}], "steps": …}`` with full
+        tensors, and how many steps were taken: with the seed that says which random numbers the next one draws.
 
         Under loss scaling also "scaler", as torch.amp.GradScaler.state_dict() has it."""
         groups = [
@@ -143,21 +153,25 @@ class CompiledOptimizer(Optimizer):
             for group, names in zip(self.param_groups, self._names, strict=True)
         ]
         state, scaler = self._read_state(), self._scaler()
-        return {"state": state, "param_groups": groups} | ({} if scaler is None else {"scaler": scaler.state_dict()})
+        scaled = {} if scaler is None else {"scaler": scaler.state_dict()}
+        return {"state": state, "param_groups": groups, "steps": self._steps.taken} | scaled
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over options and state of :meth:`state_dict`, or of an eager optimizer's over the same parameters in the
-        same order.
+        same order, which knows of no "steps": those taken here stay.
 
         A scaler's state that only one side has is left out with a warning.
 
         Raises:
-            OptimizerStateMismatch: other groups, other parameters, state that is no tensor or number, or a scaler with
-                other factors. Nothing is changed then.
+            OptimizerStateMismatch: other groups, other parameters, state that is no tensor or number, steps that are no
+                count, or a scaler with other factors. Nothing is changed then.
         """
         scaler, scale = self._scaler(), state_dict.get("scaler")
         if scaler is not None and scale is not None:
             scaler.check(scale)
+        steps = state_dict.get("steps", self._steps.taken)
+        if type(steps) is not int or steps < 0:
+            raise OptimizerStateMismatch("'steps'", repr(steps), "the number of steps taken")
         groups = _part(state_dict, "param_groups", list)
         if len(groups) != len(self._names):
             raise OptimizerStateMismatch("number of parameter groups", len(groups), len(self._names))
@@ -181,6 +195,7 @@ class CompiledOptimizer(Optimizer):
                 k: _tensor(f"state {k!r} of {names[key]!r}", v) for k, v in values.items() if _is_value(v)
             }
         self._write_state(state)
+        self._steps.taken = steps
         if scaler is not None and scale is not None:
             scaler.load_state_dict(scale)
         elif scaler is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable
 
@@ -209,3 +210,28 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Tensor
     with pytest.raises(StateMismatch, match=message):
         compiled.load_state_dict({name: value for name, value in changed.items() if value is not None})
     assert all(torch.equal(before[name], value) for name, value in compiled.state_dict().items())
+
+
+def test_a_resumed_run_draws_the_numbers_of_the_uninterrupted_one() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 32), nn.Dropout(0.5), nn.Linear(32, 3))
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+
+    def compiled(plan: str) -> graphshard.Compiled:
+        optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+        example = {"example_inputs": (x, y), "executor": "local"}
+        return graphshard.compile(copy.deepcopy(model), plan, loss_fn=F.mse_loss, optimizer=optimizer, **example)
+
+    whole, resumed = compiled("dp1"), compiled("zero1:size=2")
+    for _ in range(2):
+        whole.step(x, y)
+    saved = whole.optimizer.state_dict()
+    assert saved["steps"] == 2
+    resumed.load_state_dict(whole.state_dict())
+    resumed.optimizer.load_state_dict(saved)
+    again = compiled("dp1")
+    again.load_state_dict(whole.state_dict())
+    again.optimizer.load_state_dict(saved)
+    losses = [whole.step(x, y).item() for _ in range(3)]
+    assert [again.step(x, y).item() for _ in range(3)] == losses
+    assert len({resumed.step(x, y).item() for _ in range(3)}) == 3 and resumed.optimizer.state_dict()["steps"] == 5

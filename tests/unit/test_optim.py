@@ -482,6 +482,7 @@ def test_a_foreign_state_dict_is_refused_before_anything_changes() -> None:
         ({"state": {"x": {}}, "param_groups": groups}, "'x'"),
         ({"state": {"scale": {"step": [1]}}, "param_groups": groups}, "state 'step' of 'scale': given list"),
         ({"param_groups": groups}, "'state': given NoneType"),
+        ({**good, "steps": -1}, "'steps': given -1; expected the number of steps taken"),
     ]
     for state_dict, message in bad:
         with pytest.raises(OptimizerStateMismatch, match=message):
