@@ -69,21 +69,26 @@ def _cast_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 
 def _sq_norm(parts: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros((), dtype=torch.promote_types(parts[0].dtype, torch.float32), device=parts[0].device)
-    for part in parts:
+    total = torch.zeros((), dtype=_sq_norm_meta(parts).dtype, device=parts[0].device)
+    for part in map(_real, parts):
         flat = part.reshape(-1).to(total.dtype)
         total = total + torch.dot(flat, flat)
     return total
 
 
 def _sq_norm_meta(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0].new_empty([], dtype=torch.promote_types(parts[0].dtype, torch.float32))
+    return parts[0].new_empty([], dtype=torch.promote_types(parts[0].dtype.to_real(), torch.float32))
+
+
+def _real(value: Tensor) -> Tensor:
+    """Complex numbers as pairs."""
+    return torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
 
 
 def _nonfinite(parts: Sequence[Tensor]) -> Tensor:
     """How many of ``parts`` hold NaN or infinity: the smallest or the largest element then is not finite."""
     total = torch.zeros((), dtype=torch.float32, device=parts[0].device)
-    for part in parts:
+    for part in map(_real, parts):
         if part.numel():
             low, high = torch.aminmax(part)
             total = total + (~(low.isfinite() & high.isfinite())).to(total.dtype)

@@ -1,0 +1,48 @@
+"""Models with complex numbers train as eager ones do."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import graphshard
+
+
+class Filter(nn.Module):
+    """A learned filter of frequencies, and one complex gain per output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.filter = nn.Parameter(torch.randn(8, dtype=torch.complex64))
+        self.gain = nn.Parameter(torch.randn(3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        filtered = (torch.fft.fft(self.first(x)) * self.filter).real
+        result: Tensor = self.last(filtered) * self.gain.abs()
+        return result
+
+
+@pytest.mark.parametrize("plan", ["dp1", "dp2+accum2", "zero1:size=2", "zero3:size=2+accum2", "zero3:size=2+pp2"])
+def test_clipped_training_is_as_eager(plan: str) -> None:
+    """The norm of complex gradients is that of their parts."""
+    torch.manual_seed(0)
+    x, y, model = torch.randn(8, 6), torch.randn(8, 3), Filter()
+    eager = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(eager.parameters(), lr=0.1)
+    ours = graphshard.compile(
+        model, plan, loss_fn=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1), max_grad_norm=0.1, executor="local"
+    )
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.mse_loss(eager(x), y)
+        loss.backward()
+        assert nn.utils.clip_grad_norm_(eager.parameters(), 0.1) > 0.1
+        optimizer.step()
+        torch.testing.assert_close(ours.step(x, y), loss.detach())
+    torch.testing.assert_close(ours.state_dict(), eager.state_dict())
