@@ -15,16 +15,17 @@ from graphshard.errors import PostAccumulateHook
 sgd = partial(torch.optim.SGD, lr=0.5)
 
 
-def model() -> nn.Sequential:
+def model() -> nn.Module:
     """Two tied layers; half of their rows are frozen by a mask, a bias by its sign, and one hook only looks."""
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)).double()
     made[2].weight = made[0].weight
+    params = dict(made.named_parameters())
     mask = (torch.arange(6) % 2).double()[:, None]
-    made[0].weight.register_hook(lambda g: g * mask)
-    made[0].weight.register_hook(lambda g: 2 * g)
-    made[4].weight.register_hook(lambda g: None)
-    made[4].bias.register_hook(torch.neg)
+    params["0.weight"].register_hook(lambda g: g * mask)
+    params["0.weight"].register_hook(lambda g: 2 * g)
+    params["4.weight"].register_hook(lambda g: None)
+    params["4.bias"].register_hook(torch.neg)
     return made
 
 
@@ -69,7 +70,7 @@ def test_a_hook_sees_each_micro_batch() -> None:
 
 def test_a_hook_on_the_whole_gradient_is_refused() -> None:
     made = nn.Sequential(nn.Linear(6, 3))
-    made[0].weight.register_post_accumulate_grad_hook(lambda _: None)
+    dict(made.named_parameters())["0.weight"].register_post_accumulate_grad_hook(lambda _: None)
     with pytest.raises(PostAccumulateHook) as caught:
         graphshard.compile(made, "dp1", loss_fn=F.mse_loss, optimizer=sgd, executor="local")
     assert str(caught.value).startswith("parameter '0.weight' has a post-accumulate-grad hook, which a compiled step")

@@ -227,5 +227,4 @@ def test_state_goes_out_and_comes_in(tmp_path: Path) -> None:
         other, _ = trained(continued, plan, "adamw")
         other.load_state_dict(parameters)
         other.optimizer.load_state_dict(states)
-        other._steps = 3
         assert [other.step(*args, **kwargs).item() for _ in range(2)] == following

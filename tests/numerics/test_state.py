@@ -219,8 +219,10 @@ def test_a_resumed_run_draws_the_numbers_of_the_uninterrupted_one() -> None:
 
     def compiled(plan: str) -> graphshard.Compiled:
         optimizer = functools.partial(torch.optim.SGD, lr=0.1)
-        example = {"example_inputs": (x, y), "executor": "local"}
-        return graphshard.compile(copy.deepcopy(model), plan, loss_fn=F.mse_loss, optimizer=optimizer, **example)
+        given = copy.deepcopy(model)
+        return graphshard.compile(
+            given, plan, loss_fn=F.mse_loss, optimizer=optimizer, example_inputs=(x, y), executor="local"
+        )
 
     whole, resumed = compiled("dp1"), compiled("zero1:size=2")
     for _ in range(2):
