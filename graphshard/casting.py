@@ -2,7 +2,7 @@
 
 Forward operations decide; an operation of the backward computes in the precision of the forward one it differentiates.
 A cast is made once per value; one that widens, which a byte per element more makes cheap to repeat, once per phase, so
-that the narrow value alone is kept for the backward. That also keeps casts of parameters within their phase.
+that the narrow value alone is kept for the backward. So is one of a parameter, which must not outlive its phase.
 
 What the model says itself comes first: its own casts (``graphshard.cast``) become casts where a value is not in that
 precision already, and where it has turned autocast off operations compute in what they are given.
@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_arg
+from torch.fx.node import map_aggregate, map_arg
 
 from graphshard.analysis import weight_views
-from graphshard.autocast import FLOATS, backward_island, island, promotes
+from graphshard.autocast import FLOATS, HALVES, backward_island, island, promotes
 from graphshard.dataflow import is_getitem, is_view
-from graphshard.program import NodeInfo, Phase, Role, Section, info, val
+from graphshard.program import NodeInfo, Phase, Role, Section, info, tensors, val
 from graphshard.rewrite import call, retype
 
 aten = torch.ops.aten
@@ -30,6 +30,16 @@ gs = torch.ops.graphshard
 
 _MOVES = (aten.clone.default, aten.slice_backward.default, aten.select_backward.default)
 """Copies, which like views compute nothing that more precision could improve."""
+
+_NUMBERS = (aten.scalar_tensor.default, aten.full.default)
+
+
+def _extremes(lower: torch.dtype) -> dict[float, float]:
+    wide, narrow = torch.finfo(torch.float32), torch.finfo(lower)
+    return {wide.max: narrow.max, wide.min: narrow.min, wide.tiny: narrow.tiny}
+
+
+_EXTREMES = {lower: _extremes(lower) for lower in HALVES.values()}
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class Caster:
         wanted = fixed or self._widest(node)
         if wanted is not None:
             self._set_args(node, lambda n: self._cast(n, wanted, node) if self._casts(node, n) else n)
+        self._fit(node)
         self._retype(node)
         computed = fixed or next((t for t in _dtypes(val(node)) if t in FLOATS), None)
         if info(node).origin:
@@ -101,6 +112,7 @@ class Caster:
                 self._set_args(node, partial(self._cast, dtype=widest, reader=node))
         else:
             self._set_args(node, self._operand(node, wanted, of))
+        self._fit(node)
         self._retype(node)
         self._note_gradient(node)
 
@@ -110,7 +122,7 @@ class Caster:
         gradients = [s for s in sources if s.op == "call_function" and info(s).phase is not Phase.FORWARD]
         # Where a gradient is in float32 already, a pointwise operation widens what it reads besides by itself.
         itself = promotes(node) and any(val(s).dim() for s in gradients if isinstance(val(s), torch.Tensor))
-        moves = is_view(node) or node.target in _MOVES
+        moves = (is_view(node) or node.target in _MOVES) and not _is_complex(node)  # which no narrow value can be
 
         def read(source: fx.Node) -> fx.Node:
             source = self.narrow_of.get(source, source)  # which alone is kept
@@ -138,6 +150,28 @@ class Caster:
 
     def _as_due(self, source: fx.Node, reader: fx.Node) -> fx.Node:
         return self._cast(source, self.due[source], reader) if source in self.due else source
+
+    # Numbers
+
+    def _fit(self, node: fx.Node) -> None:
+        """To the model all is in float32: what ``torch.finfo`` says of a value's type becomes what it says of the lower
+        precision, where that is what ``node`` computes in."""
+        floats = [source for source in node.all_input_nodes if _dtype(source) in FLOATS and val(source).dim()]
+        if floats and all(map(self._narrow, floats)):
+            fitted: Any = map_aggregate((node.args, node.kwargs), partial(self._fitted, reader=node))
+            node.args, node.kwargs = fitted
+
+    def _fitted(self, value: Any, reader: fx.Node) -> Any:
+        """An argument of ``reader``, a number or a constant of no dims."""
+        if isinstance(value, float):
+            return _EXTREMES[self.lower].get(value, value)
+        if not (isinstance(value, fx.Node) and value.target in _NUMBERS and not val(value).dim()):
+            return value
+        args = tuple(_EXTREMES[self.lower].get(a, a) if isinstance(a, float) else a for a in value.args)
+        if args == value.args:
+            return value
+        with reader.graph.inserting_before(reader):
+            return call(reader.graph, value.target, args, info(value), **value.kwargs)
 
     # Casts
 
@@ -183,7 +217,8 @@ class Caster:
             return narrow
         # What a gradient is due is cast where it is made, so that it travels narrow.
         record = info(source if self.due.get(source) is dtype else reader)
-        key = (source, dtype, record.phase if dtype is torch.float32 else None)
+        apart = dtype is torch.float32 or source in self.weights
+        key = (source, dtype, record.phase if apart else None)
         if key not in self.casts:
             made = NodeInfo(record.phase, record.module, forward=record.forward, made_by="precision")
             with reader.graph.inserting_before(reader):
@@ -234,6 +269,10 @@ def _dtypes(value: Any) -> list[torch.dtype]:
 def _dtype(node: fx.Node) -> torch.dtype | None:
     value = val(node)
     return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def _is_complex(node: fx.Node) -> bool:
+    return any(value.is_complex() for value in tensors(val(node)))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

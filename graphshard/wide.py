@@ -1,8 +1,13 @@
-"""Parameters that a plan's precision leaves in float32: the model reads their true values, as it says itself.
+"""Parameters that a plan's precision leaves in float32: the model reads their true values.
 
-Under autocast a parameter is in float32, and what is read of it is rounded where an operator is lowered. Where none is,
-since the model has turned autocast off or casts to float32 first, a value rounded beforehand would be another. One that
-is read in both kinds of places is stored once, in the lower precision, and widened where float32 is asked for.
+Under autocast a parameter is in float32, and what is read of it is rounded where an operator is lowered. One that is
+rounded beforehand gives something else in two kinds of places:
+
+- where the model has turned autocast off or casts to float32 first. A parameter that is read elsewhere, too, is stored
+  once, in the lower precision, and widened there;
+- in operators on none of autocast's lists that do more than to move or scale single values, as a matrix exponential, a
+  decomposition or a Fourier transform does: of what they make of rounded values nothing may be right, and many do not
+  take a lower precision at all. They also count where they read what is computed of parameters alone.
 """
 
 from __future__ import annotations
@@ -12,19 +17,29 @@ from torch import fx
 
 from graphshard.analysis import weight_views
 from graphshard.autocast import island
-from graphshard.program import Phase, Program, Role, info, val
+from graphshard.dataflow import is_getitem, is_pointwise, is_view
+from graphshard.program import Phase, Program, Role, Section, info, tensors, val
 
 gs = torch.ops.graphshard
+
+_MOVES = frozenset([
+    "amax", "amin", "argmax", "argmin", "argsort", "as_strided_scatter", "cast", "cat", "clone", "constant_pad_nd",
+    "copy", "diag_embed", "diagonal_scatter", "embedding", "_embedding_bag", "_embedding_bag_forward_only", "flip",
+    "gather", "index", "index_add", "index_put", "index_select", "masked_select", "max", "max_pool2d_with_indices",
+    "min", "repeat", "repeat_interleave", "roll", "scatter", "scatter_add", "select_scatter", "slice_scatter",
+    "sort", "stack", "_to_copy", "topk", "tril", "triu", "unfold", "_unsafe_index",
+])  # fmt: skip
+"""Operators that move, choose or add up values: rounded before or after makes no difference that is worth a byte."""
 
 
 def wide_parameters(program: Program, lower: torch.dtype) -> set[str]:
     """The names of such parameters. One that the forward does not read is none of them."""
     body = program.body
-    views = weight_views(body)
+    views, exact = weight_views(body), _read_exactly(body, lower)
     return {
         slot.name
         for node, slot in body.inputs.items()
-        if slot.role is Role.PARAM and _readers(node) and _is_wide(node, views, lower, False)
+        if slot.role is Role.PARAM and _readers(node) and (node in exact or _is_wide(node, views, lower, False))
     }
 
 
@@ -39,10 +54,39 @@ def _is_wide(node: fx.Node, views: set[fx.Node], lower: torch.dtype, is_cast: bo
     it before."""
     for reader in _readers(node):
         if reader in views:
-            narrows = val(reader).dtype is lower
+            narrows = any(value.dtype is lower for value in tensors(val(reader)))
             wide = not narrows and _is_wide(reader, views, lower, is_cast or reader.target is gs.cast.default)
         else:
             wide = info(reader).as_given or (is_cast and island(reader, lower) is not lower)
         if not wide:
             return False
     return True
+
+
+def _read_exactly(body: Section, lower: torch.dtype) -> set[fx.Node]:
+    """The parameters that exacting operators read, or read what is computed of."""
+    made_of = {
+        node: {node} if slot.role is Role.PARAM else set[fx.Node]()
+        for node, slot in body.inputs.items()
+        if slot.role in (Role.PARAM, Role.BUFFER)
+    }
+    found: set[fx.Node] = set()
+    for node in body.nodes():
+        if info(node).phase is not Phase.FORWARD:
+            continue
+        sources = node.all_input_nodes
+        read = {param for source in sources for param in made_of.get(source, ())}
+        if read and _is_exacting(node, lower):
+            found |= read
+        elif all(source in made_of for source in sources) and island(node, lower) is not lower:
+            made_of[node] = read
+    return found
+
+
+def _is_exacting(node: fx.Node, lower: torch.dtype) -> bool:
+    if any(value.is_complex() for value in tensors(val(node))):
+        return True  # there are no narrow complex numbers
+    if is_getitem(node) or is_view(node) or is_pointwise(node) or island(node, lower) is not None:
+        return False
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name.rpartition("::")[2] not in _MOVES

@@ -148,7 +148,69 @@ class Asks(nn.Module):
         return h
 
 
-BLOCKS = (Norm, Differences, Router, Fourier, Custom, Nested, Asks)
+class Rotary(nn.Module):
+    """Positions as complex numbers."""
+
+    turns: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin, self.scale = nn.Linear(SIZE, SIZE), nn.Parameter(torch.randn(SIZE // 2, 2))
+        self.register_buffer("turns", torch.polar(torch.ones(SIZE // 2), torch.rand(SIZE // 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.lin(x)
+        turned = torch.view_as_complex(h.float().reshape(-1, SIZE // 2, 2)) * self.turns
+        turned = turned * torch.view_as_complex(self.scale)
+        turned_back: Tensor = torch.fft.ifft(torch.fft.fft(h.float())).real
+        return torch.view_as_real(turned).flatten(1).type_as(h) + turned_back
+
+
+class Exacting(nn.Module):
+    """Weights that are made of others by operators which amplify what is lost by rounding, or take no less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.utils.parametrizations.orthogonal(nn.Linear(SIZE, SIZE))
+        self.angles, self.filter = nn.Parameter(torch.randn(SIZE, SIZE)), nn.Parameter(torch.randn(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.lin(x) @ torch.matrix_exp(self.angles - self.angles.T)
+        h = h + torch.linalg.slogdet(self.angles)[1] * (x @ self.angles)
+        filtered: Tensor = torch.fft.irfft(torch.fft.rfft(h.float()) * torch.fft.rfft(self.filter), n=SIZE)
+        return h + filtered
+
+
+class Extremes(nn.Module):
+    """Numbers that depend on the type of a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.lin(x)
+        scores = h @ h.T
+        mask = torch.ones_like(scores, dtype=torch.bool).triu()
+        masked = scores.masked_fill(mask, torch.finfo(scores.dtype).min).softmax(-1)
+        chosen = torch.where(mask, torch.finfo(scores.dtype).min, scores).softmax(-1)  # of no row anything
+        positive = F.relu(h) / (F.relu(h) + torch.finfo(h.dtype).tiny)
+        return (masked + chosen) @ h + positive
+
+
+class Split(nn.Module):
+    """Parts of one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(3 * SIZE, SIZE) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.weights.chunk(3)
+        return (x @ a) * torch.sigmoid(x @ b) + x @ c
+
+
+BLOCKS = (Norm, Differences, Router, Fourier, Custom, Nested, Asks, Rotary, Exacting, Extremes, Split)
 
 
 class Stack(nn.Module):
