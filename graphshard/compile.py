@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -298,8 +299,9 @@ class Compiled:
             BatchDoesNotSplit: the batch does not split into the plan's micro-batches.
             NonFiniteStep: with ``debug_nan``, the loss or a gradient is NaN or infinite; nothing was updated.
         """
-        parts = self._split(batch, kwargs, self.microbatches)
-        build = self._build("train", parts[0][0], self.microbatches)
+        with self._getting_ready():
+            parts = self._split(batch, kwargs, self.microbatches)
+            build = self._build("train", parts[0][0], self.microbatches)
         lrs = [] if self.optimizer is None else self.optimizer.lrs()
         loss: Tensor | None = self._run(build, parts, lrs).loss
         self._check_peak(build.plan)
@@ -311,10 +313,12 @@ class Compiled:
 
     def evaluate(self, *batch: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch in evaluation mode, without an update; arguments and result as for :meth:`step`."""
-        parts = self._split(batch, kwargs, self.microbatches)
-        if self._main is None:
-            self._build("train", parts[0][0], self.microbatches)
-        loss: Tensor | None = self._run(self._build("evaluate", parts[0][0], self.microbatches), parts, []).loss
+        with self._getting_ready():
+            parts = self._split(batch, kwargs, self.microbatches)
+            if self._main is None:
+                self._build("train", parts[0][0], self.microbatches)
+            build = self._build("evaluate", parts[0][0], self.microbatches)
+        loss: Tensor | None = self._run(build, parts, []).loss
         assert loss is not None
         return loss.clone()
 
@@ -330,8 +334,9 @@ class Compiled:
         """
         if self._main is None and self._user_optimizer is not None:
             raise NeedsExampleInputs()
-        parts = self._split(batch, kwargs, 1)
-        build = self._build("call", parts[0][0], 1)
+        with self._getting_ready():
+            parts = self._split(batch, kwargs, 1)
+            build = self._build("call", parts[0][0], 1)
         outputs = self._run(build, parts, []).outputs
         return assemble(build, parts, outputs)
 
@@ -344,8 +349,15 @@ class Compiled:
         ranks = 1 if self.executor == "distributed" else self.dp_size
         return split_batch(args, kwargs, ranks, microbatches, dict(self.plan.batch_dims))
 
+    def _getting_ready(self) -> AbstractContextManager[None]:
+        """Around what may be refused on this rank alone: the others learn that it does not come."""
+        if self.executor == "distributed" and self._runtime is None:
+            self._runtime = self._make_executor()
+        return nullcontext() if self._runtime is None else self._runtime.getting_ready()
+
     def _run(self, build: Built, parts: list[list[MicroBatch]], lrs: list[float]) -> Any:
-        runtime, _ = self._start()
+        with self._getting_ready():
+            runtime, _ = self._start()
         first = self.dp_rank if self.executor == "distributed" else 0
         batches = {first + i: [part.leaves for part in row] for i, row in enumerate(parts)}
         return runtime.step(build.plan, batches, seed=self.seed, step=self._steps.taken, lrs=lrs)

@@ -113,7 +113,10 @@ class DistributedExecutor(Executor):
 
     def told(self, mine: T, at: str) -> list[T]:
         given = [mine] * self.mesh.world_size
-        with self._together():
+        with self._together(PeerNotReady):
+            agreement = _Agreement(self, _EXCHANGE)
+            self._complete(agreement, at)
+            agreement.check()
             try:
                 dist.all_gather_object(given, mine, group=self._groups.control)
             except RuntimeError as error:
@@ -161,24 +164,21 @@ class DistributedExecutor(Executor):
     def _communicator(self, rank: int) -> Communicator:
         return self._link
 
-    @contextmanager
-    def _getting_ready(self, loaded: Loaded, first: bool) -> Iterator[None]:
-        """Whoever cannot begin says so instead of comparing plans. What the others have begun they cannot end; if no
-        rank has begun, all may try again."""
-        try:
-            yield
-        except Exception as error:
-            agreement = _Agreement(self, loaded, first, ready=False)
-            with suppress(PeerFailed, WaitTimeout), self._together():
-                self._complete(agreement, "comparing plans")
-                if loaded.steps and agreement.has_begun():
-                    self._gave_up = _line(error)
-                    self._alarm()
-            raise
+    def _cannot_begin(self, error: Exception) -> None:
+        """Say so instead of comparing plans. What others have begun they cannot end; if no rank has begun, all may try
+        again."""
+        if self._gave_up or isinstance(error, (PeerNotReady, PlanMismatch)):
+            return  # they know
+        with suppress(PeerFailed, WaitTimeout), self._together():
+            agreement = _Agreement(self, _STEP, ready=False)
+            self._complete(agreement, "comparing plans")
+            if agreement.has_begun():
+                self._gave_up = _line(error)
+                self._alarm()
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         with self._together():
-            agreement = _Agreement(self, loaded, first)
+            agreement = _Agreement(self, _STEP, loaded, first)
             if not loaded.steps:
                 self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
         if not loaded.steps:
@@ -284,15 +284,34 @@ class DistributedExecutor(Executor):
                 time.sleep(1e-4)
 
 
+_STEP, _EXCHANGE = 0, 1
+"""What ranks do together: run a step, or tell each other something."""
+
+
 class _Agreement:
-    """All ranks tell each other in the background what they are about to run."""
+    """All ranks tell each other in the background what they are about to do. Whatever they do together begins with one:
+    a rank that does something else, or cannot begin, is known by it.
+
+    Args:
+        loaded: what to run; a plan that ran before is begun at once.
+        ready: False: this rank cannot begin what the others may.
+    """
 
     peers: tuple[int, ...] = ()
 
-    def __init__(self, executor: DistributedExecutor, loaded: Loaded, first: bool, ready: bool = True) -> None:
+    def __init__(
+        self,
+        executor: DistributedExecutor,
+        kind: int,
+        loaded: Loaded | None = None,
+        first: bool = False,
+        ready: bool = True,
+    ) -> None:
         self._mesh = executor.mesh
         self._timeout = timedelta(seconds=executor.timeout_s)
-        mine = torch.tensor([*executor._fingerprints[id(loaded.plan)], first, ready], device="cpu")
+        plan = (0, 0) if loaded is None else executor._fingerprints[id(loaded.plan)]
+        begins = loaded is not None and loaded.steps > 0
+        mine = torch.tensor([kind, *plan, first, ready, begins], device="cpu")
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         self._work = dist.all_gather(self._all, mine, group=executor._groups.control, async_op=True)
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
@@ -304,15 +323,18 @@ class _Agreement:
         self._work.wait(self._timeout)
 
     def check(self) -> None:
-        """Compare: collectives on all ranks, transfers on the ranks of one pipeline, whether there is optimizer state.
+        """Compare: what is done, collectives on all ranks, transfers on the ranks of one pipeline, whether there is
+        optimizer state.
 
         Raises:
             PlanMismatch: they differ.
             PeerNotReady: a rank cannot begin.
         """
-        collectives, transfers, firsts, ready = zip(*(given.tolist() for given in self._all), strict=True)
+        kinds, collectives, transfers, firsts, ready, _ = zip(*(given.tolist() for given in self._all), strict=True)
         if not all(ready):
             raise PeerNotReady([rank for rank, is_ready in enumerate(ready) if not is_ready])
+        if len(set(kinds)) > 1:
+            raise PlanMismatch("call", ranks_by(["a step" if kind == _STEP else "an exchange" for kind in kinds]))
         if len(set(collectives)) > 1:
             raise PlanMismatch("plan (its collectives)", ranks_by([_short(value) for value in collectives]))
         for dp_rank in range(self._mesh.dp_size):
@@ -325,7 +347,7 @@ class _Agreement:
             raise PlanMismatch("optimizer state", ranks_by(["none" if first else "some" for first in firsts]))
 
     def has_begun(self) -> bool:
-        """Whether any rank was ready."""
+        """Whether any rank did not wait to hear of the others."""
         return any(bool(given[-1]) for given in self._all)
 
     def explain(self) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
@@ -135,6 +135,18 @@ class Executor(ABC):
         """
         return [mine]
 
+    @contextmanager
+    def getting_ready(self) -> Iterator[None]:
+        """Around what comes before a step, which does not follow if that fails: other processes need not wait."""
+        try:
+            yield
+        except Exception as error:
+            self._cannot_begin(error)
+            raise
+
+    def _cannot_begin(self, error: Exception) -> None:  # noqa: B027 - in one process nobody waits
+        """Tell the other processes that this one does not take part in the step that they may be about to begin."""
+
     def load(self, plan: ExecutionPlan) -> Loaded:
         """Prove and prepare ``plan``; a plan loaded before is not prepared again.
 
@@ -229,16 +241,16 @@ class Executor(ABC):
         After any other error what the step had not begun to replace is stored as it was. The rest is lost, and the
         error says so.
         """
-        loaded = self.load(plan)
-        # All ranks decide alike, also those that keep no state: the two epilogues may order collectives differently.
-        first = not loaded.state_keys <= self.state_keys
-        feeds = loaded.feeds[first]
-        with self._getting_ready(loaded, first):
+        with self.getting_ready():
+            loaded = self.load(plan)
+            # All ranks decide alike, also those that keep no state: the two epilogues may order collectives otherwise.
+            first = not loaded.state_keys <= self.state_keys
+            feeds = loaded.feeds[first]
             values = {
                 rank: self._values(loaded, rank, feeds[rank], batches, (seed, step), lrs) for rank in self.ranks
             }  # before anything is taken from a store, so that a missing value leaves all as it was
         try:
-            with self._getting_ready(loaded, first):
+            with self.getting_ready():
                 for rank in self.ranks:
                     self._take(loaded.machines[rank], feeds[rank], values[rank])
             with torch.no_grad():
@@ -322,10 +334,6 @@ class Executor(ABC):
     def _functions(self, plan: ExecutionPlan, stage: int, watch: Watch | None) -> dict[str, SegmentFunction]:
         """What the segments of a stage are called with; every value goes by ``watch``."""
         return compile_segments(plan.stages[stage].segments, plan.kernels, watch)
-
-    def _getting_ready(self, loaded: Loaded, first: bool) -> AbstractContextManager[None]:
-        """Around what comes before :meth:`_run`, which does not follow if that fails."""
-        return nullcontext()
 
     @abstractmethod
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:

@@ -124,6 +124,22 @@ def test_where_no_rank_has_begun_all_go_on_once_values_are_loaded() -> None:
         assert ours == close(local)
 
 
+def test_a_rank_that_refuses_its_batch_tells_the_others_when_they_have_begun() -> None:
+    peer, failed = launch("train_rank.py", 2, "given_up", "zero3+accum2", "batch")
+    assert failed["error"] == "BatchDoesNotSplit"
+    assert peer["error"] == "PeerNotReady" and peer["message"].startswith("rank 1 cannot begin the step"), peer
+    refuses_from_now_on(failed, 1, "")
+    refuses_from_now_on(peer, 0, "rank 1 cannot begin the step")
+
+
+def test_where_no_rank_has_begun_a_batch_that_is_refused_is_left_out_by_all() -> None:
+    for result, error in zip(
+        launch("train_rank.py", 2, "refused", "zero3+accum2"), ("PeerNotReady", "BatchDoesNotSplit"), strict=True
+    ):
+        assert [said.partition(":")[0] for said in result.get("said", ())] == [error, error], result
+        assert result["steps"] == 3 and result["far"] < 1e-10
+
+
 def test_an_interrupted_step_ends_all() -> None:
     plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
     peer, interrupted = launch("train_rank.py", 2, "given_up", plan, "interrupt")

@@ -170,8 +170,9 @@ def mismatch(plan: str) -> dict[str, Any]:
 
 
 def given_up(plan: str, why: str) -> dict[str, Any]:
-    """In the second step the last rank's file ends early, somebody interrupts it, or it lacks values since loading
-    failed there; what each rank raises then, and what it says to another step and to reading."""
+    """In the second step the last rank's file ends early, somebody interrupts it, it lacks values since loading failed
+    there, or it is given a batch that does not split; what each rank raises then, and what it says to another step and
+    to reading."""
     c = compiled(plan, "distributed")
     c.step(*part(c, batch()))
     read, found = os.preadv, {}
@@ -185,11 +186,12 @@ def given_up(plan: str, why: str) -> dict[str, Any]:
 
     if why == "lost":
         load_failing(c, c.state_dict())
-    elif RANK == WORLD_SIZE - 1:
+    elif RANK == WORLD_SIZE - 1 and why != "batch":
         os.preadv = failing  # type: ignore[assignment]
+    rows = -1 if RANK == WORLD_SIZE - 1 and why == "batch" else None
     try:
         for _ in range(2):  # a peer that needed nothing more of this rank in that step notices in the next one
-            c.step(*part(c, batch()))
+            c.step(*(values[:rows] for values in part(c, batch())))
     except (GraphshardError, KeyboardInterrupt) as error:
         found = {"error": type(error).__name__, "message": str(error)}
     os.preadv = read
@@ -217,6 +219,24 @@ def load_failing(given: graphshard.Compiled, values: dict[str, Tensor]) -> None:
     with suppress(OffloadFailed):
         given.load_state_dict(values)
     os.pwritev = write
+
+
+def refused(plan: str) -> dict[str, Any]:
+    """The last rank is given a batch that does not split in the first step of all, and in the second one that must be
+    compiled anew; what each rank raises, and the losses besides."""
+    c, local = compiled(plan, "distributed"), compiled(plan, "local")
+    said, losses = [], []
+    for index in range(5):
+        given = [values[: 8 if index == 3 else None] for values in batch()]
+        rows = -1 if RANK == WORLD_SIZE - 1 and index in (0, 2) else None
+        half = 4 if index == 2 else None  # new shapes on all ranks
+        try:
+            losses.append(c.step(*(values[:half][:rows] for values in part(c, tuple(given)))).item())
+        except GraphshardError as error:
+            said.append(f"{type(error).__name__}: {error}")
+            continue
+        losses[-1] -= local.step(*given).item()
+    return {"said": said, "far": max(map(abs, losses)), "steps": len(losses)}
 
 
 def not_ready(plan: str) -> dict[str, Any]:
@@ -323,6 +343,7 @@ def main() -> None:
         "given_up": given_up,
         "lost_by_one": lost_by_one,
         "not_ready": not_ready,
+        "refused": refused,
         "killed_writing": killed_writing,
         "against_resident": against_resident,
         "uneven": uneven,
