@@ -22,6 +22,7 @@ from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_model import Held, evaluating
+from graphshard.trace_operators import Operators
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
 """Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
@@ -48,11 +49,12 @@ def capturing(model: nn.Module, train: bool, lower: torch.dtype | None = None) -
 
 
 @contextlib.contextmanager
-def watching(held: Sequence[Held], casts: Casts | None) -> Iterator[None]:
+def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> Iterator[None]:
     """Around a call of the model, whose tensors are ``held``: nodes are marked with module and line, attention becomes
-    one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision."""
-    calls = _Calls(Devices(held), casts)
-    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), calls:
+    one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision;
+    ``unchecked``: see :class:`Operators`."""
+    calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
+    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), operators, calls:
         yield
 
 
