@@ -20,12 +20,13 @@ WIDTH = 6
 
 
 class Model(nn.Module):
-    """Two linear layers, with ``between(self, hidden)`` behind each."""
+    """Two linear layers, with ``between(self, hidden)`` behind each; ``mask`` is neither parameter nor buffer."""
 
     def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.weight = nn.Parameter(torch.eye(WIDTH) + 0.1 * torch.randn(WIDTH, WIDTH))
+        self.mask = torch.ones(WIDTH, WIDTH, dtype=torch.bool).triu(1)
         self.between = between
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,6 +41,13 @@ def trained(between: Callable[[Any, Tensor], Tensor], plan: str, dtype: torch.dt
         return Model(between), (torch.randn(16, WIDTH), torch.randn(16, WIDTH)), {}, F.mse_loss
 
     check_parity(make, plan, sgd, dtype=dtype)
+
+
+def filled(model: Any, hidden: Tensor) -> Tensor:
+    bias = torch.zeros_like(model.mask, dtype=hidden.dtype).masked_fill_(model.mask, -1e4)
+    bias[0] += 1
+    result: Tensor = ((model.weight + bias).softmax(-1) @ hidden.t()).t()
+    return result
 
 
 def inverse(model: Any, hidden: Tensor) -> Tensor:
@@ -57,7 +65,7 @@ def solved(model: Any, hidden: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("between", [inverse, cholesky, solved])
+@pytest.mark.parametrize("between", [filled, inverse, cholesky, solved])
 def test_layers(between: Any, plan: str) -> None:
     trained(between, plan)
 
@@ -83,3 +91,27 @@ def test_that_values_are_not_checked_is_said(caplog: pytest.LogCaptureFixture) -
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == 2
     assert "torch.inverse(model.weight)" in said[0] and "F.one_hot(classes, WIDTH)" in said[1]
+
+
+class Padded(nn.Module):
+    """Attention with a mask of its own, which is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+        self.padding = torch.tensor([[False, False, False, True]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.padding.expand(x.shape[0], -1).contiguous()
+        hidden, _ = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)
+        result: Tensor = self.out(hidden).mean(1)
+        return result
+
+
+def test_attention_with_a_mask_that_is_a_plain_attribute() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Padded(), (torch.randn(8, 4, 8), torch.randint(3, (8,))), {}, F.cross_entropy
+
+    check_parity(make, "dp1", sgd, dtype=torch.float64, noisy=("in_proj_bias",))
