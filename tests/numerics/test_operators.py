@@ -50,6 +50,10 @@ def filled(model: Any, hidden: Tensor) -> Tensor:
     return result
 
 
+def turned(model: Any, hidden: Tensor) -> Tensor:
+    return torch.exp(1j * hidden).real - (2j * hidden * torch.exp(0.5j * hidden)).imag
+
+
 def inverse(model: Any, hidden: Tensor) -> Tensor:
     return hidden @ torch.inverse(model.weight)
 
@@ -65,9 +69,13 @@ def solved(model: Any, hidden: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("between", [filled, inverse, cholesky, solved])
+@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved])
 def test_layers(between: Any, plan: str) -> None:
     trained(between, plan)
+
+
+def test_the_conjugate_of_a_number_does_not_widen_a_product() -> None:
+    trained(turned, "dp1", torch.float32)
 
 
 def one_hot_loss(out: Tensor, classes: Tensor) -> Tensor:
