@@ -23,6 +23,7 @@ from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
+from graphshard.trace_recurrent import RECURRENT, written_out
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
 """Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
@@ -136,6 +137,8 @@ class _Calls(TorchFunctionMode):
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
+        if func in RECURRENT:
+            func = written_out(func)
         if self._casts is None:
             return func(*args, **kwargs)
         return self._casts.call(func, args, kwargs)

@@ -123,3 +123,48 @@ def test_attention_with_a_mask_that_is_a_plain_attribute() -> None:
         return Padded(), (torch.randn(8, 4, 8), torch.randint(3, (8,))), {}, F.cross_entropy
 
     check_parity(make, "dp1", sgd, dtype=torch.float64, noisy=("in_proj_bias",))
+
+
+class Recurrent(nn.Module):
+    """An LSTM and a layer that reads its last output and last states."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.lstm = nn.LSTM(5, 8, **options)
+        width = options.get("proj_size", 8) * (2 if options.get("bidirectional") else 1)
+        self.out = nn.Linear(width, 3)
+        self.batch_first = options.get("batch_first", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out, (_, cell) = self.lstm(x if self.batch_first else x.transpose(0, 1))
+        last = out[:, -1] if self.batch_first else out[-1]
+        result: Tensor = self.out(last) + cell.mean()
+        return result
+
+
+def recurrent(**options: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Recurrent(**options), (torch.randn(8, 3, 5), torch.randint(3, (8,))), {}, F.cross_entropy
+
+    return make
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_lstm(plan: str) -> None:
+    check_parity(recurrent(batch_first=True), plan, sgd)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bidirectional": True, "batch_first": True}, {"num_layers": 2}, {"proj_size": 4}, {"bias": False}],
+    ids=lambda options: next(iter(options)),
+)
+def test_lstm_of_every_kind(options: dict[str, Any]) -> None:
+    compiled = check_parity(recurrent(**options), "dp1", sgd)
+    model, (x, classes), _, loss_fn = recurrent(**options)()
+    model.load_state_dict(compiled.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.evaluate(x, classes), loss_fn(model.eval()(x), classes))
