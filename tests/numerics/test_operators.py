@@ -168,3 +168,29 @@ def test_lstm_of_every_kind(options: dict[str, Any]) -> None:
     model.load_state_dict(compiled.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(compiled.evaluate(x, classes), loss_fn(model.eval()(x), classes))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_between_recurrent_layers(kind: Any) -> None:
+    """Where all of it is dropped, the second layer sees zeros, in both: of its weights for them none is trained."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(5, 4, 2, dropout=0.999999, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, ends = self.layers(x)
+            result: Tensor = out.sum((0, 2)) + sum(end.sum((0, 2)) for end in (ends if kind is nn.LSTM else [ends]))
+            return result
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Layers(), (torch.randn(4, 8, 5), torch.randn(8)), {}, F.mse_loss
+
+    check_parity(make, "dp1", sgd)
+    model, (x, y), _, loss_fn = make()
+    body = capture(model, loss_fn, (x, y), {}, mode="train").program.body
+    assert [n.target for n in body.nodes()].count(torch.ops.graphshard.seed.default) == 1
+    body = capture(model, loss_fn, (x, y), {}, mode="evaluate").program.body
+    assert torch.ops.graphshard.seed.default not in {n.target for n in body.nodes()}
