@@ -50,8 +50,7 @@ class Operators(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if mode is None or any(argument.alias_info for argument in func._schema.arguments):
             return result
-        with mode:
-            return tree_map_only(FakeTensor, FunctionalTensor.to_functional, result)
+        return tree_map_only(FakeTensor, FunctionalTensor.to_functional, result)
 
 
 def _is_check(func: Any) -> bool:
