@@ -22,6 +22,8 @@ from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_model import Held, evaluating
+from graphshard.trace_operators import Operators
+from graphshard.trace_recurrent import RECURRENT, written_out
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
 """Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
@@ -48,11 +50,12 @@ def capturing(model: nn.Module, train: bool, lower: torch.dtype | None = None) -
 
 
 @contextlib.contextmanager
-def watching(held: Sequence[Held], casts: Casts | None) -> Iterator[None]:
+def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> Iterator[None]:
     """Around a call of the model, whose tensors are ``held``: nodes are marked with module and line, attention becomes
-    one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision."""
-    calls = _Calls(Devices(held), casts)
-    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), calls:
+    one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision;
+    ``unchecked``: see :class:`Operators`."""
+    calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
+    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), operators, calls:
         yield
 
 
@@ -134,6 +137,8 @@ class _Calls(TorchFunctionMode):
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
+        if func in RECURRENT:
+            func = written_out(func)
         if self._casts is None:
             return func(*args, **kwargs)
         return self._casts.call(func, args, kwargs)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from graphshard import fake
 from graphshard.carried import keep_for_later
-from graphshard.dataflow import owns_memory
+from graphshard.dataflow import is_view, owns_memory
 from graphshard.errors import (
     ParameterOutsideModel,
     ParameterWritten,
@@ -82,7 +82,7 @@ class _Body:
     section: Section = field(default_factory=empty_section)
     constants: dict[str, Tensor] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
-    made: dict[fx.Node, Any] = field(default_factory=dict)  # nodes, or one for each result of one that had several
+    made: dict[fx.Node, Any] = field(default_factory=dict)  # a node, one for each of several results, or a number
 
     def build(self) -> list[tuple[Port, fx.Node]]:
         """Fill the section; returns what it computes, by what it stands for."""
@@ -154,13 +154,16 @@ class _Body:
         kind = fake.tensor(self.mode, value.shape, value.dtype, value.stride(), value.device)
         return add_input(self.section, Slot(Role.CONSTANT, name), kind, NodeInfo(), name)
 
-    def _operation(self, node: fx.Node) -> Made:
+    def _operation(self, node: fx.Node) -> Made | complex:
         target: Any = node.target
         record = self._record(node)
         if target is operator.getitem:
             made, index = self.made[node.args[0]], node.args[1]  # type: ignore[index]
             if isinstance(made, tuple):
                 return made[index]  # type: ignore[index, no-any-return]
+        elif is_view(node) and not node.all_input_nodes:
+            # Autograd's conjugate of the number in x * 1j: a number too, which leaves a product its operand's dtype.
+            return target(*node.args).item()  # type: ignore[no-any-return]
         else:
             self._check(node)
             random = self.sampler.replace(node, self.made, record, lambda: _where(node))

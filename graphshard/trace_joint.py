@@ -66,6 +66,8 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
     outputs = [(_port(desc, step), value) for desc, value in pairs if isinstance(value, fx.Node)]
     for change in sorted(step.changes):
         logger.warning("graphshard: the forward pass changes %s; a compiled step repeats the first", change)
+    for line in sorted(step.unchecked):
+        logger.warning("graphshard: a compiled step does not check the values that eager training does in %s", line)
     for kind in step.output.dropped:
         logger.warning("graphshard: the model returns a %s, which is no pytree of tensors: it becomes None", kind)
     return Joint(traced.graph_module, inputs, outputs, step.mode, step.output)
@@ -80,6 +82,7 @@ class Step(nn.Module):
         self.held = tensors.all()
         self.mode = fake.new_mode()
         self.changes: set[str] = set()
+        self.unchecked: set[str] = set()  # lines of the model whose checks of values are left out
         self.replaced: set[str] = set()  # buffers; AOTAutograd runs this once to see what is written, then to trace it
         self.output = Output()
         self.batch = [i for i, leaf in enumerate(request.leaves) if isinstance(leaf, Tensor)]
@@ -101,7 +104,7 @@ class Step(nn.Module):
             swapped(self.held, values, self.replaced) as shown,
         ):
             casts = None if self.request.lower is None else Casts([*batch, *shown[len(self._parameters) :]])
-            with watching(self.held, casts):
+            with watching(self.held, casts, self.unchecked):
                 results, self.output = call(self.request, leaves)
         # For a result that is a view or an input AOTAutograd would return something else in its place.
         return tuple(result.clone() for result in results)

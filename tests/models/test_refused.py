@@ -83,6 +83,19 @@ def elsewhere(model: Model, y: Tensor) -> Tensor:
     return result
 
 
+COUNTER = torch.zeros(6)
+
+
+def counts(_: Model, y: Tensor) -> Tensor:
+    COUNTER.add_(1)
+    return y * COUNTER
+
+
+def counts_in_a_view(_: Model, y: Tensor) -> Tensor:
+    COUNTER[:2].add_(1)
+    return y * COUNTER
+
+
 BY_LINE = [
     (item, errors.NeedsTensorValue, "y.max().item()"),
     (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
@@ -94,6 +107,8 @@ BY_LINE = [
     (random_relu, errors.UnknownRandomOperator, "F.rrelu("),
     (own_generator, errors.UnknownRandomOperator, "torch.rand(6"),
     (mismatch, errors.ModelFailed, "torch.ones(3, 3)"),
+    (counts, errors.UncapturableOperator, "COUNTER.add_(1)"),
+    (counts_in_a_view, errors.UncapturableOperator, "COUNTER[:2].add_(1)"),
 ]
 
 
@@ -108,6 +123,7 @@ def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: A
     assert f"test_refused.py:{after.__code__.co_firstlineno + 1}" in message
     assert code in message
     assert "\n" not in message
+    assert not COUNTER.any()
     assert model.linear.weight is weight
     assert model.training
     assert not torch.compiler.is_compiling()

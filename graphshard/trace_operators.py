@@ -1,0 +1,68 @@
+"""The ATen operators that a model's forward calls, where AOTAutograd alone would not make a graph of them.
+
+It makes in-place operators functional where it knows the tensor written to: one of the model or the batch, or made of
+such. It does not know the others a model has (a mask that is a plain attribute: a constant of the graph), nor what is
+made of those alone, until that is wrapped as it wraps its own. A view of a constant is not: it may not be written to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from graphshard.errors import UncapturableOperator
+from graphshard.trace_errors import calling_line, describe
+
+_FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
+
+
+class Operators(TorchDispatchMode):
+    """Leaves out checks, and has what is made of constants alone belong to the graph.
+
+    Args:
+        unchecked: lines of the model whose checks were left out are added to it.
+
+    Raises:
+        UncapturableOperator: one writes to a constant, which every step would have to begin with.
+    """
+
+    def __init__(self, unchecked: set[str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._unchecked = unchecked
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if _is_check(func):
+            self._unchecked.add(describe(calling_line()))
+            return None
+        mode = torch._C._get_dispatch_mode(_FUNCTIONAL)
+        known = FakeTensor if mode is None else FunctionalTensor
+        if any(not isinstance(value, known) for value in _written(func, args, kwargs or {})):
+            instead = "what it writes to has to be a buffer of the model, see register_buffer"
+            raise UncapturableOperator(str(func), describe(calling_line()), instead)
+        result = func(*args, **(kwargs or {}))
+        if mode is None or any(argument.alias_info for argument in func._schema.arguments):
+            return result
+        return tree_map_only(FakeTensor, FunctionalTensor.to_functional, result)
+
+
+def _is_check(func: Any) -> bool:
+    """Whether it gives nothing and writes nothing: a check of values (of F.one_hot, torch.linalg.inv, torch._assert),
+    which nothing in a graph could depend on."""
+    return func.namespace == "aten" and not func._schema.returns and not func._schema.is_mutable
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that the call writes to."""
+    found: list[Any] = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[index] if index < len(args) else kwargs.get(argument.name))
+    return [value for value in tree_leaves(found) if isinstance(value, Tensor)]

@@ -1,0 +1,196 @@
+"""Operators of which capture makes something else than AOTAutograd would: models that use them train as eagerly."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphshard.trace import capture
+from numerics.cases import sgd
+from numerics.reference import check_parity
+
+PLANS = ("dp1", "zero3:size=2+accum2", "pp2", "recompute:policy=full")
+WIDTH = 6
+
+
+class Model(nn.Module):
+    """Two linear layers, with ``between(self, hidden)`` behind each; ``mask`` is neither parameter nor buffer."""
+
+    def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.weight = nn.Parameter(torch.eye(WIDTH) + 0.1 * torch.randn(WIDTH, WIDTH))
+        self.mask = torch.ones(WIDTH, WIDTH, dtype=torch.bool).triu(1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.between(self, layer(x))
+        return x
+
+
+def trained(between: Callable[[Any, Tensor], Tensor], plan: str, dtype: torch.dtype = torch.float64) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Model(between), (torch.randn(16, WIDTH), torch.randn(16, WIDTH)), {}, F.mse_loss
+
+    check_parity(make, plan, sgd, dtype=dtype)
+
+
+def filled(model: Any, hidden: Tensor) -> Tensor:
+    bias = torch.zeros_like(model.mask, dtype=hidden.dtype).masked_fill_(model.mask, -1e4)
+    bias[0] += 1
+    result: Tensor = ((model.weight + bias).softmax(-1) @ hidden.t()).t()
+    return result
+
+
+def turned(model: Any, hidden: Tensor) -> Tensor:
+    return torch.exp(1j * hidden).real - (2j * hidden * torch.exp(0.5j * hidden)).imag
+
+
+def inverse(model: Any, hidden: Tensor) -> Tensor:
+    return hidden @ torch.inverse(model.weight)
+
+
+def cholesky(model: Any, hidden: Tensor) -> Tensor:
+    result: Tensor = hidden @ torch.linalg.cholesky(model.weight @ model.weight.t())
+    return result
+
+
+def solved(model: Any, hidden: Tensor) -> Tensor:
+    result: Tensor = torch.linalg.solve(model.weight, hidden.t()).t()
+    return result
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved])
+def test_layers(between: Any, plan: str) -> None:
+    trained(between, plan)
+
+
+def test_the_conjugate_of_a_number_does_not_widen_a_product() -> None:
+    trained(turned, "dp1", torch.float32)
+
+
+def one_hot_loss(out: Tensor, classes: Tensor) -> Tensor:
+    return F.l1_loss(out, F.one_hot(classes, WIDTH).to(out.dtype))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_one_hot(plan: str) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        batch = torch.randn(16, WIDTH), torch.randint(WIDTH, (16,))
+        return Model(lambda _, hidden: torch.tanh(hidden)), batch, {}, one_hot_loss
+
+    check_parity(make, plan, sgd, dtype=torch.float64)
+
+
+def test_that_values_are_not_checked_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    batch = torch.zeros(2, WIDTH), torch.zeros(2, dtype=torch.int64)
+    with caplog.at_level(logging.WARNING, "graphshard"):
+        capture(Model(inverse), one_hot_loss, batch, {}, mode="train")
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert "torch.inverse(model.weight)" in said[0] and "F.one_hot(classes, WIDTH)" in said[1]
+
+
+class Padded(nn.Module):
+    """Attention with a mask of its own, which is neither parameter nor buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out = nn.Linear(8, 3)
+        self.padding = torch.tensor([[False, False, False, True]])
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding = self.padding.expand(x.shape[0], -1).contiguous()
+        hidden, _ = self.attention(x, x, x, key_padding_mask=padding, need_weights=False)
+        result: Tensor = self.out(hidden).mean(1)
+        return result
+
+
+def test_attention_with_a_mask_that_is_a_plain_attribute() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Padded(), (torch.randn(8, 4, 8), torch.randint(3, (8,))), {}, F.cross_entropy
+
+    check_parity(make, "dp1", sgd, dtype=torch.float64, noisy=("in_proj_bias",))
+
+
+class Recurrent(nn.Module):
+    """An LSTM and a layer that reads its last output and last states."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 5)
+        self.lstm = nn.LSTM(5, 8, **options)
+        width = options.get("proj_size", 8) * (2 if options.get("bidirectional") else 1)
+        self.out = nn.Linear(width, 3)
+        self.batch_first = options.get("batch_first", False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out, (_, cell) = self.lstm(x if self.batch_first else x.transpose(0, 1))
+        last = out[:, -1] if self.batch_first else out[-1]
+        result: Tensor = self.out(last) + cell.mean()
+        return result
+
+
+def recurrent(**options: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Recurrent(**options), (torch.randn(8, 3, 5), torch.randint(3, (8,))), {}, F.cross_entropy
+
+    return make
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_lstm(plan: str) -> None:
+    check_parity(recurrent(batch_first=True), plan, sgd)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bidirectional": True, "batch_first": True}, {"num_layers": 2}, {"proj_size": 4}, {"bias": False}],
+    ids=lambda options: next(iter(options)),
+)
+def test_lstm_of_every_kind(options: dict[str, Any]) -> None:
+    compiled = check_parity(recurrent(**options), "dp1", sgd)
+    model, (x, classes), _, loss_fn = recurrent(**options)()
+    model.load_state_dict(compiled.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled.evaluate(x, classes), loss_fn(model.eval()(x), classes))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_dropout_between_recurrent_layers(kind: Any) -> None:
+    """Where all of it is dropped, the second layer sees zeros, in both: of its weights for them none is trained."""
+
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = kind(5, 4, 2, dropout=0.999999, bidirectional=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out, ends = self.layers(x)
+            result: Tensor = out.sum((0, 2)) + sum(end.sum((0, 2)) for end in (ends if kind is nn.LSTM else [ends]))
+            return result
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Layers(), (torch.randn(4, 8, 5), torch.randn(8)), {}, F.mse_loss
+
+    check_parity(make, "dp1", sgd)
+    model, (x, y), _, loss_fn = make()
+    body = capture(model, loss_fn, (x, y), {}, mode="train").program.body
+    assert [n.target for n in body.nodes()].count(torch.ops.graphshard.seed.default) == 1
+    body = capture(model, loss_fn, (x, y), {}, mode="evaluate").program.body
+    assert torch.ops.graphshard.seed.default not in {n.target for n in body.nodes()}
