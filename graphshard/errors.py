@@ -434,6 +434,23 @@ class StateMismatch(GraphshardError):
         super().__init__(f"{name}: given {given}; expected {expected}")
 
 
+class OutOfRange(GraphshardError):
+    """A finite value would be stored as an infinite one. ``largest``: the largest magnitude of those of ``name``;
+    ``dtype`` is what they are stored in, ``limit`` its largest number."""
+
+    def __init__(self, name: str, largest: float, dtype: str, limit: float) -> None:
+        wider = {"float16": "write bf16 instead of fp16, or keep it in float32", "bfloat16": "keep it in float32"}
+        right = (
+            f"{wider[dtype]}, where a parameter stays that the model reads through .float() alone"
+            if dtype in wider
+            else "give values that it holds"
+        )
+        super().__init__(
+            f"{name}: its largest magnitude, {largest:.6g}, would become infinite in {dtype}, which ends at "
+            f"{limit:.6g}; {right}"
+        )
+
+
 class UnexpectedTensor(StateMismatch):
     """A state dict holds a name that is none of the model's."""
 

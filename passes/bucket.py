@@ -219,14 +219,20 @@ class _Merge:
         return fake.tensor(value.fake_mode, [numel], value.dtype, device=value.device)
 
     def _update(self, update: _Update) -> None:
-        section, first = update.section, self.members[0]
-        if not update.inputs(first):
+        section = update.section
+        # A call that was compiled first does not tell which parameters the loss reaches: of one that it does not reach,
+        # the bucket's gradient is zero. Storage and state are updated as a whole, or not at all.
+        found = [bucket for bucket in self.members if update.inputs(bucket)]
+        if not found:
             return
+        first, others = found[0], found[1:]
+        kept = any(role is not Role.OUTPUT for role, _ in update.outputs(first))
+        assert not kept or found == self.members, f"a part of {self.merged.name} is not updated"
         own = update.own(first)
         dropped: list[fx.Node] = []
         gone: set[fx.Node] = set()
         outputs = dict(section.outputs)
-        for other in self.members[1:]:
+        for other in others:
             mapping = update.match(first, other)
             assert mapping is not None, f"the updates of {first.name} and {other.name} differ"
             for slot in update.outputs(other).values():
@@ -239,7 +245,7 @@ class _Merge:
         set_outputs(section, {renamed.get(slot, slot): node for slot, node in outputs.items()})
         for node in sorted(dropped, reverse=True):
             section.graph.erase_node(node)
-        for other in self.members[1:]:
+        for other in others:
             for node in update.inputs(other).values():
                 remove_input(section, node)
         whole = any(node.target is gs.pack.default for node in own)  # the update of a whole parameter

@@ -99,13 +99,13 @@ def _shard_body(program: Program, shardings: list[_Sharding]) -> None:
 
 
 def _shard_update(section: Section, shardings: list[_Sharding]) -> None:
-    inputs = section.input_slots
+    inputs, outputs = section.input_slots, section.outputs
     states: dict[tuple[str, int], list[Slot]] = {}
     for slot in inputs:
         if slot.role in (Role.MASTER, Role.STATE):
             states.setdefault((slot.name, slot.stage), []).append(slot)
     for sharding in shardings:
-        sharding.examine(inputs, states.get((sharding.slot.name, sharding.slot.stage), []))
+        sharding.examine(inputs, outputs, states.get((sharding.slot.name, sharding.slot.stage), []))
     # A replica of a tied weight may get all its gradient from another stage.
     active = [sharding for sharding in shardings if sharding.carry in inputs or sharding.slot in inputs]
     owners: dict[tuple[Role, str, int], _Sharding] = {}
@@ -257,15 +257,32 @@ class _Sharding:
     def _wait(self, section: Section, pending: fx.Node, record: NodeInfo) -> fx.Node:
         return call(section.graph, c10d.wait_tensor.default, (pending,), record)
 
-    def examine(self, inputs: dict[Slot, fx.Node], states: list[Slot]) -> None:
+    def examine(self, inputs: dict[Slot, fx.Node], outputs: dict[Slot, fx.Node], states: list[Slot]) -> None:
         """Find the update's operators and whether they may run on flat storage, before anything of it is rewritten."""
         self.states = states
+        self.flat_states = self._flat_states(inputs, outputs)
         own = [inputs[s] for s in (self.carry, self.slot, *self.states) if s in inputs]
         self.cone = downstream(own, stop=is_pooled)
         offending = next((n for n in self.cone if not (is_pointwise(n) or n.target in _ALLOWED)), None)
         self.elementwise = offending is None
         if offending is not None and self.zero > 0 and self.parts > 1:
             raise OptimizerNotElementwise(str(offending.target), self.slot.name)
+
+    def _flat_states(self, inputs: dict[Slot, fx.Node], outputs: dict[Slot, fx.Node]) -> set[Slot]:
+        """The states that have a value for each of the parameter's elements. Without dims a parameter's shape is also
+        that of a step count or a product of momenta: such a scalar is none whatever the gradient and the parameter
+        are, and stays one for the whole bucket, as it is for parameters with dims."""
+        shaped = {slot for slot in self.states if tuple(inputs[slot].meta["val"].shape) == self.param.shape}
+        if self.param.shape != ():
+            return shaped
+        flat = {slot for slot in shaped if slot.role is Role.MASTER}
+        while True:
+            own = [inputs[slot] for slot in (self.carry, self.slot, *flat) if slot in inputs]
+            changed = downstream(own, stop=is_pooled)
+            found = {slot for slot in shaped if outputs.get(slot) in changed}
+            if found <= flat:
+                return flat
+            flat |= found
 
     def follow_shape(self, section: Section, inputs: dict[Slot, fx.Node]) -> None:
         """What is created at the parameter's shape follows the parameter's value, which becomes flat, instead."""
@@ -305,8 +322,7 @@ class _Sharding:
             changed.append(self._reduced_gradient(section, inputs[self.carry]))
         for slot in self.states:
             old = inputs[slot]
-            whole = tuple(old.meta["val"].shape) == self.param.shape and slot.key != "step"
-            value = self._flat(old, sharded) if whole else old.meta["val"]
+            value = self._flat(old, sharded) if slot in self.flat_states else old.meta["val"]
             name = f"{self.bucket.name}.{slot.key}"
             changed.append(replace_input(section, old, self._renamed(slot), value, name))
         if self.slot in inputs:

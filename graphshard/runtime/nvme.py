@@ -51,7 +51,8 @@ class Region:
 
 
 class Disk:
-    """One process's file in the folder ``path``.
+    """One process's file in the folder ``path``. It is given back on ``close``, or when nobody holds this any more: a
+    transfer under way does.
 
     Raises:
         OffloadPath: the folder does not exist, or no file can be made there.
@@ -67,6 +68,10 @@ class Disk:
         self._staging = threading.local()
         self._under_way: set[Future[None]] = set()
         self._streams = streams_of(device)
+        # The last to hold this may be a thread of the pool, at the end of its transfer, or the garbage collector
+        # anywhere: so nothing is waited for. The threads end with the pool.
+        self._give_back = weakref.finalize(self, _give_back, self._file)
+        self._give_back.atexit = False  # the kernel does it
 
     def describe(self) -> str:
         """How it is accessed."""
@@ -118,8 +123,7 @@ class Disk:
     def close(self) -> None:
         """Give the file back when what is on its way has ended."""
         self._pool.shutdown()
-        with suppress(OSError):
-            os.close(self._file)
+        self._give_back()
 
     def _grow(self, nbytes: int) -> None:
         if not nbytes:
@@ -237,6 +241,11 @@ class Pieces:
         self.held.moved = None
         for future in self.futures:
             future.result()
+
+
+def _give_back(file: int) -> None:
+    with suppress(OSError):  # nobody wants what it could not write
+        os.close(file)
 
 
 def _memory(piece: Tensor) -> memoryview:

@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from graphshard.errors import StateMismatch
+from graphshard.errors import OutOfRange, StateMismatch
 from graphshard.execution import ExecutionPlan, TensorType, slot_ref
 from graphshard.loss_scaling import SKIPPED, initial
 from graphshard.program import Bucket, Param, Role, Slot
@@ -31,6 +31,10 @@ class _Place:
     @property
     def stage(self) -> int:
         return self.slot.stage
+
+
+_Piece = tuple[_Place, Members, Mapping[str, Tensor]]
+"""What to write somewhere: values by name."""
 
 
 class Storage:
@@ -56,6 +60,7 @@ class Storage:
 
         Raises:
             OffloadSpace, OffloadPath: there is no room for what it offloads to files.
+            OutOfRange: it reads a buffer in a type that does not hold its values.
         """
         self.executor.reserve(plan)
         self.params |= plan.params
@@ -69,8 +74,8 @@ class Storage:
                 if (home := plan.stages[stage].homes.get(slot_ref(slot))) is not None:
                     self._homes[here] = home
         late = [place for place in self._places(Role.BUFFER) if place.slot.name in self._unplaced]
-        for place in late:
-            self._write(place, ((place.slot.name, -1),), self._unplaced)
+        for piece in _fitting((place, ((place.slot.name, -1),), self._unplaced) for place in late):
+            self._write(*piece)
         for place in late:
             self._unplaced.pop(place.slot.name, None)
 
@@ -98,11 +103,12 @@ class Storage:
 
         Raises:
             StateMismatch: one is missing or has another shape; nothing is stored then.
+            OutOfRange: one has finite values that are infinite in the type that it is stored in; likewise.
         """
         for name, param in self.params.items():
             _expect(name, tensors.get(name), param.shape)
         masters = [(place, self._members(place)) for place in self._sharded_places(Role.MASTER)]
-        self._replace((place, members, tensors) for place, members in [*self._param_places(), *masters])
+        self._replace(_fitting((place, members, tensors) for place, members in [*self._param_places(), *masters]))
 
     def _param_places(self) -> Iterator[tuple[_Place, Members]]:
         """Each stored piece of parameters with its members."""
@@ -136,11 +142,12 @@ class Storage:
 
         Raises:
             StateMismatch: one has another shape; nothing is stored then.
+            OutOfRange: as for :meth:`write_params`.
         """
         places = [place for place in self._places(Role.BUFFER) if place.slot.name in tensors]
         for place in places:
             _expect(place.slot.name, tensors.get(place.slot.name), place.kind.shape)
-        self._replace((place, ((place.slot.name, -1),), tensors) for place in places)
+        self._replace(_fitting((place, ((place.slot.name, -1),), tensors) for place in places))
         placed = {place.slot.name for place in places}
         self._unplaced |= {n: value.detach().clone() for n, value in tensors.items() if n not in placed}
 
@@ -165,6 +172,7 @@ class Storage:
         Raises:
             StateMismatch: a parameter's state is missing, has another shape, or a scalar that differs within a bucket;
                 nothing is stored then.
+            OutOfRange: as for :meth:`write_params`.
         """
         places = list(self._sharded_places(Role.STATE))
         updated = {name for place in places for name, _ in self._members(place)}
@@ -177,6 +185,8 @@ class Storage:
             if scalar and any(tensors[n][key].item() != tensors[members[0][0]][key].item() for n, _ in members):
                 names = ", ".join(name for name, _ in members)
                 raise StateMismatch(f"state {key} of {names}", "different values", "one: they are stored together")
+        fresh = [(place, self._members(place)) for place in places] if tensors else []
+        pieces = _fitting((at, on, {name: tensors[name][at.slot.key] for name, _ in on}) for at, on in fresh)
         self._idle = {
             name: {key: value.detach().clone() for key, value in state.items()}
             for name, state in tensors.items()
@@ -186,8 +196,7 @@ class Storage:
             for ref in [ref for ref in store if ref.name.startswith(f"{Role.STATE}:")]:
                 del store[ref]
         self.executor.state_keys = frozenset(place.slot.key for place in places if tensors)
-        pieces = [(place, self._members(place)) for place in places] if tensors else []
-        self._replace((place, on, {name: tensors[name][place.slot.key] for name, _ in on}) for place, on in pieces)
+        self._replace(pieces)
 
     def _sharded_places(self, role: Role) -> Iterator[_Place]:
         """Of masters or optimizer state: sharded, if their shape says so."""
@@ -240,9 +249,8 @@ class Storage:
         shape = self.params[name].shape
         return flat.clone() if at < 0 else flat.reshape(-1)[at : at + self.params[name].numel].view(shape).clone()
 
-    def _replace(self, pieces: Iterable[tuple[_Place, Members, Mapping[str, Tensor]]]) -> None:
+    def _replace(self, pieces: list[_Piece]) -> None:
         """Write values that belong together; where one of them fails, those that are not written are lost."""
-        pieces = list(pieces)
         for place, _, _ in pieces:
             self.executor.lose(slot_ref(place.slot), place.stage)
         for place, members, tensors in pieces:
@@ -274,3 +282,28 @@ def _expect(name: str, given: Tensor | None, shape: tuple[int, ...]) -> None:
         raise StateMismatch(name, "nothing", f"a tensor of shape {list(shape)}")
     if tuple(given.shape) != shape:
         raise StateMismatch(name, f"shape {list(given.shape)}", f"shape {list(shape)}")
+
+
+def _fitting(pieces: Iterable[_Piece]) -> list[_Piece]:
+    """``pieces``, of which no finite value becomes infinite. All ranks look at all of them, and so refuse alike."""
+    found = list(pieces)
+    for place, members, tensors in found:
+        for name, _ in members:
+            key = f"state {place.slot.key} of " if place.slot.role is Role.STATE else ""
+            _expect_range(f"{key}{name}", tensors[name].detach(), place.kind.dtype)
+    return found
+
+
+def _expect_range(name: str, value: Tensor, dtype: torch.dtype) -> None:
+    if not (value.is_floating_point() and dtype.is_floating_point and value.numel()):
+        return
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(value.dtype).max:
+        return
+    low, high = value.aminmax()  # makes no copy of it, and is NaN if anything is
+    largest = torch.maximum(-low, high)
+    if not largest.isfinite():  # what is infinite or NaN already stays so
+        finite = value[value.isfinite()]
+        largest = finite.abs().max() if finite.numel() else torch.zeros_like(largest)
+    if largest.to(dtype).isinf():  # a little beyond the limit it is rounded to that
+        raise OutOfRange(name, largest.item(), str(dtype).removeprefix("torch."), limit)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import graphshard
-from graphshard.errors import NothingToLower
+from graphshard.errors import NothingToLower, OutOfRange
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context
 from graphshard.program import Program
@@ -283,6 +283,77 @@ def test_a_frozen_parameter_has_no_master() -> None:
     assert torch.equal(compiled.state_dict()["0.weight"], rounded)
     masters = {slot.name for slot in compiled.execution_plan.reads[0] if slot.role == "master"}
     assert masters == {"1"}
+
+
+# Values that a type does not hold
+
+
+class Ranged(nn.Module):
+    """One of its parameters is large."""
+
+    def __init__(self, large: float, trained: bool = False, cast: bool = False) -> None:
+        super().__init__()
+        self.a, self.cast = nn.Linear(4, 4), cast
+        self.scale = nn.Parameter(torch.tensor([1.0, -large, 0.0, 2.0]), requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale.float() if self.cast else self.scale
+        result: Tensor = self.a(x) + x * (scale / 1e6)
+        return result
+
+
+def ranged(model: nn.Module, plan: str, **options: Any) -> graphshard.Compiled:
+    optimizer = partial(torch.optim.SGD, lr=0.1)
+    options |= {"loss_fn": F.mse_loss, "optimizer": optimizer, "executor": "local"}
+    compiled = graphshard.compile(model, plan, **options)
+    compiled.trace(torch.ones(4, 4), torch.ones(4, 4))
+    return compiled
+
+
+OUT_OF_RANGE = "scale: its largest magnitude, 100000, would become infinite in float16, which ends at 65504; write bf16"
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("plan", ["dp1+fp16", "zero3:size=2+pp2:microbatches=2+fp16"])
+def test_a_parameter_that_float16_does_not_hold_is_refused_before_anything_is_stored(plan: str, trained: bool) -> None:
+    with pytest.raises(OutOfRange, match=OUT_OF_RANGE):
+        ranged(Ranged(1e5, trained), plan).step(torch.ones(4, 4), torch.ones(4, 4))
+    compiled = ranged(Ranged(65510.0, trained), plan)  # which is rounded to the largest
+    before = compiled.state_dict()
+    if not trained:
+        assert before["scale"].tolist() == [1.0, -65504.0, 0.0, 2.0]
+    for other in (float("nan"), float("inf"), 0.0):
+        values = torch.tensor([1e5, other, 0.0, 2.0])
+        with pytest.raises(OutOfRange, match=OUT_OF_RANGE):
+            compiled.load_state_dict({name: value + 1 for name, value in before.items()} | {"scale": values})
+        assert all(torch.equal(before[name], value) for name, value in compiled.state_dict().items())
+    already = torch.tensor([float("-inf"), 1.0, float("inf"), 2.0])
+    compiled.load_state_dict(before | {"scale": already})
+    assert torch.equal(compiled.state_dict()["scale"], already)
+
+
+def test_what_an_init_function_makes_is_looked_at_too() -> None:
+    def init(model: nn.Module) -> None:
+        model.load_state_dict(Ranged(1e5).state_dict())
+
+    with torch.device("meta"):
+        model = Ranged(1.0)
+    with pytest.raises(OutOfRange, match=OUT_OF_RANGE):
+        ranged(model, "dp1+fp16", init=init, device="cpu").state_dict()
+
+
+@pytest.mark.parametrize(("plan", "cast"), [("dp1+bf16", False), ("dp1+fp16", True)])
+def test_what_holds_it_is_as_the_error_says(plan: str, cast: bool) -> None:
+    compiled = ranged(Ranged(1e5, cast=cast), plan)
+    assert compiled.step(torch.ones(4, 4), torch.ones(4, 4)).isfinite()
+    found = compiled.state_dict()["scale"][1].item()
+    assert found == (-1e5 if cast else torch.tensor(-1e5).bfloat16().item())
+
+
+def test_a_float32_model_refuses_what_only_float64_holds() -> None:
+    compiled = ranged(Ranged(1.0), "dp1")
+    with pytest.raises(OutOfRange, match=r"in float32, which ends at 3\.40282e\+38; give values that it holds"):
+        compiled.load_state_dict(compiled.state_dict() | {"scale": torch.full((4,), 1e39, dtype=torch.float64)})
 
 
 # Parameters that are in another precision already

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -237,3 +238,45 @@ def test_a_resumed_run_draws_the_numbers_of_the_uninterrupted_one() -> None:
     losses = [whole.step(x, y).item() for _ in range(3)]
     assert [again.step(x, y).item() for _ in range(3)] == losses
     assert len({resumed.step(x, y).item() for _ in range(3)}) == 3 and resumed.optimizer.state_dict()["steps"] == 5
+
+
+class Scaled(nn.Module):
+    """Has a parameter without dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 3)
+        self.t = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.a(x) * self.t
+        return result
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.ASGD])
+@pytest.mark.parametrize("plan", ["dp1", "zero1", "zero3", "dp1+fp16:init_scale=256"])
+def test_scalar_state_of_a_parameter_without_dims(plan: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    """NAdam's product of momenta and ASGD's rates are one number, not a value for each element."""
+    torch.manual_seed(0)
+    eager, x, y = Scaled(), torch.randn(8, 4), torch.randn(8, 3)
+    if "fp16" not in plan:
+        eager, x, y = eager.double(), x.double(), y.double()
+    options: dict[str, Any] = {"loss_fn": F.mse_loss, "optimizer": optimizer, "executor": "local"}
+    world_size = None if plan.startswith("dp1") else 2
+    first, then = (graphshard.compile(copy.deepcopy(eager), plan, world_size=world_size, **options) for _ in range(2))
+    used = optimizer(eager.parameters())
+    for _ in range(3):
+        used.zero_grad()
+        F.mse_loss(eager(x), y).backward()
+        used.step()
+    first.step(x, y)
+    state, moments = first.state_dict(), first.optimizer.state_dict()
+    assert {item.shape for item in moments["state"]["t"].values()} == {torch.Size(())}
+    then.trace(x, y)
+    then.load_state_dict(state)
+    then.optimizer.load_state_dict(moments)
+    for _ in range(2):
+        then.step(x, y)
+    tolerance = 2e-3 if "fp16" in plan else 1e-9
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(then.state_dict()[name], value, rtol=tolerance, atol=tolerance)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from graphshard.errors import NoValue, StateMismatch, StuckPlan
+from graphshard.errors import NoValue, OutOfRange, StateMismatch, StuckPlan
 from graphshard.execution import ExecutionPlan, Instruction, Op, StagePlan
 from graphshard.mesh import Mesh
 from graphshard.runtime import executor as executor_module
@@ -191,6 +191,17 @@ def test_state_is_read_and_written_in_full() -> None:
     assert not again.state_keys
     one_step(again, smaller, 1)
     assert not torch.equal(params_then["w0"], other.read_params()["w0"])  # momentum made the difference
+
+
+def test_state_out_of_range_is_refused_before_anything_is_stored() -> None:
+    plan = two_stages(2)
+    executor, storage = start(plan)
+    one_step(executor, plan)
+    before = storage.read_state()
+    wide = {name: {"momentum": torch.full((4, 4), 1e39, dtype=torch.float64)} for name in before}
+    with pytest.raises(OutOfRange, match=r"state momentum of w0: its largest magnitude, 1e\+39, would become infinite"):
+        storage.write_state(wide)
+    assert all(torch.equal(before[name]["momentum"], storage.read_state()[name]["momentum"]) for name in before)
 
 
 def test_wrong_tensors_are_refused_before_anything_is_stored() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import gc
 import mmap
 import os
 import re
@@ -172,6 +173,63 @@ def test_room_is_made_before_it_is_needed(tmp_path: Path) -> None:
     disk.reserve({3 * ALIGN: 4})
     kept = [disk.allocate(n) for n in (3 * ALIGN, 3 * ALIGN - 1, 10, 1)]
     assert os.fstat(disk._file).st_size == free and len({region.offset for region in kept}) == 4
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], threading.Event]:
+    """What says when a file is closed, by whichever thread."""
+    events: dict[int, threading.Event] = {}
+    close = os.close
+
+    def closing(file: int) -> None:
+        close(file)
+        if file in events:
+            events[file].set()
+
+    monkeypatch.setattr(os, "close", closing)
+    return lambda file: events.setdefault(file, threading.Event())
+
+
+def test_a_file_is_given_back_when_nobody_holds_it(tmp_path: Path, closed: Callable[[int], threading.Event]) -> None:
+    disk, value = Disk(str(tmp_path), CPU), torch.rand(PIECE)
+    given_back, region = closed(disk._file), disk.allocate(value.nbytes)
+    disk.write(value, region).wait()
+    found = disk.empty(type_of(value))
+    under_way = disk.read(region, found)
+    del disk
+    under_way.wait()  # which still has it
+    assert given_back.wait(10.0)
+    assert torch.equal(found, value)
+    del region
+
+
+def test_a_file_is_given_back_once(tmp_path: Path, closed: Callable[[int], threading.Event]) -> None:
+    """Its number may be another one's by then."""
+    disk = Disk(str(tmp_path), CPU)
+    given_back = closed(disk._file)
+    disk.close()
+    assert given_back.is_set()
+    given_back.clear()
+    other = os.open(tmp_path, os.O_RDONLY)
+    disk.close()
+    del disk
+    os.fstat(other)
+    assert not given_back.is_set()
+    os.close(other)
+
+
+def test_the_file_of_a_compiled_model_goes_with_it(tmp_path: Path, closed: Callable[[int], threading.Event]) -> None:
+    plan = f"zero3:size=1+offload:optimizer=nvme,params=nvme,path={tmp_path}"
+    options: dict[str, Any] = {"loss_fn": nn.functional.mse_loss, "optimizer": torch.optim.Adam, "executor": "local"}
+    compiled = graphshard.compile(nn.Linear(600, 600), plan, **options)
+    compiled.step(torch.randn(4, 600), torch.randn(4, 600))
+    assert compiled._runtime is not None
+    given_back, values = closed(compiled._runtime.homes.disk._file), compiled.state_dict()
+    kept = {name: value.clone() for name, value in values.items()}
+    del compiled
+    gc.collect()
+    assert given_back.wait(10.0)
+    assert all(torch.equal(values[name], kept[name]) for name in kept)
 
 
 def test_nothing_has_a_name(tmp_path: Path, disk: Disk) -> None:
