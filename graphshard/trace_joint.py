@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from graphshard import fake
 from graphshard.errors import GraphshardError
@@ -51,6 +50,9 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
     Raises:
         GraphshardError: the subclass that names what cannot be captured, with the line of the model.
     """
+    # With it comes TorchDynamo: two seconds that who captures nothing need not wait.
+    from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
     step = Step(request, tensors)
     with capturing(request.model, request.train, request.lower), contextlib.ExitStack() as stack:
         try:
