@@ -3,7 +3,8 @@
 Every rung gives up one more thing, in the order of what a byte less costs, in FLOPs per step:
 
 - the reduction and the gather of a sharded bucket happen per micro-batch instead of once (reshard);
-- values of a block are computed again in the backward, by a minimum cut at a higher price (saving.py);
+- values of a block are computed again in the backward, by a minimum cut at a higher price (saving.py); beside the cuts,
+  where they stand by what they cost, are policies with a name, whose peaks fall between those of the cuts or below;
 - optimizer state of a bucket, what a block keeps for the backward, and parameters of a bucket leave the device, each
   for the nearest home that has room. A block whose values leave computes nothing again.
 
@@ -13,20 +14,21 @@ What is recomputed or moved for every micro-batch saves memory for each one in f
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
-from graphshard.analysis import FLOPS_PER_SENT_BYTE, nbytes
+from graphshard.analysis import FLOPS_PER_SENT_BYTE, cost, nbytes
 from graphshard.blocks import stages_of
 from graphshard.codegen.schedule import Schedule
 from graphshard.footprint import STORED
 from graphshard.homes import homes
 from graphshard.passes.hoist import hoistable_bytes
 from graphshard.program import Program, Role, Slot, val
-from graphshard.saving import PRICES, Ladder, Rung, saved_bytes
+from graphshard.saving import POLICIES, PRICES, Ladder, Rung, saved_bytes
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Setting:
 
     level: int = 0  # of saving.Rung
     blocks: int = 0
+    policy: str = ""  # of saving.POLICIES, in place of the cut
     hoist_bytes: int = 0
     activations: tuple[str, ...] = ()  # homes of what blocks keep, from the first one on; the others' stays
     optimizer: tuple[tuple[str, str], ...] = ()  # (bucket, home) of state that leaves the device
@@ -103,7 +106,7 @@ class _Stage:
         self.is_last = stage == stages_of(program)[-1]
         self.microbatches, self.in_flight = schedule.microbatches, schedule.in_flight(position)
         self.cuts = Ladder(program, stage)
-        self._kept: dict[Rung, list[int]] = {}
+        self._kept: dict[tuple[Rung, str], list[int]] = {}
         self._all_kept = saved_bytes(self.cuts, set())
         self.state: dict[str, int] = {}
         self.stored: dict[str, int] = {}
@@ -123,10 +126,15 @@ class _Stage:
         setting = Setting(hoist_bytes=sum(gathers + reductions))
         changes = [*self._recompute(), *self._reshard(gathers, reductions), *self._offload()]
         steps = [self._step(setting)]
+        least = steps[0].held_bytes
         for _, give_up in sorted(changes, key=lambda change: change[0]):
-            setting = give_up(setting)
-            step = self._step(setting)
-            if step.held_bytes < steps[-1].held_bytes:  # else it costs something and holds no less
+            step = self._step(give_up(setting))
+            if step.setting.policy:  # tried in place of the cut, from which the others go on
+                steps.append(step)
+                continue
+            setting = step.setting
+            if step.held_bytes < least:  # else it costs something and holds no less
+                least = step.held_bytes
                 steps.append(step)
         if self.levers.activations and (setting.level or setting.blocks):
             # What is computed again is held for a while: the peak may be smaller without.
@@ -134,11 +142,12 @@ class _Stage:
         return steps
 
     def _step(self, setting: Setting) -> Step:
-        rung = Rung(setting.level, setting.blocks)
-        if rung not in self._kept:
-            self._kept[rung] = saved_bytes(self.cuts, self.cuts.recomputed(rung))
+        key = rung, policy = Rung(setting.level, setting.blocks), setting.policy
+        if key not in self._kept:
+            again = self.cuts.named(policy) if policy else self.cuts.recomputed(rung)
+            self._kept[key] = saved_bytes(self.cuts, again)
         stays = self._count() if self.levers.activations_leave else len(setting.activations)
-        held = sum(self._kept[rung][stays:]) * self.in_flight + setting.hoist_bytes
+        held = sum(self._kept[key][stays:]) * self.in_flight + setting.hoist_bytes
         held += sum(size for name, size in self.state.items() if name not in dict(setting.optimizer))
         held += sum(size for name, size in self.stored.items() if name not in dict(setting.params))
         return Step(setting, held)
@@ -149,8 +158,26 @@ class _Stage:
         dearest = 2 * homes[-1].flops_per_byte if homes else PRICES[-1]
         repeats = self.microbatches / self.in_flight
         rungs = self.cuts.rungs[1:] if self.levers.recompute else []
-        cheap = [rung for rung in rungs if PRICES[rung.level - 1] <= dearest]
-        return [(PRICES[r.level - 1] * repeats, partial(replace, level=r.level, blocks=r.blocks)) for r in cheap]
+        changes: list[Change] = []
+        policies = self._policies(rungs)
+        for place in range(len(rungs) + 1):
+            if place:
+                rung = rungs[place - 1]
+                changes.append((PRICES[rung.level - 1], partial(replace, level=rung.level, blocks=rung.blocks)))
+            price = PRICES[-1] if place == len(rungs) else changes[-1][0] if changes else 0
+            changes += [(price, partial(replace, level=0, blocks=0, policy=policy)) for policy in policies[place]]
+        return [(price * repeats, change) for price, change in changes if price <= dearest]
+
+    def _policies(self, rungs: list[Rung]) -> dict[int, list[str]]:
+        """The policies that differ from the cuts, each by how many of ``rungs`` take no more time than it does."""
+        found: dict[int, list[str]] = defaultdict(list)
+        for policy in POLICIES if rungs else ():
+            again = self.cuts.named(policy)
+            place = bisect_right(rungs, self.cuts.spent(again), key=lambda r: self.cuts.spent(self.cuts.recomputed(r)))
+            before = self.cuts.recomputed(rungs[place - 1]) if place else set()
+            if any(cost(node) for node in self.cuts.repeated(again) ^ self.cuts.repeated(before)):
+                found[place].append(policy)
+        return found
 
     def _reshard(self, gathers: list[int], reductions: list[int]) -> list[Change]:
         """As hoist does it: gathers come first, so that reductions, which cost less, go first."""

@@ -156,11 +156,13 @@ class _Search:
         return self.before + self._with(rungs)
 
     def _first_fit(self, stage: int) -> int:
+        ladder = self.ladders[stage]
+        policies = {rung for rung, step in enumerate(ladder) if step.setting.policy}
         peaks: dict[int, float] = {}  # other stages should make no difference; if they do, the larger one counts
         for rungs, uses in self.seen.items():
             peak = math.inf if uses is None else uses[stage].peak_bytes
             peaks[rungs[stage]] = max(peaks.get(rungs[stage], 0), peak)
-        return first_fit([step.held_bytes for step in self.ladders[stage]], self.budget.nbytes, peaks)
+        return first_fit([step.held_bytes for step in ladder], self.budget.nbytes, peaks, policies)
 
     def _refuse(self, stage: int, rung: int, use: MemoryUse) -> NoReturn:
         largest = sorted(use.at_peak.items(), key=lambda item: -item[1])[:3]
@@ -179,7 +181,8 @@ def with_settings(item: Pass, chosen: list[Setting], levers: Levers) -> Pass:
     if isinstance(item, MemoryPolicy):
         if levers.recompute:
             levels, blocks = tuple(s.level for s in chosen), tuple(s.blocks for s in chosen)
-            item = replace(item, policy="cut", levels=levels, blocks=blocks)
+            instead = tuple(s.policy or "cut" for s in chosen) if any(s.policy for s in chosen) else ()
+            item = replace(item, policy="cut", levels=levels, blocks=blocks, instead=instead)
         if levers.activations:
             near = levers.activations[0].home
             leaving = [s.activations.count(near) for s in chosen]

@@ -18,9 +18,10 @@ import networkx as nx
 import torch
 from torch import fx
 
-from graphshard.analysis import FLOPS_PER_BYTE, cost, is_random, nbytes
+from graphshard.analysis import FLOPS_PER_BYTE, cost, has_products, is_random, nbytes
 from graphshard.blocks import blocks, boundaries, forward_of, root, shows_another
 from graphshard.communication import communicates
+from graphshard.dataflow import is_getitem
 from graphshard.program import Phase, Program, info, val
 from graphshard.rows import Space, common, space
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 PRICES = tuple(int(1.5 * 2 ** (k / 2)) for k in range(1, 36))
 """What a byte that is kept may cost, in FLOPs, ascending: from less than reading it once to more than any product."""
+
+
+POLICIES = ("selective", "full", "all")
+"""What may be computed again without a price: of a block all but products and attention, or all; or all there is."""
 
 
 def is_required(node: fx.Node) -> bool:
@@ -100,6 +105,31 @@ class Ladder:
         for index in range(len(self.members)):
             found |= self.choice(index, rung.level if index < rung.blocks else max(rung.level - 1, 0))
         return found
+
+    def named(self, policy: str) -> set[fx.Node]:
+        """The operations that one of POLICIES computes again."""
+        again = {node for node in forward_of(self.program, self.stage) if can_repeat(node)}
+        if policy != "all":
+            again -= self.kept
+        return {node for node in again if not _is_dear(node)} if policy == "selective" else again
+
+    def repeated(self, again: set[fx.Node]) -> set[fx.Node]:
+        """What a backward that may repeat ``again`` does repeat."""
+        return divide(forward_of(self.program, self.stage), again)[1]
+
+    def spent(self, again: set[fx.Node]) -> float:
+        """What a backward that may repeat ``again`` spends on it, in FLOPs, as the cuts count it."""
+        repeated = self.repeated(again)
+        total = 0.0
+        for network, members in zip(self._networks, self.members, strict=True):
+            inside = {index for index, node in enumerate(members) if node in repeated}
+            for index in inside:
+                time = network.time[index]
+                total += cost(members[index]) if time is None else time
+            total += sum(
+                read for (source, reader), read in network.reads.items() if reader in inside and source not in inside
+            )
+        return total
 
     def choice(self, index: int, level: int) -> frozenset[fx.Node]:
         """What is computed again of a block at a level; level 0 is nothing."""
@@ -186,6 +216,11 @@ class _Network:
 def _edge(graph: _Graph, start: object, end: object, capacity: int | None) -> None:
     """None: infinite."""
     graph.add_edge(start, end, **({} if capacity is None else {"capacity": capacity}))
+
+
+def _is_dear(node: fx.Node) -> bool:
+    """Whether the value is the result of matrix products."""
+    return has_products(node.all_input_nodes[0] if is_getitem(node) else node)
 
 
 def _fused(node: fx.Node, where: Space) -> bool:

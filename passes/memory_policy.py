@@ -2,7 +2,8 @@
 
 ``full``: of each module block, only what enters it is kept (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
 Cost"). ``selective``: results of matrix products and attention, which are dear, are kept too. ``custom``: what the
-patterns name is computed again. ``cut``: a minimum cut at a price per byte; see saving.py. What enters a block is kept
+patterns name is computed again. ``cut``: a minimum cut at a price per byte, or for some stages another policy
+``instead``, as the planner found it; see saving.py. What enters a block is kept
 by all, unless ``custom`` names operators: else more than one block would be computed again at a time.
 """
 
@@ -16,13 +17,13 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from graphshard.analysis import has_products, nbytes
-from graphshard.blocks import blocks, boundaries, forward_of, stages_of
+from graphshard.analysis import nbytes
+from graphshard.blocks import blocks, forward_of, stages_of
 from graphshard.dataflow import is_getitem
 from graphshard.errors import NothingMatches, PassOptionError
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, Phase, Program, info, set_info, val
-from graphshard.saving import Ladder, Rung, can_repeat, divide, storages
+from graphshard.saving import POLICIES, Ladder, Rung, can_repeat, divide, storages
 
 _OFFLOADED_BYTES = 4096
 """Smaller values than a page are not worth a transfer."""
@@ -33,6 +34,7 @@ class MemoryPolicy:
     """Tag forward operations.
 
     ``levels`` and ``blocks``, for ``cut``: a rung of the ladder for each stage; the last one is for the stages left.
+    ``instead``: for each stage what takes the place of the cut, ``full``, ``selective`` or ``all``; or ``cut``.
     ``offload_activations``: what is kept goes out of the device between forward and backward; ``offload_blocks``: of
     the first blocks alone, so many for each stage; ``file_blocks``: of so many behind those it goes to a file.
     """
@@ -42,6 +44,7 @@ class MemoryPolicy:
     ops: tuple[str, ...] = ()
     levels: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
+    instead: tuple[str, ...] = ()
     offload_activations: bool = False
     offload_blocks: tuple[int, ...] = ()
     file_blocks: tuple[int, ...] = ()
@@ -55,6 +58,9 @@ class MemoryPolicy:
             raise PassOptionError(self.name, "policy=custom", "modules= or ops= with it")
         if self.policy == "cut" and not (self.levels and self.blocks):
             raise PassOptionError(self.name, "policy=cut", "levels= and blocks= with it")
+        for policy in self.instead:
+            if policy not in ("cut", *POLICIES):
+                raise PassOptionError(self.name, f"instead={policy}", "cut, full, selective or all")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:
@@ -106,18 +112,16 @@ class MemoryPolicy:
         """What the backward of a stage computes again."""
         if not self.policy:
             return ()
+        ladder = Ladder(program, stage)
         if self.policy == "cut":
+            policy = self.instead[min(position, len(self.instead) - 1)] if self.instead else "cut"
             rung = Rung(_of_stage(self.levels, position), _of_stage(self.blocks, position))
-            return Ladder(program, stage).recomputed(rung)
+            return ladder.recomputed(rung) if policy == "cut" else ladder.named(policy)
+        if self.policy in POLICIES:
+            return ladder.named(self.policy)
         forward = [node for node in forward_of(program, stage) if can_repeat(node)]
-        if self.policy == "custom" and self.ops:  # named one by one
-            return [node for node in forward if self._named(node)]
-        kept = boundaries(program, blocks(forward_of(program, stage)))
-        if self.policy == "custom":
-            return [node for node in forward if node not in kept and self._named(node)]
-        if self.policy == "selective":
-            kept |= {node for node in forward if _is_dear(node)}
-        return [node for node in forward if node not in kept]
+        kept = set() if self.ops else ladder.kept  # operators are named one by one
+        return [node for node in forward if node not in kept and self._named(node)]
 
     def _leaving(self, block_of: dict[fx.Node, int], position: int, last: bool) -> tuple[int, int]:
         """What is kept of the blocks before the second number goes out of the device, from the first one on to a
@@ -152,8 +156,3 @@ def _operator(node: fx.Node) -> str:
 def _of_stage(given: tuple[int, ...], position: int) -> int:
     """One for each stage, the last one for the stages left."""
     return given[min(position, len(given) - 1)] if given else 0
-
-
-def _is_dear(node: fx.Node) -> bool:
-    """Whether the value is the result of matrix products."""
-    return has_products(node.all_input_nodes[0] if is_getitem(node) else node)

@@ -42,7 +42,8 @@ class Meter(ABC):
 
     @abstractmethod
     def begin(self, held: Iterable[tuple[Tensor, str]]) -> None:
-        """A step begins, in which the rank holds these values, each with its category."""
+        """A step begins, in which the rank holds these values, each with its category. What else is alive of earlier
+        steps and calls is the user's, such as outputs, and does not count."""
 
     @abstractmethod
     def running(self, watched: bool) -> AbstractContextManager[object]:
@@ -69,7 +70,7 @@ class LiveStorages(Meter):
         self._recorder = _Recorder(self)
 
     def begin(self, held: Iterable[tuple[Tensor, str]]) -> None:
-        self.rows = []
+        self.rows, self._live, self._known = [], {}, {}  # nobody follows a storage whose weak reference is gone
         for value, category in held:
             self.saw(value, category)
 

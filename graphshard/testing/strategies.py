@@ -42,7 +42,13 @@ _OPTIMIZERS: dict[str, Factory | None] = {
 }
 
 
-_POLICIES = ("policy=full", "policy=selective", "policy=cut,levels=20,blocks=1", "policy=full,offload_activations=True")
+_POLICIES = (
+    "policy=full",
+    "policy=selective",
+    "policy=cut,levels=20,blocks=1",
+    "policy=cut,levels=20,blocks=1,instead=all",
+    "policy=full,offload_activations=True",
+)
 
 
 @st.composite

@@ -77,7 +77,26 @@ def test_values_that_live_from_step_to_step_are_known_again() -> None:
     with meter.running(watched=True):
         pass
     meter.ran([])
-    assert meter.rows == [{"workspace": 0, "optimizer state": 1024}]
+    assert meter.rows == [{"optimizer state": 1024}]
+
+
+def test_what_was_handed_out_before_a_step_is_not_the_steps() -> None:
+    """An evaluation leaves an output to its caller and a statistic to the rank, both of which outlive it."""
+    meter = LiveStorages()
+    meter.begin([])
+    with meter.running(watched=True):
+        output, statistic = KB.clone(), KB.clone()
+    meter.ran([(statistic, "parameters")])
+    meter.begin([(statistic, "parameters")])
+    with meter.running(watched=True):
+        made = KB.clone()
+        del output  # whoever kept it may let it go at any time
+    meter.ran([])
+    with meter.running(watched=True):
+        del made
+    meter.ran([])
+    assert [sum(row.values()) for row in meter.rows] == [2048, 2048]
+    assert meter.rows[0] == {"parameters": 1024, "workspace": 1024}
 
 
 def test_the_peak_is_the_fullest_instruction() -> None:

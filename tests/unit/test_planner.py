@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.optim import AdamW
 
 import graphshard
@@ -18,6 +19,7 @@ from graphshard.compile import offload_folder
 from graphshard.errors import BudgetTooSmall, NothingMatches, PassOptionError
 from graphshard.ladders import ladders
 from graphshard.offloaded import offloaded_bytes
+from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.pipeline import Context, parse_passes, run_passes
 from graphshard.plan import Plan
 from graphshard.planner import levers_of
@@ -92,8 +94,54 @@ def test_what_a_stage_has_to_do_depends_on_what_it_holds() -> None:
     free = peaks(compiled(plan, depth=4))
     made = compiled(f"{plan}+recompute:policy=auto,budget_gb={sorted(free)[-2] / 1e9!r}", depth=4)
     (policy,) = (item for item in made.passes if item.name == "memory-policy")
-    assert [level > 0 for level in policy.levels] == [peak == max(free) for peak in free]  # type: ignore[attr-defined]
+    assert isinstance(policy, MemoryPolicy)
+    instead = policy.instead or ("cut",) * 4
+    acts = [level > 0 or name != "cut" for level, name in zip(policy.levels, instead, strict=True)]
+    assert acts == [peak == max(free) for peak in free]
     assert "memory-policy (policy=cut,levels=" in made.explain()
+
+
+def flops(made: graphshard.Compiled) -> float:
+    total: float = sum(rank["flops"] for rank in made.report()["ranks"])
+    return total
+
+
+@pytest.mark.parametrize("plan", ["accum2", "pp2"])
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_no_policy_with_a_name_costs_less_at_its_peak_than_what_is_chosen(plan: str, policy: str) -> None:
+    named = compiled(f"{plan}+recompute:policy={policy}")
+    chosen = compiled(f"{plan}+recompute:policy=auto,budget_gb={max(peaks(named)) / 1e9!r}")
+    assert max(peaks(chosen)) <= max(peaks(named)) and flops(chosen) <= flops(named)
+
+
+class FrozenEnd(nn.Module):
+    """What is frozen needs no gradients of parameters, so that little but what enters its blocks is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.h = nn.ModuleList(
+            nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.LayerNorm(256), nn.Linear(256, 64)) for _ in range(4)
+        )
+        self.end = nn.Linear(64, 4)
+        for module in (self.h[2], self.h[3], self.end):
+            module.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.h:
+            x = x + block(x)
+        result: torch.Tensor = self.end(x)
+        return result
+
+
+def test_no_budget_is_refused_that_computing_everything_again_keeps() -> None:
+    def peak(recompute: str) -> int:
+        plan = f"zero3+pp2:schedule=zb-h1+recompute:policy={recompute}"
+        example, loss_fn, optimizer = (torch.ones(64, 64), torch.ones(64, 4)), nn.functional.mse_loss, partial(AdamW)
+        given: Any = {"loss_fn": loss_fn, "optimizer": optimizer, "example_inputs": example, "executor": "none"}
+        return max(peaks(graphshard.compile(FrozenEnd(), plan, **given)))
+
+    least = peak("custom,ops=*")
+    assert peak(f"auto,budget_gb={least / 1e9!r}") <= least < peak("full")
 
 
 def test_an_impossible_budget_is_refused_with_the_smallest_and_what_it_holds() -> None:
@@ -227,7 +275,8 @@ def test_what_host_memory_has_no_room_for_goes_to_files(said: str, frozen: str) 
     def last(host_gb: float) -> tuple[set[str], dict[str, int]]:
         plan = Plan.parse(f"zero3+{said}memory:budget_gb=1,host_gb={host_gb!r},path=/x")
         (ladder,) = ladders(before, sharded, schedule, levers_of(plan, on_gpu=True))
-        steps = ladder[:-1] if "activations" not in said else ladder  # the last one computes nothing again
+        steps = [step for step in ladder if not step.setting.policy]
+        steps = steps[:-1] if "activations" not in said else steps  # the last one computes nothing again
         held = [step.held_bytes for step in steps]
         assert held == sorted(set(held), reverse=True), "every rung holds less than the one before"
         setting = ladder[-1].setting

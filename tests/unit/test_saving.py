@@ -13,7 +13,7 @@ from graphshard.analysis import FLOPS_PER_BYTE, cost, flops, nbytes
 from graphshard.blocks import blocks, boundaries, forward_of, root
 from graphshard.dataflow import is_pointwise, is_view
 from graphshard.program import Program, info, val
-from graphshard.saving import PRICES, Ladder, Rung, can_repeat, divide, saved_bytes, storages
+from graphshard.saving import POLICIES, PRICES, Ladder, Rung, can_repeat, divide, saved_bytes, storages
 from graphshard.testing import apply, trainable
 
 
@@ -131,6 +131,25 @@ def test_what_is_fused_is_cheaper_to_compute_again() -> None:
 def one(program: Program, op: str) -> fx.Node:
     (node,) = (n for n in program.body.nodes() if n.target is getattr(torch.ops.aten, op).default)
     return node
+
+
+@pytest.mark.parametrize("block", [Feed, Gated])
+@pytest.mark.parametrize("level", range(1, len(PRICES) + 1, 3))
+def test_what_is_spent_on_computing_again_is_what_the_cuts_count(level: int, block: type[nn.Module]) -> None:
+    made = program(2, block=block)
+    ladder = Ladder(made, None)
+    again = ladder.recomputed(Rung(level, 1))
+    repeated = divide(forward_of(made, None), again)[1]
+    assert ladder.spent(again) == sum(time(node, repeated) for node in repeated)
+
+
+def test_policies_with_a_name_are_in_the_order_of_what_they_spend() -> None:
+    ladder = Ladder(program(), None)
+    chosen = [ladder.named(policy) for policy in POLICIES]
+    assert chosen[0] < chosen[1] < chosen[2] == set(filter(can_repeat, forward_of(ladder.program, None)))
+    spent = list(map(ladder.spent, chosen))
+    assert 0 < spent[0] < spent[1] < spent[2]
+    assert [sum(saved_bytes(ladder, again)) for again in chosen][-1] == 0
 
 
 def test_blocks_that_are_alike_share_their_cuts() -> None:
