@@ -24,6 +24,7 @@ from itertools import accumulate
 from graphshard.analysis import FLOPS_PER_SENT_BYTE, cost, nbytes
 from graphshard.blocks import stages_of
 from graphshard.codegen.schedule import Schedule
+from graphshard.first_fit import marks
 from graphshard.footprint import STORED
 from graphshard.homes import homes
 from graphshard.passes.hoist import hoistable_bytes
@@ -67,10 +68,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Step:
-    """A setting, and an estimate of what it holds beside what all settings hold."""
+    """A setting, and an estimate of what it holds beside what all settings hold. ``is_mark``: it stands out of the row
+    of those that give up one thing more each, and is tried for itself."""
 
     setting: Setting
     held_bytes: int
+    is_mark: bool = False
+
+
+def marked(steps: list[Step]) -> set[int]:
+    """The positions of those that are tried for themselves."""
+    return {at for at, step in enumerate(steps) if step.is_mark}
 
 
 def ladders(program: Program, sharded: Program | None, schedule: Schedule, levers: Levers) -> list[list[Step]]:
@@ -123,23 +131,33 @@ class _Stage:
         reductions: list[int] = []
         if self.levers.reshard and self.sharded is not None:
             gathers, reductions = hoistable_bytes(self.sharded, self.position)
-        setting = Setting(hoist_bytes=sum(gathers + reductions))
-        changes = [*self._recompute(), *self._reshard(gathers, reductions), *self._offload()]
+        others = [*self._reshard(gathers, reductions), *self._offload()]
+        all_hoisted = Setting(hoist_bytes=sum(gathers + reductions))
+        steps, setting = self._row(all_hoisted, [*self._recompute(), *others])
+        if others:
+            # What is computed again is held for a while: with all else given up the peak may be smallest with a cheaper
+            # cut than the last, as it may be where nothing else can be given up.
+            alone, _ = self._row(Setting(), self._recompute())
+            chosen = [alone[at].setting for at in marks([s.held_bytes for s in alone], marked(alone))]
+            cuts = [(cut.level, cut.blocks, cut.policy) for cut in chosen]
+            settings = [replace(setting, level=n, blocks=b, policy=policy) for n, b, policy in cuts]
+            steps += [replace(self._step(new), is_mark=True) for new in settings if new != setting]
+        return steps
+
+    def _row(self, setting: Setting, changes: list[Change]) -> tuple[list[Step], Setting]:
+        """From ``setting`` on each step gives up one thing more; and with all given up."""
         steps = [self._step(setting)]
         least = steps[0].held_bytes
         for _, give_up in sorted(changes, key=lambda change: change[0]):
             step = self._step(give_up(setting))
-            if step.setting.policy:  # tried in place of the cut, from which the others go on
-                steps.append(step)
+            if step.setting.policy:  # in place of the cut, from which the others go on
+                steps.append(replace(step, is_mark=True))
                 continue
             setting = step.setting
             if step.held_bytes < least:  # else it costs something and holds no less
                 least = step.held_bytes
                 steps.append(step)
-        if self.levers.activations and (setting.level or setting.blocks):
-            # What is computed again is held for a while: the peak may be smaller without.
-            steps.append(self._step(replace(setting, level=0, blocks=0)))
-        return steps
+        return steps, setting
 
     def _step(self, setting: Setting) -> Step:
         key = rung, policy = Rung(setting.level, setting.blocks), setting.policy

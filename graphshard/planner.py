@@ -20,7 +20,7 @@ from graphshard.errors import BudgetTooSmall
 from graphshard.execution import variants
 from graphshard.fingerprints import collectives_of
 from graphshard.first_fit import first_fit
-from graphshard.ladders import Away, Levers, Setting, ladders
+from graphshard.ladders import Away, Levers, Setting, ladders, marked
 from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.offload import Offload
@@ -157,12 +157,11 @@ class _Search:
 
     def _first_fit(self, stage: int) -> int:
         ladder = self.ladders[stage]
-        policies = {rung for rung, step in enumerate(ladder) if step.setting.policy}
         peaks: dict[int, float] = {}  # other stages should make no difference; if they do, the larger one counts
         for rungs, uses in self.seen.items():
             peak = math.inf if uses is None else uses[stage].peak_bytes
             peaks[rungs[stage]] = max(peaks.get(rungs[stage], 0), peak)
-        return first_fit([step.held_bytes for step in ladder], self.budget.nbytes, peaks, policies)
+        return first_fit([step.held_bytes for step in ladder], self.budget.nbytes, peaks, marked(ladder))
 
     def _refuse(self, stage: int, rung: int, use: MemoryUse) -> NoReturn:
         largest = sorted(use.at_peak.items(), key=lambda item: -item[1])[:3]

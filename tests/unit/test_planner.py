@@ -162,6 +162,16 @@ def test_an_impossible_budget_is_refused_with_the_smallest_and_what_it_holds() -
     assert max(peaks(fitting)) <= caught.value.smallest_bytes
 
 
+def test_whatever_recomputation_alone_keeps_to_is_not_refused_where_more_may_be_chosen() -> None:
+    """The smallest peak is at a cut in the middle, where the ladder with gathers has given up others already."""
+    smallest = []
+    for token in ("recompute:policy=auto,", "memory:"):
+        with pytest.raises(BudgetTooSmall) as caught:
+            compiled(f"zero3+accum2+{token}budget_gb=0.00001")
+        smallest.append(caught.value.smallest_bytes)
+    assert smallest[1] <= smallest[0]
+
+
 def test_patterns_that_match_nothing_are_refused() -> None:
     with pytest.raises(NothingMatches) as caught:
         compiled("accum2+recompute:policy=custom,modules=layers.*,ops=relu")
@@ -275,9 +285,7 @@ def test_what_host_memory_has_no_room_for_goes_to_files(said: str, frozen: str) 
     def last(host_gb: float) -> tuple[set[str], dict[str, int]]:
         plan = Plan.parse(f"zero3+{said}memory:budget_gb=1,host_gb={host_gb!r},path=/x")
         (ladder,) = ladders(before, sharded, schedule, levers_of(plan, on_gpu=True))
-        steps = [step for step in ladder if not step.setting.policy]
-        steps = steps[:-1] if "activations" not in said else steps  # the last one computes nothing again
-        held = [step.held_bytes for step in steps]
+        held = [step.held_bytes for step in ladder if not step.is_mark]
         assert held == sorted(set(held), reverse=True), "every rung holds less than the one before"
         setting = ladder[-1].setting
         passes = [planner.with_settings(item, [setting], levers_of(plan, on_gpu=True)) for item in made.passes[at:]]
