@@ -65,37 +65,43 @@ def listed(state: dict[str, Any]) -> dict[str, Any]:
     return {k: listed(v) if isinstance(v, dict) else getattr(v, "tolist", lambda v=v: v)() for k, v in state.items()}
 
 
-def train(plan: str) -> dict[str, Any]:
-    """Everything the API gives, from both executors."""
-    found: dict[str, Any] = {}
-    for executor in ("local", "distributed"):
-        module = model()
-        c = compiled(plan, executor, model=module)
-        mine = part(c, batch())
-        losses = [c.step(*mine).item() for _ in range(3)]
-        evaluated = c.evaluate(*mine).item()
-        output = c(*mine[:1])
-        saved, saved_state = c.state_dict(), c.optimizer.state_dict()
-        rank0_only = c.state_dict(rank0_only=True)
-        losses.append(c.step(*mine).item())
-        c.load_state_dict(saved)
-        c.optimizer.load_state_dict(saved_state)
-        again = c.step(*mine).item()
-        found[executor] = {
-            "losses": losses,
-            "again": again,
-            "evaluated": evaluated,
-            "output": None if output is None else output.tolist(),
-            "state": listed(saved),
-            "optimizer": listed(saved_state["state"]),
-            "rank0_only": sorted(rank0_only),
-            "meta": all(p.is_meta for p in module.parameters()),
-            "tied": len(set(map(id, module.parameters()))) < len(list(module.named_parameters(remove_duplicate=False))),
-            "dp": [c.dp_rank, c.dp_size],
-            "dp_rank_of_mesh": c.mesh.dp_rank(RANK),
-            "stage": c.mesh.coordinates(RANK)["pp"],
-        }
-    return found
+EXECUTORS = ("distributed", "local") if RANK == 0 else ("distributed",)
+"""What each rank trains with; what all do goes first, so that nobody waits for what rank 0 does alone."""
+
+
+def trained(*plans: str) -> dict[str, Any]:
+    """Everything the API gives, by executor and plan."""
+    return {executor: {plan: train(plan, executor) for plan in plans} for executor in EXECUTORS}
+
+
+def train(plan: str, executor: str) -> dict[str, Any]:
+    """The same of one plan."""
+    module = model()
+    c = compiled(plan, executor, model=module)
+    mine = part(c, batch())
+    losses = [c.step(*mine).item() for _ in range(3)]
+    evaluated = c.evaluate(*mine).item()
+    output = c(*mine[:1])
+    saved, saved_state = c.state_dict(), c.optimizer.state_dict()
+    rank0_only = c.state_dict(rank0_only=True)
+    losses.append(c.step(*mine).item())
+    c.load_state_dict(saved)
+    c.optimizer.load_state_dict(saved_state)
+    again = c.step(*mine).item()
+    return {
+        "losses": losses,
+        "again": again,
+        "evaluated": evaluated,
+        "output": None if output is None else output.tolist(),
+        "state": listed(saved),
+        "optimizer": listed(saved_state["state"]),
+        "rank0_only": sorted(rank0_only),
+        "meta": all(p.is_meta for p in module.parameters()),
+        "tied": len(set(map(id, module.parameters()))) < len(list(module.named_parameters(remove_duplicate=False))),
+        "dp": [c.dp_rank, c.dp_size],
+        "dp_rank_of_mesh": c.mesh.dp_rank(RANK),
+        "stage": c.mesh.coordinates(RANK)["pp"],
+    }
 
 
 def meta(plan: str) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def mixed(plan: str) -> dict[str, Any]:
     """Steps in less than float32, the second of which overflows in float16 on the first data-parallel rank."""
     found: dict[str, Any] = {}
     x, y = (t.float() for t in batch())
-    for executor in ("local", "distributed"):
+    for executor in EXECUTORS:
         c = compiled(plan, executor, model=model().float())
         losses, scales = [], []
         for index in range(4):
@@ -335,7 +341,7 @@ def main() -> None:
     torch.set_num_threads(1)
     scenario, *arguments = sys.argv[1:]
     scenarios: dict[str, Callable[..., dict[str, Any]]] = {
-        "train": train,
+        "trained": trained,
         "loaded": loaded,
         "meta": meta,
         "mixed": mixed,
