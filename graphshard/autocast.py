@@ -1,9 +1,9 @@
 """Which precision operators compute in under mixed precision: torch's autocast lists, by ATen operator.
 
 ``LOWER`` and ``FLOAT32`` follow its lists for CUDA ("CUDA Ops that can autocast to float16" and "to float32", page
-torch.amp), with the losses that its list for the CPU has besides. Added are means, which round as sums do, and batch
-norm, whose statistics are float32 buffers. Any other operator computes in what it is given; where it does not promote
-by itself, in the widest of it.
+torch.amp), with the losses and, as ``EXACTING``, the transforms and decompositions that its list for the CPU has.
+Added are means, which round as sums do, and batch norm, whose statistics are float32 buffers. Any other operator
+computes in what it is given; where it does not promote by itself, in the widest of it.
 
 Losses that capture knows only as the operators they are made of are not in the lists, though they are in torch's: their
 means and norms are in float32, and so is what reads a float32 target (l1_loss, kl_div, poisson_nll_loss); differences
@@ -40,6 +40,17 @@ FLOAT32 = frozenset([
 ])  # fmt: skip
 """Norms, softmax, losses, sums and what grows fast: inputs are cast to float32."""
 
+EXACTING = frozenset([
+    "_cholesky_solve_helper", "_fft_c2c", "_fft_c2r", "_fft_r2c", "_linalg_det", "_linalg_eigh", "_linalg_eigvals",
+    "_linalg_slogdet", "_linalg_solve_ex", "_linalg_svd", "cholesky_inverse", "cholesky_solve", "complex", "geqrf",
+    "linalg_cholesky_ex", "linalg_cross", "linalg_eig", "linalg_eigvals", "linalg_householder_product",
+    "linalg_inv_ex", "linalg_ldl_factor_ex", "linalg_lstsq", "linalg_lu", "linalg_lu_factor_ex", "linalg_lu_solve",
+    "linalg_matrix_exp", "linalg_pinv", "linalg_qr", "linalg_solve_triangular", "lu_unpack", "ormqr",
+    "triangular_solve",
+])  # fmt: skip
+"""Transforms and decompositions, which torch's list for the CPU has in float32: few take less, and of what they make of
+rounded values nothing may be right."""
+
 BACKWARD_FLOAT32 = frozenset(["embedding_dense_backward"])
 """Operators of the backward in float32 whatever they differentiate: a frequent token's gradient is a long sum."""
 
@@ -58,7 +69,7 @@ def island(node: fx.Node, lower: torch.dtype) -> torch.dtype | None:
     name = _name(node)
     if name in LOWER:
         return lower
-    return torch.float32 if name in FLOAT32 else None
+    return torch.float32 if name in FLOAT32 or name in EXACTING else None
 
 
 def backward_island(node: fx.Node) -> bool:

@@ -104,7 +104,8 @@ class Caster:
 
     def _backward(self, node: fx.Node) -> None:
         of = self.forward.get(info(node).forward)
-        wanted = torch.float32 if backward_island(node) else None if of is None else of.dtype
+        wide = backward_island(node) or info(node).as_given  # a hook has the gradient of a float32 parameter
+        wanted = torch.float32 if wide else None if of is None else of.dtype
         if wanted is None:  # it adds gradients up, or is a constant
             if node not in self.totals:
                 self._set_args(node, lambda n: self._as_due(n, node))

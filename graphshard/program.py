@@ -89,7 +89,7 @@ class NodeInfo:
     tag: MemoryTag | None = None
     layout: str = ""  # how the value is laid out over mesh axes: "", "dp:flat", "dp:partial"; see analysis.py
     device: str = ""  # HOST; "": the rank's device
-    as_given: bool = False  # a forward node that no plan's precision is for: the model has turned autocast off there
+    as_given: bool = False  # no plan's precision is for it: the model has turned autocast off there, or a hook made it
     made_by: str = ""  # the pass that made the node; "" for captured ones
 
 

@@ -173,11 +173,16 @@ def retype_from(changed: Iterable[fx.Node]) -> None:
     """Derive again the values of what is behind ``changed``, as far as types do change, but not of those themselves."""
     pending = set(changed)
     for node in next(iter(pending)).graph.nodes if pending else ():
-        if node.op == "call_function" and any(source in pending for source in node.all_input_nodes):
-            before = _strides(node)
-            retype([node])
-            if _strides(node) != before:
-                pending.add(node)
+        retype_behind(node, pending)
+
+
+def retype_behind(node: fx.Node, changed: set[fx.Node]) -> None:
+    """Derive the value of ``node`` again if it reads any of ``changed``, to which it is added if its type changes."""
+    if node.op == "call_function" and any(source in changed for source in node.all_input_nodes):
+        before = _strides(node)
+        retype([node])
+        if _strides(node) != before:
+            changed.add(node)
 
 
 def _strides(node: fx.Node) -> list[tuple[Any, ...]]:

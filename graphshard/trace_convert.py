@@ -29,7 +29,7 @@ from graphshard.trace_carries import Carries
 from graphshard.trace_context import LINE, MODULE
 from graphshard.trace_errors import NO_FUNCTIONS, Line, describe
 from graphshard.trace_joint import Joint, Port
-from graphshard.trace_model import ModelTensors
+from graphshard.trace_model import HOOK, ModelTensors
 from graphshard.trace_random import Made, Sampler
 
 aten = torch.ops.aten
@@ -189,6 +189,8 @@ class _Body:
                 self.sources[node.name] = f"{line[0]}:{line[1]}"
             as_given = bool(node.meta.get("custom", {}).get(AS_GIVEN))
             return NodeInfo(module=_module(node), origin=node.name, as_given=as_given)
+        if node.meta.get("custom", {}).get(HOOK):
+            return NodeInfo(Phase.BACKWARD, _module(node), node.name, as_given=True)
         forward = self.forward_of.get(node.meta.get("seq_nr"))
         if forward is None:
             return NodeInfo(phase=Phase.BACKWARD, origin=node.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -41,6 +41,9 @@ class ModelTensors:
         """Parameters, then buffers."""
         return self.params + self.buffers
 
+
+HOOK = "graphshard.hook"
+"""Key of ``node.meta["custom"]`` in the joint graph: whether a hook on a parameter's gradient has made the node."""
 
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -158,7 +161,7 @@ def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) 
             where[key] = value
         if value.requires_grad:
             for hook in (item.tensor._backward_hooks or {}).values():
-                value.register_hook(hook)  # its operations become part of the backward
+                value.register_hook(_traced(hook))
     try:
         yield shown
         for item, value, given in zip(held, values, shown, strict=True):
@@ -170,6 +173,16 @@ def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) 
         for item in held:
             for where, key in item.places:
                 where[key] = item.tensor
+
+
+def _traced(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    """A hook on the gradient of a parameter, whose operations become part of the backward, and are marked."""
+
+    def run(gradient: Tensor) -> Tensor | None:
+        with torch.fx.traceback.annotate({HOOK: True}):
+            return hook(gradient)
+
+    return run
 
 
 def _is_replaced(held: Held, given: Tensor, now: Any) -> bool:

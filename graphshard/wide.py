@@ -5,9 +5,9 @@ rounded beforehand gives something else in two kinds of places:
 
 - where the model has turned autocast off or casts to float32 first. A parameter that is read elsewhere, too, is stored
   once, in the lower precision, and widened there;
-- in operators on none of autocast's lists that do more than to move or scale single values, as a matrix exponential, a
-  decomposition or a Fourier transform does: of what they make of rounded values nothing may be right, and many do not
-  take a lower precision at all. They also count where they read what is computed of parameters alone.
+- in operators that do more than to move or scale single values, as a matrix exponential, a decomposition or a Fourier
+  transform does (``autocast.EXACTING``, and what is on none of its lists): of what they make of rounded values nothing
+  may be right. They also count where they read what is computed of parameters, as long as autocast has lowered nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphshard.analysis import weight_views
-from graphshard.autocast import island
+from graphshard.autocast import EXACTING, island
 from graphshard.dataflow import is_getitem, is_pointwise, is_view
 from graphshard.program import Phase, Program, Role, Section, info, tensors, val
 
@@ -64,21 +64,21 @@ def _is_wide(node: fx.Node, views: set[fx.Node], lower: torch.dtype, is_cast: bo
 
 
 def _read_exactly(body: Section, lower: torch.dtype) -> set[fx.Node]:
-    """The parameters that exacting operators read, or read what is computed of."""
-    made_of = {
+    """The parameters that exacting operators read, or read what is computed of, in float32 under autocast."""
+    made_of = {  # by value that is in float32 whatever is lowered elsewhere: the parameters in it
         node: {node} if slot.role is Role.PARAM else set[fx.Node]()
         for node, slot in body.inputs.items()
-        if slot.role in (Role.PARAM, Role.BUFFER)
+        if slot.role in (Role.PARAM, Role.BUFFER, Role.BATCH)
     }
     found: set[fx.Node] = set()
     for node in body.nodes():
-        if info(node).phase is not Phase.FORWARD:
-            continue
         sources = node.all_input_nodes
-        read = {param for source in sources for param in made_of.get(source, ())}
-        if read and _is_exacting(node, lower):
+        if info(node).phase is not Phase.FORWARD or not all(source in made_of for source in sources):
+            continue
+        read = {param for source in sources for param in made_of[source]}
+        if _is_exacting(node, lower):
             found |= read
-        elif all(source in made_of for source in sources) and island(node, lower) is not lower:
+        if island(node, lower) is not lower:
             made_of[node] = read
     return found
 
@@ -86,7 +86,7 @@ def _read_exactly(body: Section, lower: torch.dtype) -> set[fx.Node]:
 def _is_exacting(node: fx.Node, lower: torch.dtype) -> bool:
     if any(value.is_complex() for value in tensors(val(node))):
         return True  # there are no narrow complex numbers
-    if is_getitem(node) or is_view(node) or is_pointwise(node) or island(node, lower) is not None:
+    name = node.target._schema.name.rpartition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+    if is_getitem(node) or is_view(node) or is_pointwise(node) or name in _MOVES:
         return False
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.name.rpartition("::")[2] not in _MOVES
+    return name in EXACTING or island(node, lower) is None

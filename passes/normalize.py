@@ -16,7 +16,7 @@ from graphshard.carried import keep_for_later
 from graphshard.dataflow import is_view, owns_memory
 from graphshard.pipeline import Context
 from graphshard.program import Level, Phase, Program, Section, info, set_info, val
-from graphshard.rewrite import call, clone, drop_dead, retype, retype_from
+from graphshard.rewrite import call, clone, drop_dead, retype, retype_behind
 
 aten = torch.ops.aten
 
@@ -61,12 +61,12 @@ class Normalize:
             return program
         before = _neighbours(program.body)
         for section in program.sections().values():
-            changed: list[fx.Node] = []
+            changed = set[fx.Node]()
             for node in list(section.nodes()):
+                retype_behind(node, changed)  # rules compare types
                 for rule in _RULES:
                     node = rule(node, changed)
             drop_dead(section)
-            retype_from(changed)
         _derive_weight_views(program.body)
         keep_for_later(program.body, "normalize")  # a rule may have dropped the copy
         for section in program.sections().values():
@@ -107,17 +107,17 @@ def _type(node: fx.Node) -> tuple[Any, ...]:
     return (tuple(value.shape), value.stride(), value.dtype, value.device)
 
 
-def _become(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], changed: list[fx.Node]) -> fx.Node:
+def _become(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], changed: set[fx.Node]) -> fx.Node:
     """Turn ``node`` into ``target(*args)``."""
     before = _type(node)
     node.target, node.args, node.kwargs = target, args, {}
     retype([node])
     if _type(node) != before:
-        changed.append(node)
+        changed.add(node)
     return node
 
 
-def _canonical(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+def _canonical(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     """``_unsafe_view`` and aliasing ``reshape`` are ``view``; a view's size holds no -1."""
     if node.target not in (aten._unsafe_view.default, aten.reshape.default, aten.view.default):
         return node
@@ -140,7 +140,7 @@ def _can_view(source: Any, size: list[int], like: fx.Node) -> bool:
     return bool(result.stride() == val(like).stride())
 
 
-def _merge_reshapes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+def _merge_reshapes(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     """A view of a view is a view of the first one's input."""
     inner = node.args[0] if node.target in _RESHAPES else None
     if not isinstance(inner, fx.Node) or inner.target not in _RESHAPES:
@@ -151,7 +151,7 @@ def _merge_reshapes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
     return _become(node, aten.view.default, (source, size), changed)
 
 
-def _merge_permutes(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+def _merge_permutes(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     """A permutation of a permutation is one, or nothing."""
     inner = node.args[0] if node.target in _PERMUTES else None
     if not isinstance(inner, fx.Node) or inner.target not in _PERMUTES:
@@ -182,7 +182,7 @@ def _permutation(node: fx.Node) -> list[int]:
     return order
 
 
-def _transposed_product(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+def _transposed_product(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     """``t(mm(t(a), b))`` is ``mm(t(b), a)``: the gradient of a weight that was read transposed."""
     inner = node.args[0] if node.target is aten.t.default else None
     if not isinstance(inner, fx.Node) or inner.target is not aten.mm.default or len(inner.users) > 1:
@@ -190,18 +190,18 @@ def _transposed_product(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
     left, right = inner.args
     if not isinstance(left, fx.Node) or left.target is not aten.t.default or not isinstance(right, fx.Node):
         return node
-    if all(user.target is aten.t.default for user in node.users):
+    if all(user.target in _PERMUTES and _permutation(user) == [1, 0] for user in node.users):
         return node  # they cancel, and the product stays as it is
     record = info(inner)
     with node.graph.inserting_before(node):
         turned = _merge_permutes(call(node.graph, aten.t.default, (right,), record), changed)
         product = call(node.graph, aten.mm.default, (turned, left.args[0]), record)
     node.replace_all_uses_with(product)
-    changed.append(product)
+    changed.add(product)
     return product
 
 
-def _joined_in_order(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+def _joined_in_order(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     """A copy of joined tensors in another order of dims joins them in that order: the gradient of queries, keys and
     values that one product made."""
     turned = node.args[0] if node.target is aten.clone.default else None
@@ -224,11 +224,11 @@ def _joined_in_order(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
             parts = [_merge_permutes(turn, changed) for turn in turns]
         result = call(node.graph, joined.target, (list(parts), order.index(along)), record)
     node.replace_all_uses_with(result)
-    changed.append(result)
+    changed.add(result)
     return result
 
 
-def _without_effect(node: fx.Node, changed: list[fx.Node]) -> fx.Node:
+def _without_effect(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     """Drop an operation that returns its input, type included."""
     source = node.args[0] if node.args else None
     if node.target is aten.copy.default:
