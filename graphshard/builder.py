@@ -18,7 +18,7 @@ from graphshard.batch import MicroBatch
 from graphshard.built import Asked, Built
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
-from graphshard.errors import NotHashable
+from graphshard.errors import NotHashable, RanksError
 from graphshard.execution import ExecutionPlan
 from graphshard.fingerprints import collectives_of
 from graphshard.mesh import Mesh
@@ -128,8 +128,6 @@ class Builder:
         if known := [build for build in self._builds if build.mode == mode]:
             logger.warning("graphshard: %s: tracing %s again", asked.news(known[-1].asked), mode)
         moment = now(self.model, self.optimizer)
-        if mode == "train" and self._assumed is None:
-            self._assumed = self.widest(asked.example)
         before = self._before(mode)
         make: Callable[[], Graphs] = partial(self._graphs, asked, before)
         found = self._look_up(asked)
@@ -226,8 +224,8 @@ class Builder:
         again = partial(fit, program, ctx=ctx, plan=self.plan, schedule=schedule, on_gpu=self.on_gpu, settled=True)
         if before is not None and before.mode == "train":
             return again(passes, collectives=collectives_of(before.plan))
-        wide, assumed = program, self._assumed
-        if assumed is not None and assumed is not example and self.plan.budget_per_rank_bytes is not None:
+        wide, assumed = program, self._largest(example)
+        if assumed is not example and self.plan.budget_per_rank_bytes is not None:
             wide = self.capture("train", assumed, program.microbatches).program
         passes = fit(wide, passes, ctx, self.plan, schedule, on_gpu=self.on_gpu, settled=before is not None)
         if wide is program:
@@ -235,12 +233,20 @@ class Builder:
         lowered = lower(run_passes(copied(wide), passes, ctx, check=False), schedule, on_gpu=self.on_gpu)
         return again(passes, collectives=collectives_of(lowered))
 
+    def _largest(self, example: MicroBatch) -> MicroBatch:
+        """What ``widest`` says, which is asked once the model was seen to take ``example``: not of one that fails."""
+        if self._assumed is None:
+            self._assumed = self.widest(example)
+        return self._assumed
+
     def _look_up(self, asked: Asked) -> Found:
         """The plan of the cache, if there is a cache, and graphs are not what is asked for."""
         if self.cache is None or self.accounts:
             return Found()
         try:
             key, output = self._key(asked)
+        except RanksError:
+            raise
         except NotHashable as error:
             return Found(told=f"the plan is compiled at every start: {error}")
         except Exception as error:  # of anybody's model: capture raises it, too, and says where
@@ -262,11 +268,11 @@ class Builder:
             before = [build.found.key for build in (self._builds[0], taken)]
             if "" in before:
                 raise NotHashable("what was compiled first")
-        if trains and self._assumed is not None:
-            before = before, trace.spell_signature(*self._assumed.arguments())
         names = trace.parameter_names(self.model)
         optimizer: Any = of_optimizer(self.optimizer, asked.spelled_options(), names) if trains else ()
         model = seen(self.model, self.loss_fn, args, kwargs, asked.mode, self._lower())
+        if trains:
+            before = before, trace.spell_signature(*self._largest(asked.example).arguments())
         settings = self.plan, self.mesh, asked.microbatches, self.max_grad_norm, self.debug_nan, self.on_gpu
         inputs = trace.spell_signature(args, kwargs)
         types = torch.get_default_dtype(), self._params, self._groups()

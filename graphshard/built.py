@@ -25,6 +25,7 @@ class Asked:
     inputs: Hashable  # see trace.input_signature
     options: Hashable  # see CompiledOptimizer.hyperparameters_key; None where nothing is updated
     training: bool  # model.training
+    hooks: Hashable  # see trace.gradient_hooks; () where nothing is differentiated
     example: MicroBatch = field(compare=False)
     microbatches: int = field(compare=False)
 
@@ -40,6 +41,8 @@ class Asked:
             found.append(f"{changed_options(before.options, self.options)} now")
         if before.training != self.training:
             found.append(f"model.training is {self.training} now")
+        if before.hooks != self.hooks:
+            found.append("other hooks on gradients of parameters now")
         return ", ".join(found)
 
 

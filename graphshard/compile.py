@@ -332,9 +332,9 @@ class Compiled:
         Raises:
             NeedsExampleInputs: nothing was traced before that says where parameters live.
         """
-        if self._main is None and self._user_optimizer is not None:
-            raise NeedsExampleInputs()
         with self._getting_ready():
+            if self._main is None and self._user_optimizer is not None:
+                raise NeedsExampleInputs()
             parts = self._split(batch, kwargs, 1)
             build = self._build("call", parts[0][0], 1)
         outputs = self._run(build, parts, []).outputs
@@ -393,12 +393,14 @@ class Compiled:
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         inputs = trace.input_signature(*example.arguments())
         options = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
-        asked = Asked(mode, inputs, options, self.model.training, example, microbatches)
+        hooks = trace.gradient_hooks(self.model) if mode == "train" else ()
+        asked = Asked(mode, inputs, options, self.model.training, hooks, example, microbatches)
         if asked not in self._builds:
-            self._builds[asked] = self._make(asked)
-            self._main = self._main or self._builds[asked]
+            build = self._make(asked)
             if self._storage is not None:
-                self._storage.learn(self._builds[asked].plan)
+                self._storage.learn(build.plan)  # there may be no room for it
+            self._builds[asked] = build
+            self._main = self._main or build
             if self.dump_dir is not None and self.rank == 0:
                 self._write(self.dump_dir)
         return self._builds[asked]
@@ -429,9 +431,9 @@ class Compiled:
         if self.executor == "none":
             raise ExecutorNone()
         self._built()
-        if self._runtime is None:  # else it had no room for what is stored
+        if self._runtime is None:
             self._runtime = self._make_executor()
-        self._storage = Storage(self._runtime, *self._plans())
+        storage = Storage(self._runtime, *self._plans())
         self._state_names = list(self.model.state_dict(keep_vars=True))
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
@@ -440,16 +442,17 @@ class Compiled:
             self.init(self.model)
         params = {name: p.detach() for name, p in self.model.named_parameters()}
         if not any(p.is_meta for p in params.values()):
-            self._storage.write_params(params)
-            self._storage.write_buffers(dict(self.model.named_buffers()))
+            storage.write_params(params)
+            storage.write_buffers(dict(self.model.named_buffers()))
         state = given_state(user, trace.parameter_names(self.model)) if user is not None else {}
+        if state:
+            storage.write_state(state)
+        self._storage = storage  # nothing was refused
         if self.executor == "distributed":
             # The ranks hold the parameters now: the model need not.
             _move(self.model, holders, lambda t: t.to("meta"))
             for holder in holders:
                 holder.state.clear()
-        if state:
-            self._storage.write_state(state)
         return self._runtime, self._storage
 
     def _plans(self) -> list[ExecutionPlan]:
@@ -478,7 +481,8 @@ class Compiled:
         Args:
             rank0_only: only rank 0 gets the tensors, the others an empty dict.
         """
-        _, storage = self._start()
+        with self._getting_ready():
+            _, storage = self._start()
         values = storage.read_params(rank0_only) | storage.read_buffers(rank0_only)
         if rank0_only and self.rank != 0:
             return {}
@@ -519,7 +523,9 @@ class Compiled:
         return names | {alias: p.name for p in self._params.values() for alias in (p.name, *p.aliases)}
 
     def _read_state(self) -> dict[str, dict[str, Tensor]]:
-        return self._start()[1].read_state()
+        with self._getting_ready():
+            _, storage = self._start()
+        return storage.read_state()
 
     def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._start()[1].write_state(state)

@@ -297,7 +297,11 @@ class StuckPlan(GraphshardError):
         super().__init__("no rank can go on; a plan must not wait in a circle:\n" + "\n".join(f"  {w}" for w in waits))
 
 
-class WaitTimeout(GraphshardError):
+class RanksError(GraphshardError):
+    """What ranks do together fails: each of them knows it, by an error of its own."""
+
+
+class WaitTimeout(RanksError):
     """A rank waited too long in one instruction. ``account``: what all ranks say of themselves, in lines."""
 
     def __init__(self, rank: int, instruction: str, peers: str, timeout_s: float, account: str = "") -> None:
@@ -307,7 +311,7 @@ class WaitTimeout(GraphshardError):
         )
 
 
-class PeerFailed(GraphshardError):
+class PeerFailed(RanksError):
     """The other side of a communication is gone. ``account``: what all ranks say of themselves, in lines."""
 
     def __init__(self, rank: int, instruction: str, peers: str, cause: str, account: str = "") -> None:
@@ -316,7 +320,7 @@ class PeerFailed(GraphshardError):
         )
 
 
-class RanksOutOfStep(GraphshardError):
+class RanksOutOfStep(RanksError):
     """What ranks do together was given up in its middle, and now they are asked for more. ``cause``: why it was."""
 
     CURE = "start all processes again from a checkpoint"
@@ -328,7 +332,7 @@ class RanksOutOfStep(GraphshardError):
         )
 
 
-class PeerNotReady(GraphshardError):
+class PeerNotReady(RanksError):
     """Other ranks cannot begin the step that this one begins."""
 
     def __init__(self, ranks: list[int]) -> None:
@@ -336,7 +340,7 @@ class PeerNotReady(GraphshardError):
         super().__init__(f"{named} cannot begin the step that the others have; what {named} raised says why")
 
 
-class PlanMismatch(GraphshardError):
+class PlanMismatch(RanksError):
     """Ranks that should run one plan have different ones."""
 
     def __init__(self, what: str, by_plan: dict[str, list[int]]) -> None:

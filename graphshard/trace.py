@@ -17,7 +17,7 @@ from graphshard.program import Program
 from graphshard.trace_call import LossFn, Mode, Request
 from graphshard.trace_convert import convert
 from graphshard.trace_joint import trace_joint
-from graphshard.trace_model import describe_params, parameter_names, tensors_of
+from graphshard.trace_model import describe_params, gradient_hooks, parameter_names, tensors_of
 
 __all__ = [
     "Captured",
@@ -25,6 +25,7 @@ __all__ = [
     "Mode",
     "capture",
     "describe_params",
+    "gradient_hooks",
     "input_signature",
     "parameter_names",
     "spell_signature",

@@ -134,6 +134,9 @@ class _Calls(TorchFunctionMode):
         custom = torch.fx.traceback.current_meta.get("custom")
         if custom is not None:
             custom[LINE] = calling_line()
+        if func == _SET_DATA:
+            instead = "write to it with copy_, or use the new value itself"
+            raise UncapturableOperator("an assignment to .data", describe(calling_line()), instead)
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
@@ -145,6 +148,7 @@ class _Calls(TorchFunctionMode):
 
 
 _ATTENTION = F.scaled_dot_product_attention
+_SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -92,6 +92,12 @@ def describe_params(model: nn.Module) -> dict[str, Param]:
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """The id of each Parameter to its canonical name."""
     return {id(parameter): name for name, parameter in model.named_parameters()}
+
+
+def gradient_hooks(model: nn.Module) -> tuple[tuple[str, tuple[Hashable, ...]], ...]:
+    """The hooks on gradients of parameters, by canonical name."""
+    named = ((name, p._backward_hooks) for name, p in model.named_parameters() if p.requires_grad)
+    return tuple((name, tuple(hooks.values())) for name, hooks in named if hooks)
 
 
 def _named(pairs: Iterator[tuple[str, Tensor]]) -> dict[int, Held]:

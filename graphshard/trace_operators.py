@@ -54,7 +54,7 @@ class Operators(TorchDispatchMode):
 
 
 def _is_check(func: Any) -> bool:
-    """Whether it gives nothing and writes nothing: a check of values (of F.one_hot, torch.linalg.inv, torch._assert),
+    """Whether it gives nothing and writes nothing: a check of values (of F.one_hot, torch.linalg.inv),
     which nothing in a graph could depend on."""
     return func.namespace == "aten" and not func._schema.returns and not func._schema.is_mutable
 

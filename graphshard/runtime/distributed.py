@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import ClassVar, TypeVar
+from enum import IntEnum
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,6 +21,7 @@ from graphshard.errors import (
     PeerFailed,
     PeerNotReady,
     PlanMismatch,
+    RanksError,
     RanksOutOfStep,
     WaitTimeout,
 )
@@ -33,6 +36,8 @@ from graphshard.runtime.groups import join_world, make_groups
 from graphshard.runtime.machine import Communicator, Handle, Value
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
+
+logger = logging.getLogger("graphshard")
 
 T = TypeVar("T")
 
@@ -113,10 +118,10 @@ class DistributedExecutor(Executor):
 
     def told(self, mine: T, at: str) -> list[T]:
         given = [mine] * self.mesh.world_size
-        with self._together(PeerNotReady):
-            agreement = _Agreement(self, _EXCHANGE)
+        with self._together(PeerNotReady, PlanMismatch):
+            agreement = _Agreement(self, Doing.EXCHANGE)
             self._complete(agreement, at)
-            agreement.check()
+            self._agree(agreement)
             try:
                 dist.all_gather_object(given, mine, group=self._groups.control)
             except RuntimeError as error:
@@ -167,10 +172,11 @@ class DistributedExecutor(Executor):
     def _cannot_begin(self, error: Exception) -> None:
         """Say so instead of comparing plans. What others have begun they cannot end; if no rank has begun, all may try
         again."""
-        if self._gave_up or isinstance(error, (PeerNotReady, PlanMismatch)):
+        if self._gave_up or isinstance(error, RanksError):
             return  # they know
+        logger.warning("graphshard: rank %d cannot begin, and tells the others: %s", self.rank, _line(error))
         with suppress(PeerFailed, WaitTimeout), self._together():
-            agreement = _Agreement(self, _STEP, ready=False)
+            agreement = _Agreement(self, Doing.STEP, ready=False)
             self._complete(agreement, "comparing plans")
             if agreement.has_begun():
                 self._gave_up = _line(error)
@@ -178,13 +184,23 @@ class DistributedExecutor(Executor):
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         with self._together():
-            agreement = _Agreement(self, _STEP, loaded, first)
+            agreement = _Agreement(self, Doing.STEP, loaded, first)
             if not loaded.steps:
                 self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
         if not loaded.steps:
-            agreement.check()  # all ranks know it then, and none has begun
+            self._agree(agreement)
         with self._together(NonFiniteStep):  # all ranks raise it
             return self._run_agreed(loaded, values, first, agreement)
+
+    def _agree(self, agreement: _Agreement) -> None:
+        """Before this rank begins: it may go on after an error if none of the others has begun."""
+        try:
+            agreement.check()
+        except RanksError as error:
+            if agreement.has_begun():
+                self._gave_up = _line(error)
+                self._alarm()
+            raise
 
     def _run_agreed(
         self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool, agreement: _Agreement
@@ -284,8 +300,22 @@ class DistributedExecutor(Executor):
                 time.sleep(1e-4)
 
 
-_STEP, _EXCHANGE = 0, 1
-"""What ranks do together: run a step, or tell each other something."""
+class Doing(IntEnum):
+    """What ranks do together."""
+
+    STEP = 0
+    EXCHANGE = 1  # they tell each other something, or read what they store
+
+
+class _Said(NamedTuple):
+    """What a rank says of what it is about to do; numbers."""
+
+    doing: int
+    collectives: int = 0  # fingerprints of the plan
+    transfers: int = 0
+    first: int = 0  # whether there is no optimizer state yet
+    ready: int = 1
+    begins: int = 0  # whether it begins before it has heard of the others
 
 
 class _Agreement:
@@ -302,16 +332,17 @@ class _Agreement:
     def __init__(
         self,
         executor: DistributedExecutor,
-        kind: int,
+        doing: Doing,
         loaded: Loaded | None = None,
         first: bool = False,
         ready: bool = True,
     ) -> None:
         self._mesh = executor.mesh
         self._timeout = timedelta(seconds=executor.timeout_s)
-        plan = (0, 0) if loaded is None else executor._fingerprints[id(loaded.plan)]
-        begins = loaded is not None and loaded.steps > 0
-        mine = torch.tensor([kind, *plan, first, ready, begins], device="cpu")
+        said = _Said(doing, ready=ready)
+        if loaded is not None:
+            said = _Said(doing, *executor._fingerprints[id(loaded.plan)], first, ready, begins=loaded.steps > 0)
+        mine = torch.tensor(said, device="cpu")
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         self._work = dist.all_gather(self._all, mine, group=executor._groups.control, async_op=True)
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
@@ -330,11 +361,12 @@ class _Agreement:
             PlanMismatch: they differ.
             PeerNotReady: a rank cannot begin.
         """
-        kinds, collectives, transfers, firsts, ready, _ = zip(*(given.tolist() for given in self._all), strict=True)
-        if not all(ready):
-            raise PeerNotReady([rank for rank, is_ready in enumerate(ready) if not is_ready])
-        if len(set(kinds)) > 1:
-            raise PlanMismatch("call", ranks_by(["a step" if kind == _STEP else "an exchange" for kind in kinds]))
+        said = self._said()
+        if late := [rank for rank, one in enumerate(said) if not one.ready]:
+            raise PeerNotReady(late)
+        if len({one.doing for one in said}) > 1:
+            raise PlanMismatch("call", ranks_by([Doing(one.doing).name.lower() for one in said]))
+        collectives, transfers, firsts = ([one[at] for one in said] for at in (1, 2, 3))
         if len(set(collectives)) > 1:
             raise PlanMismatch("plan (its collectives)", ranks_by([_short(value) for value in collectives]))
         for dp_rank in range(self._mesh.dp_size):
@@ -348,7 +380,10 @@ class _Agreement:
 
     def has_begun(self) -> bool:
         """Whether any rank did not wait to hear of the others."""
-        return any(bool(given[-1]) for given in self._all)
+        return any(one.begins for one in self._said())
+
+    def _said(self) -> list[_Said]:
+        return [_Said(*given.tolist()) for given in self._all]
 
     def explain(self) -> None:
         """After a failure: raise PlanMismatch or PeerNotReady if that is why."""

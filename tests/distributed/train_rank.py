@@ -228,16 +228,19 @@ def load_failing(given: graphshard.Compiled, values: dict[str, Tensor]) -> None:
 
 
 def refused(plan: str) -> dict[str, Any]:
-    """The last rank is given a batch that does not split in the first step of all, and in the second one that must be
-    compiled anew; what each rank raises, and the losses besides."""
+    """The last rank is given a batch that the model does not take in the first step of all, and in the second one that
+    must be compiled anew; what each rank raises, and the losses besides."""
     c, local = compiled(plan, "distributed"), compiled(plan, "local")
     said, losses = [], []
     for index in range(5):
         given = [values[: 8 if index == 3 else None] for values in batch()]
-        rows = -1 if RANK == WORLD_SIZE - 1 and index in (0, 2) else None
-        half = 4 if index == 2 else None  # new shapes on all ranks
+        x, y = part(c, tuple(given))
+        if index == 2:
+            x, y = x[:4], y[:4]  # new shapes on all ranks
+        if RANK == WORLD_SIZE - 1 and index in (0, 2):
+            x = x[:, :-1].contiguous()
         try:
-            losses.append(c.step(*(values[:half][:rows] for values in part(c, tuple(given)))).item())
+            losses.append(c.step(x, y).item())
         except GraphshardError as error:
             said.append(f"{type(error).__name__}: {error}")
             continue

@@ -96,7 +96,13 @@ def counts_in_a_view(_: Model, y: Tensor) -> Tensor:
     return y * COUNTER
 
 
+def assigned(_: Model, y: Tensor) -> Tensor:
+    y.data = torch.zeros(4, 6)
+    return y
+
+
 BY_LINE = [
+    (assigned, errors.UncapturableOperator, "y.data = torch.zeros(4, 6)"),
     (item, errors.NeedsTensorValue, "y.max().item()"),
     (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
     (to_list, errors.NeedsTensorValue, "y.tolist()"),

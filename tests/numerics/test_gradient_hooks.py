@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -66,6 +67,43 @@ def test_a_hook_sees_each_micro_batch() -> None:
     ours = graphshard.compile(twin, "accum2", loss_fn=F.mse_loss, optimizer=sgd, executor="local")
     ours.step(x, y)
     torch.testing.assert_close(ours.state_dict()["weight"], eager.weight.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("plan", "dtype"), [("bf16", torch.bfloat16), ("fp16:init_scale=65536", torch.float16)])
+def test_a_hook_has_a_float32_gradient(plan: str, dtype: torch.dtype) -> None:
+    """Squares of scaled gradients are no float16."""
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    twin = copy.deepcopy(eager)
+    for made in (eager, twin):
+        first = dict(made.named_parameters())["0.weight"]
+        first.register_hook(lambda g: 1e-3 * g / (g.pow(2).mean().sqrt() + 1e-12))
+    x, y = (t.float() for t in batch())
+    optimizer, scaler = sgd(eager.parameters()), torch.amp.GradScaler("cpu", 65536.0, enabled=dtype is torch.float16)
+    ours = graphshard.compile(twin, plan, loss_fn=F.mse_loss, optimizer=sgd, executor="local")
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype):
+            loss = F.mse_loss(eager(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        torch.testing.assert_close(ours.step(x, y), loss.detach(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours.state_dict(), eager.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_hook_that_is_removed_is_called_no_more() -> None:
+    x, y = batch()
+    made = nn.Linear(6, 3).double()
+    handle = made.weight.register_hook(torch.zeros_like)
+    ours = graphshard.compile(made, "dp1", loss_fn=F.mse_loss, optimizer=sgd, executor="local")
+    ours.step(x, y)
+    before = ours.state_dict()["weight"]
+    ours.step(x, y)
+    assert torch.equal(ours.state_dict()["weight"], before)
+    handle.remove()
+    ours.step(x, y)
+    assert not torch.equal(ours.state_dict()["weight"], before)
 
 
 def test_a_hook_on_the_whole_gradient_is_refused() -> None:

@@ -68,8 +68,16 @@ def solved(model: Any, hidden: Tensor) -> Tensor:
     return result
 
 
+def transposed(model: Any, hidden: Tensor) -> Tensor:
+    """A square weight, in every spelling: its gradient and the transposed one differ in type by strides alone."""
+    hidden = torch.tanh(hidden @ model.weight.T) @ model.weight.mT
+    hidden = torch.tanh(hidden @ model.weight.permute(1, 0)) @ model.weight.transpose(0, 1) @ model.weight
+    result: Tensor = hidden @ (model.weight @ model.weight.T).t()
+    return result
+
+
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved])
+@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed])
 def test_layers(between: Any, plan: str) -> None:
     trained(between, plan)
 
