@@ -13,11 +13,14 @@ import torch.fx.traceback
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._mode_utils import no_dispatch
 
 from graphshard import attention, fake
-from graphshard.errors import UncapturableOperator
+from graphshard.errors import NeedsTensorValue, UncapturableOperator
 from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
@@ -137,6 +140,11 @@ class _Calls(TorchFunctionMode):
         if func == _SET_DATA:
             instead = "write to it with copy_, or use the new value itself"
             raise UncapturableOperator("an assignment to .data", describe(calling_line()), instead)
+        if func in _TO_NUMPY:
+            if isinstance(args[0], (FakeTensor, FunctionalTensor)):
+                raise NeedsTensorValue(describe(calling_line()))
+            with no_dispatch():  # else a constant would be a fake one, too, whose memory holds anything
+                return func(*args, **(kwargs or {}))
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
@@ -148,6 +156,7 @@ class _Calls(TorchFunctionMode):
 
 
 _ATTENTION = F.scaled_dot_product_attention
+_TO_NUMPY = (Tensor.numpy, Tensor.__array__)
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,13 @@ def transposed(model: Any, hidden: Tensor) -> Tensor:
     return result
 
 
+def read(model: Any, hidden: Tensor) -> Tensor:
+    """Numbers of a constant: they are part of the program."""
+    return hidden * float(1 + model.mask.numpy().sum() / 8) * (1 + int(np.asarray(model.mask)[0, 1]) / 2)
+
+
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed])
+@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed, read])
 def test_layers(between: Any, plan: str) -> None:
     trained(between, plan)
 
