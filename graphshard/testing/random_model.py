@@ -62,14 +62,14 @@ BINARY: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cat": lambda x, y: torch.cat([x, y], 1),
     "scores": lambda x, y: x @ y.t(),
 }
-WITH_PARAMETERS = ("linear", "affine", "scale", "gain")
+WITH_PARAMETERS = ("linear", "affine", "product", "scale", "gain")
 
 
 def result_shape(layer: Layer, reads: Sequence[Shape]) -> Shape:
     """The shape of what ``layer`` gives for values of shapes ``reads``."""
     rows, columns = reads[0]
     match layer.kind:
-        case "linear" | "affine":
+        case "linear" | "affine" | "product":
             return rows, layer.width
         case "transpose" | "reshape":
             return columns, rows
@@ -92,7 +92,7 @@ def accepts(kind: str, first: Shape, second: Shape) -> bool:
 def parameter_shapes(layer: Layer, columns: int) -> dict[str, tuple[int, ...]]:
     """Name to shape of a layer's own parameters; ``columns`` are those of what it reads."""
     match layer.kind:
-        case "linear":
+        case "linear" | "product":
             return {"weight": (layer.width, columns)}
         case "affine":
             return {"weight": (layer.width, columns), "bias": (layer.width,)}
@@ -142,4 +142,6 @@ class _Module(nn.Module):
         weight: Tensor = self.weight  # type: ignore[assignment]
         if kind in ("scale", "gain"):
             return x * weight
+        if kind == "product":
+            return x @ weight.T  # a permutation, where a linear layer has a transposition
         return functional.linear(x, weight, getattr(self, "bias", None))
