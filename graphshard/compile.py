@@ -232,6 +232,7 @@ class Compiled:
 
     def __post_init__(self) -> None:
         self._params = trace.describe_params(self.model)
+        self._parameters = list(self.model.parameters())  # every step asks them for hooks: the model is walked once
         self._user_optimizer: Optimizer | None = self.optimizer
         if self._user_optimizer is not None:
             self.optimizer = CompiledOptimizer(
@@ -351,13 +352,10 @@ class Compiled:
 
     def _getting_ready(self) -> AbstractContextManager[None]:
         """Around what may be refused on this rank alone: the others learn that it does not come."""
-        if self.executor == "distributed" and self._runtime is None:
-            self._runtime = self._make_executor()
-        return nullcontext() if self._runtime is None else self._runtime.getting_ready()
+        return self._made_executor().getting_ready() if self.executor == "distributed" else nullcontext()
 
     def _run(self, build: Built, parts: list[list[MicroBatch]], lrs: list[float]) -> Any:
-        with self._getting_ready():
-            runtime, _ = self._start()
+        runtime, _ = self._started()
         first = self.dp_rank if self.executor == "distributed" else 0
         batches = {first + i: [part.leaves for part in row] for i, row in enumerate(parts)}
         return runtime.step(build.plan, batches, seed=self.seed, step=self._steps.taken, lrs=lrs)
@@ -393,7 +391,7 @@ class Compiled:
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         inputs = trace.input_signature(*example.arguments())
         options = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
-        hooks = trace.gradient_hooks(self.model) if mode == "train" else ()
+        hooks = trace.gradient_hooks(self._parameters) if mode == "train" else ()
         asked = Asked(mode, inputs, options, self.model.training, hooks, example, microbatches)
         if asked not in self._builds:
             build = self._make(asked)
@@ -418,9 +416,7 @@ class Compiled:
         """The largest of the micro-batches that ranks train on first, for choices that all of them must make alike."""
         if self.executor != "distributed" or self.plan.budget_per_rank_bytes is None:
             return example
-        if self._runtime is None:
-            self._runtime = self._make_executor()
-        return example.like(largest(self._runtime.told(example.shapes(), "comparing shapes")))
+        return example.like(largest(self._made_executor().told(example.shapes(), "comparing shapes")))
 
     # State
 
@@ -431,9 +427,8 @@ class Compiled:
         if self.executor == "none":
             raise ExecutorNone()
         self._built()
-        if self._runtime is None:
-            self._runtime = self._make_executor()
-        storage = Storage(self._runtime, *self._plans())
+        runtime = self._made_executor()
+        storage = Storage(runtime, *self._plans())
         self._state_names = list(self.model.state_dict(keep_vars=True))
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
@@ -453,11 +448,23 @@ class Compiled:
             _move(self.model, holders, lambda t: t.to("meta"))
             for holder in holders:
                 holder.state.clear()
-        return self._runtime, self._storage
+        self._parameters = list(self.model.parameters())
+        return runtime, storage
+
+    def _started(self) -> tuple[Executor, Storage]:
+        """The same before what ranks do together: one that cannot start tells the others."""
+        with self._getting_ready():
+            return self._start()
 
     def _plans(self) -> list[ExecutionPlan]:
         """All that there are."""
         return [build.plan for build in self._builds.values()]
+
+    def _made_executor(self) -> Executor:
+        """The executor, which is made when it is first needed."""
+        if self._runtime is None:
+            self._runtime = self._make_executor()
+        return self._runtime
 
     def _make_executor(self) -> Executor:
         options: dict[str, Any] = {
@@ -481,8 +488,7 @@ class Compiled:
         Args:
             rank0_only: only rank 0 gets the tensors, the others an empty dict.
         """
-        with self._getting_ready():
-            _, storage = self._start()
+        _, storage = self._started()
         values = storage.read_params(rank0_only) | storage.read_buffers(rank0_only)
         if rank0_only and self.rank != 0:
             return {}
@@ -523,9 +529,7 @@ class Compiled:
         return names | {alias: p.name for p in self._params.values() for alias in (p.name, *p.aliases)}
 
     def _read_state(self) -> dict[str, dict[str, Tensor]]:
-        with self._getting_ready():
-            _, storage = self._start()
-        return storage.read_state()
+        return self._started()[1].read_state()
 
     def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._start()[1].write_state(state)

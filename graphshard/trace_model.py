@@ -94,10 +94,9 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def gradient_hooks(model: nn.Module) -> tuple[tuple[str, tuple[Hashable, ...]], ...]:
-    """The hooks on gradients of parameters, by canonical name."""
-    named = ((name, p._backward_hooks) for name, p in model.named_parameters() if p.requires_grad)
-    return tuple((name, tuple(hooks.values())) for name, hooks in named if hooks)
+def gradient_hooks(parameters: Sequence[nn.Parameter]) -> tuple[tuple[int, tuple[Hashable, ...]], ...]:
+    """The hooks on gradients of ``parameters``, by position."""
+    return tuple((at, tuple(p._backward_hooks.values())) for at, p in enumerate(parameters) if p._backward_hooks)
 
 
 def _named(pairs: Iterator[tuple[str, Tensor]]) -> dict[int, Held]:
