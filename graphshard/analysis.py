@@ -97,6 +97,11 @@ def has_products(node: fx.Node) -> bool:
     return flops(node) > sum(t.numel() for t in tensors(val(node)))
 
 
+def is_complex(node: fx.Node) -> bool:
+    """Whether the value holds complex numbers, of which there are no narrow ones."""
+    return any(value.is_complex() for value in tensors(val(node)))
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the node draws random numbers; attention without dropout does not, whatever its tag says."""
     target = node.target

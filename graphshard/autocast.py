@@ -66,7 +66,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def island(node: fx.Node, lower: torch.dtype) -> torch.dtype | None:
     """The precision that a forward operator computes in whatever it is given; None: in what it is given."""
-    name = _name(node)
+    name = operator_name(node)
     if name in LOWER:
         return lower
     return torch.float32 if name in FLOAT32 or name in EXACTING else None
@@ -74,17 +74,18 @@ def island(node: fx.Node, lower: torch.dtype) -> torch.dtype | None:
 
 def backward_island(node: fx.Node) -> bool:
     """Whether an operator of the backward computes in float32 whatever it differentiates."""
-    return _name(node) in BACKWARD_FLOAT32
+    return operator_name(node) in BACKWARD_FLOAT32
 
 
 def promotes(node: fx.Node) -> bool:
     """Whether the operator takes floats of several precisions and computes in the widest."""
-    target = node.target
+    target, name = node.target, operator_name(node)
     return isinstance(target, torch._ops.OpOverload) and (
-        (torch.Tag.pointwise in target.tags and _name(node) not in _ONE_DTYPE) or _name(node) in ("cat", "stack")
+        (torch.Tag.pointwise in target.tags and name not in _ONE_DTYPE) or name in ("cat", "stack")
     )
 
 
-def _name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
+    """As the lists have it; "" where there is none."""
     target = node.target
     return target._schema.name.rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""

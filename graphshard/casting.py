@@ -19,10 +19,10 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate, map_arg
 
-from graphshard.analysis import weight_views
+from graphshard.analysis import is_complex, weight_views
 from graphshard.autocast import FLOATS, HALVES, backward_island, island, promotes
 from graphshard.dataflow import is_getitem, is_view
-from graphshard.program import NodeInfo, Phase, Role, Section, info, tensors, val
+from graphshard.program import NodeInfo, Phase, Role, Section, info, val
 from graphshard.rewrite import call, retype
 
 aten = torch.ops.aten
@@ -123,7 +123,7 @@ class Caster:
         gradients = [s for s in sources if s.op == "call_function" and info(s).phase is not Phase.FORWARD]
         # Where a gradient is in float32 already, a pointwise operation widens what it reads besides by itself.
         itself = promotes(node) and any(val(s).dim() for s in gradients if isinstance(val(s), torch.Tensor))
-        moves = (is_view(node) or node.target in _MOVES) and not _is_complex(node)  # which no narrow value can be
+        moves = (is_view(node) or node.target in _MOVES) and not is_complex(node)  # which no narrow value can be
 
         def read(source: fx.Node) -> fx.Node:
             source = self.narrow_of.get(source, source)  # which alone is kept
@@ -270,10 +270,6 @@ def _dtypes(value: Any) -> list[torch.dtype]:
 def _dtype(node: fx.Node) -> torch.dtype | None:
     value = val(node)
     return value.dtype if isinstance(value, torch.Tensor) else None
-
-
-def _is_complex(node: fx.Node) -> bool:
-    return any(value.is_complex() for value in tensors(val(node)))
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:

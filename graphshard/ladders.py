@@ -131,13 +131,13 @@ class _Stage:
         reductions: list[int] = []
         if self.levers.reshard and self.sharded is not None:
             gathers, reductions = hoistable_bytes(self.sharded, self.position)
-        others = [*self._reshard(gathers, reductions), *self._offload()]
+        recompute, others = self._recompute(), [*self._reshard(gathers, reductions), *self._offload()]
         all_hoisted = Setting(hoist_bytes=sum(gathers + reductions))
-        steps, setting = self._row(all_hoisted, [*self._recompute(), *others])
+        steps, setting = self._row(all_hoisted, [*recompute, *others])
         if others:
             # What is computed again is held for a while: with all else given up the peak may be smallest with a cheaper
             # cut than the last, as it may be where nothing else can be given up.
-            alone, _ = self._row(Setting(), self._recompute())
+            alone, _ = self._row(Setting(), recompute)
             chosen = [alone[at].setting for at in marks([s.held_bytes for s in alone], marked(alone))]
             cuts = [(cut.level, cut.blocks, cut.policy) for cut in chosen]
             settings = [replace(setting, level=n, blocks=b, policy=policy) for n, b, policy in cuts]

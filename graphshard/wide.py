@@ -15,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from graphshard.analysis import weight_views
-from graphshard.autocast import EXACTING, island
+from graphshard.analysis import is_complex, weight_views
+from graphshard.autocast import EXACTING, island, operator_name
 from graphshard.dataflow import is_getitem, is_pointwise, is_view
 from graphshard.program import Phase, Program, Role, Section, info, tensors, val
 
@@ -84,9 +84,9 @@ def _read_exactly(body: Section, lower: torch.dtype) -> set[fx.Node]:
 
 
 def _is_exacting(node: fx.Node, lower: torch.dtype) -> bool:
-    if any(value.is_complex() for value in tensors(val(node))):
-        return True  # there are no narrow complex numbers
-    name = node.target._schema.name.rpartition("::")[2] if isinstance(node.target, torch._ops.OpOverload) else ""
+    if is_complex(node):
+        return True
+    name = operator_name(node)
     if is_getitem(node) or is_view(node) or is_pointwise(node) or name in _MOVES:
         return False
     return name in EXACTING or island(node, lower) is None

@@ -3,8 +3,8 @@
 ``full``: of each module block, only what enters it is kept (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
 Cost"). ``selective``: results of matrix products and attention, which are dear, are kept too. ``custom``: what the
 patterns name is computed again. ``cut``: a minimum cut at a price per byte, or for some stages another policy
-``instead``, as the planner found it; see saving.py. What enters a block is kept
-by all, unless ``custom`` names operators: else more than one block would be computed again at a time.
+``instead``, as the planner found it; see saving.py. What enters a block is kept by all, unless ``custom`` names
+operators: else more than one block would be computed again at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import fx
@@ -24,6 +24,8 @@ from graphshard.errors import NothingMatches, PassOptionError
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, Phase, Program, info, set_info, val
 from graphshard.saving import POLICIES, Ladder, Rung, can_repeat, divide, storages
+
+_T = TypeVar("_T")
 
 _OFFLOADED_BYTES = 4096
 """Smaller values than a page are not worth a transfer."""
@@ -114,7 +116,7 @@ class MemoryPolicy:
             return ()
         ladder = Ladder(program, stage)
         if self.policy == "cut":
-            policy = self.instead[min(position, len(self.instead) - 1)] if self.instead else "cut"
+            policy = _of_stage(self.instead or ("cut",), position)
             rung = Rung(_of_stage(self.levels, position), _of_stage(self.blocks, position))
             return ladder.recomputed(rung) if policy == "cut" else ladder.named(policy)
         if self.policy in POLICIES:
@@ -127,8 +129,8 @@ class MemoryPolicy:
         """What is kept of the blocks before the second number goes out of the device, from the first one on to a
         file."""
         if self.offload_blocks or self.file_blocks:
-            first = _of_stage(self.offload_blocks, position)
-            return first, first + _of_stage(self.file_blocks, position)
+            first = _of_stage(self.offload_blocks or (0,), position)
+            return first, first + _of_stage(self.file_blocks or (0,), position)
         count = max(block_of.values(), default=0)  # the last block of all is differentiated at once
         end = count + (not last) if self.offload_activations else 0
         return end, end
@@ -153,6 +155,6 @@ def _operator(node: fx.Node) -> str:
     return target._schema.name.rpartition("::")[2]
 
 
-def _of_stage(given: tuple[int, ...], position: int) -> int:
+def _of_stage(given: tuple[_T, ...], position: int) -> _T:
     """One for each stage, the last one for the stages left."""
-    return given[min(position, len(given) - 1)] if given else 0
+    return given[min(position, len(given) - 1)]

@@ -119,7 +119,7 @@ class DistributedExecutor(Executor):
     def told(self, mine: T, at: str) -> list[T]:
         given = [mine] * self.mesh.world_size
         with self._together(PeerNotReady, PlanMismatch):
-            agreement = _Agreement(self, Doing.EXCHANGE)
+            agreement = _Agreement(self, _Doing.EXCHANGE)
             self._complete(agreement, at)
             self._agree(agreement)
             try:
@@ -176,15 +176,14 @@ class DistributedExecutor(Executor):
             return  # they know
         logger.warning("graphshard: rank %d cannot begin, and tells the others: %s", self.rank, _line(error))
         with suppress(PeerFailed, WaitTimeout), self._together():
-            agreement = _Agreement(self, Doing.STEP, ready=False)
+            agreement = _Agreement(self, _Doing.STEP, ready=False)
             self._complete(agreement, "comparing plans")
             if agreement.has_begun():
-                self._gave_up = _line(error)
-                self._alarm()
+                self._leave(error)
 
     def _run(self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool) -> dict[int, dict[Ref, Value]]:
         with self._together():
-            agreement = _Agreement(self, Doing.STEP, loaded, first)
+            agreement = _Agreement(self, _Doing.STEP, loaded, first)
             if not loaded.steps:
                 self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
         if not loaded.steps:
@@ -198,8 +197,7 @@ class DistributedExecutor(Executor):
             agreement.check()
         except RanksError as error:
             if agreement.has_begun():
-                self._gave_up = _line(error)
-                self._alarm()
+                self._leave(error)
             raise
 
     def _run_agreed(
@@ -250,9 +248,13 @@ class DistributedExecutor(Executor):
         except harmless:
             raise
         except BaseException as error:
-            self._gave_up = _line(error)
-            self._alarm()
+            self._leave(error)
             raise
+
+    def _leave(self, error: BaseException) -> None:
+        """Communicate no more: the others need not wait."""
+        self._gave_up = _line(error)
+        self._alarm()
 
     def _check_in_step(self) -> None:
         if self._gave_up:
@@ -300,7 +302,7 @@ class DistributedExecutor(Executor):
                 time.sleep(1e-4)
 
 
-class Doing(IntEnum):
+class _Doing(IntEnum):
     """What ranks do together."""
 
     STEP = 0
@@ -332,7 +334,7 @@ class _Agreement:
     def __init__(
         self,
         executor: DistributedExecutor,
-        doing: Doing,
+        doing: _Doing,
         loaded: Loaded | None = None,
         first: bool = False,
         ready: bool = True,
@@ -365,18 +367,17 @@ class _Agreement:
         if late := [rank for rank, one in enumerate(said) if not one.ready]:
             raise PeerNotReady(late)
         if len({one.doing for one in said}) > 1:
-            raise PlanMismatch("call", ranks_by([Doing(one.doing).name.lower() for one in said]))
-        collectives, transfers, firsts = ([one[at] for one in said] for at in (1, 2, 3))
-        if len(set(collectives)) > 1:
-            raise PlanMismatch("plan (its collectives)", ranks_by([_short(value) for value in collectives]))
+            raise PlanMismatch("call", ranks_by([_Doing(one.doing).name.lower() for one in said]))
+        if len({one.collectives for one in said}) > 1:
+            raise PlanMismatch("plan (its collectives)", ranks_by([_short(one.collectives) for one in said]))
         for dp_rank in range(self._mesh.dp_size):
             pipeline = [rank for rank in range(self._mesh.world_size) if self._mesh.dp_rank(rank) == dp_rank]
-            if len({transfers[rank] for rank in pipeline}) > 1:
-                by_plan = ranks_by([_short(value) for value in transfers])
+            if len({said[rank].transfers for rank in pipeline}) > 1:
+                by_plan = ranks_by([_short(one.transfers) for one in said])
                 kept = {plan: [rank for rank in ranks if rank in pipeline] for plan, ranks in by_plan.items()}
                 raise PlanMismatch("plan (its transfers)", {plan: ranks for plan, ranks in kept.items() if ranks})
-        if len(set(firsts)) > 1:
-            raise PlanMismatch("optimizer state", ranks_by(["none" if first else "some" for first in firsts]))
+        if len({one.first for one in said}) > 1:
+            raise PlanMismatch("optimizer state", ranks_by(["none" if one.first else "some" for one in said]))
 
     def has_begun(self) -> bool:
         """Whether any rank did not wait to hear of the others."""
