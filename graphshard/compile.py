@@ -437,8 +437,7 @@ class Compiled:
             self.init(self.model)
         params = {name: p.detach() for name, p in self.model.named_parameters()}
         if not any(p.is_meta for p in params.values()):
-            storage.write_params(params)
-            storage.write_buffers(dict(self.model.named_buffers()))
+            storage.write_model(params, dict(self.model.named_buffers()))
         state = given_state(user, trace.parameter_names(self.model)) if user is not None else {}
         if state:
             storage.write_state(state)
@@ -518,8 +517,8 @@ class Compiled:
         for name, tensor in expected.items():
             if stored[name] not in given:
                 raise StateMismatch(name, "nothing", f"a tensor of shape {list(tensor.shape)}")
-        storage.write_params({name: value for name, value in given.items() if name in self._params})
-        storage.write_buffers({name: value for name, value in given.items() if name not in self._params})
+        params = {name: value for name, value in given.items() if name in self._params}
+        storage.write_model(params, {name: value for name, value in given.items() if name not in params})
 
     def _stored_names(self) -> dict[str, str]:
         """Every name of a parameter or buffer to the one that its value is stored under."""

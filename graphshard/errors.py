@@ -593,12 +593,11 @@ class NothingMatches(GraphshardError):
 class BudgetTooSmall(GraphshardError):
     """A memory budget that nothing the planner may do can keep."""
 
-    def __init__(self, budget_bytes: int, smallest_bytes: int, stage: int, held: str) -> None:
+    def __init__(self, budget_bytes: int, smallest_bytes: int, stage: int, held: str, untried: Sequence[str]) -> None:
         super().__init__(
             f"a budget of {budget_bytes / 1e9:.9g} GB per rank is too small: the smallest possible is "
             f"{math.ceil(smallest_bytes / 1e3) / 1e6:.9g} GB by all settings tried, for a rank of stage {stage} that "
-            f"holds {held}; "
-            "more ranks, smaller micro-batches, bf16, zero3, offload, or a path for memory may take less"
+            f"holds {held}; {', '.join(untried[:-1])} or {untried[-1]} may take less"
         )
         self.smallest_bytes = smallest_bytes
 

@@ -45,6 +45,7 @@ class Budget:
 
     nbytes: int
     levers: Levers
+    untried: tuple[str, ...]  # what else may take less memory, for people
 
 
 def fit(
@@ -84,7 +85,8 @@ def fit(
     if collectives is not None:
         levers = replace(levers, reshard=False)
     try:
-        return choose(program, passes, ctx, Budget(plan.budget_per_rank_bytes, levers), schedule, measure)
+        budget = Budget(plan.budget_per_rank_bytes, levers, _untried(plan))
+        return choose(program, passes, ctx, budget, schedule, measure)
     except NothingAllowed:
         return passes
 
@@ -102,6 +104,16 @@ def levers_of(plan: Plan, on_gpu: bool) -> Levers:
         activations_leave=said.get("activations") or "",
         **{name: () if said.get(name) else homes for name in ("optimizer", "params", "activations")},
     )
+
+
+def _untried(plan: Plan) -> tuple[str, ...]:
+    """What a plan with a budget does not do to take less memory."""
+    more = {
+        "bf16": plan.precision is None,
+        "zero3": plan.zero_stage < 3,
+        "memory with a path": plan.memory is None or plan.memory.path is None,
+    }
+    return ("more ranks", "smaller micro-batches", *(way for way, is_open in more.items() if is_open))
 
 
 def _homes(on_gpu: bool, files: bool) -> tuple[Away, ...]:
@@ -167,7 +179,7 @@ class _Search:
         largest = sorted(use.at_peak.items(), key=lambda item: -item[1])[:3]
         held = ", ".join(f"{name} {human(count)}" for name, count in largest)
         least = max(use.peak_bytes, self.ladders[stage][rung].held_bytes)
-        raise BudgetTooSmall(self.budget.nbytes, least, stage, held)
+        raise BudgetTooSmall(self.budget.nbytes, least, stage, held, self.budget.untried)
 
     def _with(self, rungs: Sequence[int]) -> list[Pass]:
         """The passes from memory-policy on, with each stage on its rung."""

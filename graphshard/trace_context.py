@@ -140,11 +140,11 @@ class _Calls(TorchFunctionMode):
         if func == _SET_DATA:
             instead = "write to it with copy_, or use the new value itself"
             raise UncapturableOperator("an assignment to .data", describe(calling_line()), instead)
-        if func in _TO_NUMPY:
-            if isinstance(args[0], (FakeTensor, FunctionalTensor)):
-                raise NeedsTensorValue(describe(calling_line()))
+        if func in _TO_PYTHON and not isinstance(args[0], (FakeTensor, FunctionalTensor)):
             with no_dispatch():  # else a constant would be a fake one, too, whose memory holds anything
                 return func(*args, **(kwargs or {}))
+        if func in _TO_NUMPY:
+            raise NeedsTensorValue(describe(calling_line()))
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
@@ -157,6 +157,10 @@ class _Calls(TorchFunctionMode):
 
 _ATTENTION = F.scaled_dot_product_attention
 _TO_NUMPY = (Tensor.numpy, Tensor.__array__)
+_TO_PYTHON: Any = (
+    *(*_TO_NUMPY, Tensor.item, Tensor.tolist, Tensor.__repr__, Tensor.__format__),
+    *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__),
+)
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 

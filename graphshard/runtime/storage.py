@@ -99,16 +99,23 @@ class Storage:
         return {name: result[name] for name in self.params if name in result}
 
     def write_params(self, tensors: Mapping[str, Tensor]) -> None:
-        """Store full parameters and their masters, given by canonical name, on every rank and stage that holds them.
+        """:meth:`write_model` of a model whose buffers stay."""
+        self.write_model(tensors, {})
+
+    def write_model(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        """Store full parameters and their masters, given by canonical name, on every rank and stage that holds them,
+        and buffers as :meth:`write_buffers` does.
 
         Raises:
-            StateMismatch: one is missing or has another shape; nothing is stored then.
-            OutOfRange: one has finite values that are infinite in the type that it is stored in; likewise.
+            StateMismatch: a parameter is missing, or something has another shape; nothing is stored then.
+            OutOfRange: something has finite values that are infinite in the type that it is stored in; likewise.
         """
         for name, param in self.params.items():
-            _expect(name, tensors.get(name), param.shape)
+            _expect(name, params.get(name), param.shape)
         masters = [(place, self._members(place)) for place in self._sharded_places(Role.MASTER)]
-        self._replace(_fitting((place, members, tensors) for place, members in [*self._param_places(), *masters]))
+        pieces = _fitting((place, members, params) for place, members in [*self._param_places(), *masters])
+        self._replace(pieces + self._buffer_pieces(buffers))
+        self._set_aside(buffers)
 
     def _param_places(self) -> Iterator[tuple[_Place, Members]]:
         """Each stored piece of parameters with its members."""
@@ -142,14 +149,21 @@ class Storage:
 
         Raises:
             StateMismatch: one has another shape; nothing is stored then.
-            OutOfRange: as for :meth:`write_params`.
+            OutOfRange: as for :meth:`write_model`.
         """
+        self._replace(self._buffer_pieces(tensors))
+        self._set_aside(tensors)
+
+    def _buffer_pieces(self, tensors: Mapping[str, Tensor]) -> list[_Piece]:
         places = [place for place in self._places(Role.BUFFER) if place.slot.name in tensors]
         for place in places:
             _expect(place.slot.name, tensors.get(place.slot.name), place.kind.shape)
-        self._replace(_fitting((place, ((place.slot.name, -1),), tensors) for place in places))
-        placed = {place.slot.name for place in places}
-        self._unplaced |= {n: value.detach().clone() for n, value in tensors.items() if n not in placed}
+        return _fitting((place, ((place.slot.name, -1),), tensors) for place in places)
+
+    def _set_aside(self, buffers: Mapping[str, Tensor]) -> None:
+        """Keep those that no plan reads so far."""
+        placed = {place.slot.name for place in self._places(Role.BUFFER)}
+        self._unplaced |= {name: value.detach().clone() for name, value in buffers.items() if name not in placed}
 
     # Optimizer state
 
@@ -172,7 +186,7 @@ class Storage:
         Raises:
             StateMismatch: a parameter's state is missing, has another shape, or a scalar that differs within a bucket;
                 nothing is stored then.
-            OutOfRange: as for :meth:`write_params`.
+            OutOfRange: as for :meth:`write_model`.
         """
         places = list(self._sharded_places(Role.STATE))
         updated = {name for place in places for name, _ in self._members(place)}

@@ -21,13 +21,14 @@ WIDTH = 6
 
 
 class Model(nn.Module):
-    """Two linear layers, with ``between(self, hidden)`` behind each; ``mask`` is neither parameter nor buffer."""
+    """Two linear layers, with ``between(self, hidden)`` behind each; ``mask`` and ``width`` are plain attributes."""
 
     def __init__(self, between: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.weight = nn.Parameter(torch.eye(WIDTH) + 0.1 * torch.randn(WIDTH, WIDTH))
         self.mask = torch.ones(WIDTH, WIDTH, dtype=torch.bool).triu(1)
+        self.width = torch.tensor(WIDTH)
         self.between = between
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,7 +80,11 @@ def transposed(model: Any, hidden: Tensor) -> Tensor:
 
 def read(model: Any, hidden: Tensor) -> Tensor:
     """Numbers of a constant: they are part of the program."""
-    return hidden * float(1 + model.mask.numpy().sum() / 8) * (1 + int(np.asarray(model.mask)[0, 1]) / 2)
+    hidden = hidden * float(1 + model.mask.numpy().sum() / 8) * (1 + int(np.asarray(model.mask)[0, 1]) / 2)
+    assert f"{model.width}" == str(model.width.item()), repr(model.width)
+    if model.width:
+        hidden = hidden * float(model.width) + model.width.tolist() + int(model.width)
+    return hidden[:, : int(model.width)]
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -295,10 +295,11 @@ class Ranged(nn.Module):
         super().__init__()
         self.a, self.cast = nn.Linear(4, 4), cast
         self.scale = nn.Parameter(torch.tensor([1.0, -large, 0.0, 2.0]), requires_grad=trained)
+        self.register_buffer("shift", torch.tensor(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale.float() if self.cast else self.scale
-        result: Tensor = self.a(x) + x * (scale / 1e6)
+        result: Tensor = self.a(x) + x * (scale / 1e6) + self.shift
         return result
 
 
@@ -327,6 +328,10 @@ def test_a_parameter_that_float16_does_not_hold_is_refused_before_anything_is_st
         with pytest.raises(OutOfRange, match=OUT_OF_RANGE):
             compiled.load_state_dict({name: value + 1 for name, value in before.items()} | {"scale": values})
         assert all(torch.equal(before[name], value) for name, value in compiled.state_dict().items())
+    large = torch.tensor(1e39, dtype=torch.float64)
+    with pytest.raises(OutOfRange, match="shift: its largest"):  # a buffer
+        compiled.load_state_dict({name: value + 1 for name, value in before.items()} | {"shift": large})
+    assert all(torch.equal(before[name], value) for name, value in compiled.state_dict().items())
     already = torch.tensor([float("-inf"), 1.0, float("inf"), 2.0])
     compiled.load_state_dict(before | {"scale": already})
     assert torch.equal(compiled.state_dict()["scale"], already)
