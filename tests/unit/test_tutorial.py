@@ -18,6 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {
     "writing-a-pass.md": {"python", "text", "console", "graph"},
     "memory.md": {"python", "text", "console"},
+    "precision.md": {"python", "text", "console"},
     "plan-directory.md": {"python", "text"},
 }
 """Each page, and the kinds of blocks that it has."""
