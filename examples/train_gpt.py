@@ -28,7 +28,6 @@ from torch.optim.lr_scheduler import LambdaLR
 import graphshard
 from demo.corpus import Corpus
 from demo.show import Progress, memory_table, pass_table, plot_losses
-from graphshard.compile import Compiled
 from graphshard.errors import BatchDoesNotSplit, GraphshardError
 from graphshard.runtime.memory import peak_device_bytes
 
@@ -132,7 +131,7 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
-    def part(self, compiled: Compiled, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def part(self, compiled: graphshard.Executable, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """What ``step`` wants of a global batch."""
         if self.world_size is None:
             return batch
@@ -193,13 +192,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def evaluate(compiled: Compiled, batches: Sequence[tuple[Tensor, ...]]) -> float:
+def evaluate(compiled: graphshard.Executable, batches: Sequence[tuple[Tensor, ...]]) -> float:
     """Mean loss in bits per byte."""
     return sum(compiled.evaluate(*batch).item() for batch in batches) / len(batches) / math.log(2)
 
 
 def train(
-    compiled: Compiled,
+    compiled: graphshard.Compiled,
     corpus: Corpus,
     options: argparse.Namespace,
     ranks: Ranks,
@@ -225,7 +224,7 @@ def train(
     return losses
 
 
-def sample(compiled: Compiled, options: argparse.Namespace, ranks: Ranks, temperature: float = 0.7) -> str:
+def sample(compiled: graphshard.Executable, options: argparse.Namespace, ranks: Ranks, temperature: float = 0.7) -> str:
     """Text that the model writes after a prompt, byte by byte; every rank calls it and gets the same."""
     generator = torch.Generator().manual_seed(options.seed)
     text = list(PROMPT)
@@ -245,7 +244,7 @@ def sample(compiled: Compiled, options: argparse.Namespace, ranks: Ranks, temper
     return bytes(text).decode("utf-8", errors="replace")
 
 
-def one_device(compiled: Compiled, options: argparse.Namespace) -> Compiled:
+def one_device(compiled: graphshard.Compiled, options: argparse.Namespace) -> graphshard.Compiled:
     """The same step compiled for a single device, for its account alone: all micro-batches one after the other."""
     with torch.device("meta"):
         given = arguments(options, dp_size=1)

@@ -6,6 +6,7 @@
 from graphshard.check import check
 from graphshard.compile import Compiled, compile
 from graphshard.errors import GraphshardError
+from graphshard.executable import Executable
 from graphshard.execution import ExecutionPlan
 from graphshard.load import Loaded, load
 from graphshard.mesh import Mesh
@@ -17,6 +18,7 @@ from graphshard.version import __version__
 __all__ = [
     "Compiled",
     "Context",
+    "Executable",
     "ExecutionPlan",
     "GraphshardError",
     "Loaded",

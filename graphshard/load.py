@@ -13,14 +13,6 @@ from torch.optim import Optimizer
 
 from graphshard import trace
 from graphshard.built import Asked, Built
-from graphshard.compile import (
-    Compiled,
-    OptimizerLike,
-    device_for,
-    distributed_world_size,
-    executor_kind,
-    offload_folder,
-)
 from graphshard.errors import (
     NeedsCompiling,
     NotAPlanDirectory,
@@ -28,6 +20,7 @@ from graphshard.errors import (
     PlanDirectoryMisfit,
     UntrustedCode,
 )
+from graphshard.executable import Executable
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.model_record import describe, difference, skeleton
@@ -39,7 +32,8 @@ from graphshard.program import Program
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.nvme import check_folder
 from graphshard.runtime.storage import Storage
-from graphshard.update import make_optimizer
+from graphshard.surroundings import device_for, distributed_world_size, executor_kind, offload_folder
+from graphshard.update import OptimizerLike, make_optimizer
 
 _WORDS = {"train": "a training step", "evaluate": "evaluation", "call": "a call"}
 
@@ -107,7 +101,6 @@ def load(
         executor=kind,
         device=device_for(kind, device, model),
         timeout_s=timeout_s,
-        dump_dir=None,
         measure_memory=measure_memory,
         init=init,
         seed=manifest.seed if seed is None else seed,
@@ -147,7 +140,7 @@ def _check_options(folder: Path, loaded: Loaded) -> None:
 
 
 @dataclass(kw_only=True)
-class Loaded(Compiled):
+class Loaded(Executable):
     """What :func:`load` returns: it runs the plans of its directory and compiles nothing.
 
     Inputs of other shapes, or an option of the optimizer that changes, raise NotInPlanDirectory; ``dump``, ``verify``
@@ -169,6 +162,23 @@ class Loaded(Compiled):
             self._program = self.directory.program()
         return self._program
 
+    @property
+    def passes(self) -> NoReturn:
+        """Raises NeedsCompiling."""
+        raise NeedsCompiling(str(self.directory.path))
+
+    def dump(self, *_: object) -> NoReturn:
+        """Raises NeedsCompiling."""
+        raise NeedsCompiling(str(self.directory.path))
+
+    def verify(self, *_: object, **__: object) -> NoReturn:
+        """Raises NeedsCompiling."""
+        raise NeedsCompiling(str(self.directory.path))
+
+    def bisect(self, *_: object, **__: object) -> NoReturn:
+        """Raises NeedsCompiling."""
+        raise NeedsCompiling(str(self.directory.path))
+
     def _make(self, asked: Asked) -> Built:
         """The plan of the directory for that."""
         inputs, options = trace.spell_signature(*asked.example.arguments()), asked.spelled_options()
@@ -183,15 +193,6 @@ class Loaded(Compiled):
             what, expected, given = other or ("model.training", fitting[0].training, asked.training)
             told += f" with {what} = {given} instead of {expected}"
         raise NotInPlanDirectory(str(self.directory.path), told, sorted({_told(built) for built in self.builds}))
-
-    def _compiled(self) -> NoReturn:
-        raise NeedsCompiling(str(self.directory.path))
-
-    def _builder(self) -> NoReturn:
-        raise NeedsCompiling(str(self.directory.path))
-
-    def _told(self) -> str:
-        return ""
 
     def _plans(self) -> list[ExecutionPlan]:
         return [built.plan for built in self.builds]

@@ -45,7 +45,11 @@ _CREATION = {
 }
 
 
-def make_optimizer(model: nn.Module, optimizer: Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]) -> Optimizer:
+OptimizerLike = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
+"""An optimizer, or what makes one of parameters."""
+
+
+def make_optimizer(model: nn.Module, optimizer: OptimizerLike) -> Optimizer:
     """The optimizer itself, or what the factory makes of ``model.parameters()``.
 
     Raises:

@@ -53,7 +53,7 @@ def compiled(plan: str, executor: str, **more: Any) -> graphshard.Compiled:
     )
 
 
-def part(given: graphshard.Compiled, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def part(given: graphshard.Executable, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """What step is given on this rank."""
     if given.executor == "local":
         return tensors

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import graphshard
-from graphshard.compile import Compiled, device_for
+from graphshard.compile import Compiled
 from graphshard.errors import UncapturableOperator
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.segments import compile_segments
+from graphshard.surroundings import device_for
 from numerics.cases import adamw, maker
 
 

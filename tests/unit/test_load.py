@@ -44,7 +44,7 @@ def equal(ours: Any, theirs: Any) -> bool:
     return torch.equal(ours, theirs) if isinstance(theirs, Tensor) else bool(ours == theirs)
 
 
-def trained(compiled: Compiled, batch: Any, steps: int = 3) -> Any:
+def trained(compiled: graphshard.Executable, batch: Any, steps: int = 3) -> Any:
     """Everything that training gives: losses, evaluation, values, state."""
     losses = []
     for index in range(steps):
@@ -151,7 +151,7 @@ def test_state_goes_from_one_to_the_other(written: Path, two_layers: nn.Module) 
 
 
 def test_a_scheduler_drives_it(written: Path, two_layers: nn.Module) -> None:
-    def run(compiled: Compiled) -> Any:
+    def run(compiled: graphshard.Executable) -> Any:
         schedule = torch.optim.lr_scheduler.StepLR(compiled.optimizer, 1, gamma=0.1)
         for _ in range(3):
             compiled.step(*BATCH)
@@ -213,7 +213,7 @@ def test_accounts_are_the_same(written: Path, two_layers: nn.Module) -> None:
 
 
 def test_what_takes_the_passes_is_refused(written: Path, tmp_path: Path) -> None:
-    calls: list[Callable[[Compiled], object]] = [
+    calls: list[Callable[[graphshard.Loaded], object]] = [
         lambda c: c.dump(tmp_path),
         lambda c: c.verify(),
         lambda c: c.bisect("loss"),

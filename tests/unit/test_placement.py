@@ -86,7 +86,7 @@ def test_a_call_that_is_compiled_first_does_not_know_what_has_a_gradient(plan: s
         loss = compiled.step(x, y)
         latest = list(compiled._builds.values())[-1]
         assert isinstance(latest, Build)
-        return loss, compiled._builder().before_passes(latest)[0], latest.graphs.program
+        return loss, compiled.builder.before_passes(latest)[0], latest.graphs.program
 
     (loss, captured, after_call), (expected, _, alone) = built(True), built(False)
     assert torch.equal(loss, expected)

@@ -15,7 +15,6 @@ from torch.optim import AdamW
 import graphshard
 from graphshard import planner
 from graphshard.codegen.lower import lower
-from graphshard.compile import offload_folder
 from graphshard.errors import BudgetTooSmall, NothingMatches, PassOptionError
 from graphshard.ladders import ladders
 from graphshard.offloaded import offloaded_bytes
@@ -24,6 +23,7 @@ from graphshard.pipeline import Context, parse_passes, run_passes
 from graphshard.plan import Plan
 from graphshard.planner import levers_of
 from graphshard.rewrite import copied
+from graphshard.surroundings import offload_folder
 from models.zoo import gpt
 from numerics.cases import rows_of
 
@@ -280,7 +280,7 @@ def test_what_host_memory_has_no_room_for_goes_to_files(said: str, frozen: str) 
     ctx = Context(made.mesh)
     before = run_passes(copied(source), made.passes[:at], ctx)
     sharded = run_passes(copied(before), made.passes[at:], ctx)
-    schedule = made._builder().schedule("train", made.microbatches)
+    schedule = made.builder.schedule("train", made.microbatches)
     by_plan = offloaded_bytes(made.execution_plan, 0).get("cpu", 0)
 
     def last(host_gb: float) -> tuple[set[str], dict[str, int]]:
