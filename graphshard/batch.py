@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ class MicroBatch:
 
     leaves: tuple[Any, ...]
     spec: TreeSpec
+    dims: tuple[int | None, ...] = ()  # of each, the dim along which the batch was split; None: it was repeated
 
     def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as the model takes them: (args, kwargs)."""
@@ -44,7 +45,14 @@ class MicroBatch:
             leaf if shape is None or shape == tuple(leaf.shape) else leaf.new_zeros(shape)
             for leaf, shape in zip(self.leaves, shapes, strict=True)
         ]
-        return MicroBatch(tuple(leaves), self.spec)
+        return replace(self, leaves=tuple(leaves))
+
+    def times(self, parts: int) -> Shapes:
+        """The shapes of so many of these, joined."""
+        return tuple(
+            shape if shape is None or dim is None else (*shape[:dim], shape[dim] * parts, *shape[dim + 1 :])
+            for shape, dim in zip(self.shapes(), self.dims, strict=True)
+        )
 
 
 def largest(given: Sequence[Shapes]) -> Shapes:
@@ -70,19 +78,22 @@ def split_batch(
     leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
     parts = ranks * microbatches
     size = next((leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0), None)
+    dims = [_dim(index, leaf, size, batch_dims) for index, leaf in enumerate(leaves)]
     pieces: list[list[Any]] = []
-    for index, leaf in enumerate(leaves):
-        dim: int | None = None
-        if isinstance(leaf, torch.Tensor):
-            if index in batch_dims:
-                dim = batch_dims[index]
-            elif leaf.dim() > 0 and leaf.shape[0] == size:
-                dim = 0
+    for index, (leaf, dim) in enumerate(zip(leaves, dims, strict=True)):
         if dim is None:
             pieces.append([leaf] * parts)
             continue
         if leaf.shape[dim] % parts:
             raise BatchDoesNotSplit(index, tuple(leaf.shape), dim, ranks, microbatches)
         pieces.append(list(leaf.split(leaf.shape[dim] // parts, dim)))
-    flat = [MicroBatch(tuple(piece[i] for piece in pieces), spec) for i in range(parts)]
+    flat = [MicroBatch(tuple(piece[i] for piece in pieces), spec, tuple(dims)) for i in range(parts)]
     return [flat[r * microbatches : (r + 1) * microbatches] for r in range(ranks)]
+
+
+def _dim(index: int, leaf: Any, size: int | None, batch_dims: Mapping[int, int | None]) -> int | None:
+    if not isinstance(leaf, torch.Tensor):
+        return None
+    if index in batch_dims:
+        return batch_dims[index]
+    return 0 if leaf.dim() > 0 and leaf.shape[0] == size else None

@@ -85,6 +85,12 @@ def _itself(example: MicroBatch) -> MicroBatch:
     return example
 
 
+def _growing(part: tuple[int, ...], whole: tuple[int, ...], ranks: int) -> int | None:
+    """The dim that is longer for the parts of all ranks, if it is one alone, and by as much."""
+    longer = [dim for dim, (one, all_) in enumerate(zip(part, whole, strict=True)) if one != all_]
+    return longer[0] if len(longer) == 1 and whole[longer[0]] == ranks * part[longer[0]] else None
+
+
 @dataclass(kw_only=True)
 class Builder:
     """Makes the plans of one model: for training, evaluation and calls, and for whatever shapes are asked for.
@@ -150,6 +156,7 @@ class Builder:
             options=asked.spelled_options(),
             out_spec=output.spec,
             output_leaves=output.leaves,
+            output_dims=self._output_dims(asked, len(output.leaves)),
             asked=asked,
             moment=moment,
             make=make,
@@ -187,6 +194,20 @@ class Builder:
             if self.optimizer is not None and self.plan.zero_stage and self.mesh.size(self.mesh.shard_axis) > 1:
                 check_elementwise(captured.program, type(self.optimizer).__name__)
         return captured
+
+    def _output_dims(self, asked: Asked, leaves: int) -> tuple[int | None, ...]:
+        """See :class:`Built`: what the model returns for the whole batch tells, on fake tensors."""
+        ranks = self.mesh.dp_size
+        if asked.mode != "call" or ranks == 1:
+            return (None,) * leaves
+        whole = asked.example.like(asked.example.times(ranks))
+        try:
+            found = [trace.output_shapes(self.model, self.loss_fn, *of.arguments()) for of in (asked.example, whole)]
+        except Exception:  # of a model that takes one batch size alone
+            return (None,) * leaves
+        part, joined = found
+        dims = {leaf: _growing(shape, joined[leaf], ranks) for leaf, shape in part.items()}
+        return tuple(dims.get(leaf) for leaf in range(leaves))
 
     def schedule(self, mode: Mode, microbatches: int) -> schedules.Schedule:
         """The order of work on the stages."""

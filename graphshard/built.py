@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
 from graphshard.batch import MicroBatch
-from graphshard.execution import ExecutionPlan
+from graphshard.errors import OutputNotJoined
+from graphshard.execution import ExecutionPlan, type_of
 from graphshard.optim import changed_options, spell_options
 from graphshard.trace import Mode
 
@@ -57,20 +58,41 @@ class Built:
     options: tuple[dict[str, str], ...] = ()  # of "train": by group those of the optimizer, as Python spells them
     out_spec: TreeSpec | None = None  # of a call
     output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs
+    output_dims: tuple[int | None, ...] = ()  # of a call: of each leaf, the dim that is longer for a larger batch
 
 
-def assemble(
-    built: Built, parts: Sequence[Sequence[MicroBatch]], outputs: Mapping[int, Mapping[str, Sequence[Tensor]]]
-) -> Any:
-    """The model's output from those of the data-parallel ranks: batch dims are joined, the rest is the first rank's."""
+def assemble(built: Built, outputs: Mapping[int, Mapping[str, Sequence[Tensor]]]) -> Any:
+    """The model's output from those of the data-parallel ranks.
+
+    Raises:
+        OutputNotJoined: a tensor of it is another one on every rank, and no dim of it is the batch's.
+    """
     ranks = [outputs[rank] for rank in sorted(outputs) if outputs[rank]]
     if not ranks:
         return None
-    size = next((t.shape[0] for t in parts[0][0].leaves if isinstance(t, Tensor) and t.dim() > 0), None)
     leaves: list[Any] = list(built.output_leaves)
     for name in ranks[0]:
-        values = [rank[name][0] for rank in ranks]
-        joined = values[0].dim() > 0 and values[0].shape[0] == size and len(values) > 1
-        leaves[int(name)] = torch.cat(values) if joined else values[0]
+        leaves[int(name)] = _joined(int(name), [rank[name][0] for rank in ranks], built.output_dims)
     assert built.out_spec is not None
     return tree_unflatten(leaves, built.out_spec)
+
+
+def _joined(leaf: int, values: Sequence[Tensor], dims: Sequence[int | None]) -> Tensor:
+    """Parts of a batch one after the other; means, as losses are, by their mean."""
+    first = values[0]
+    if len(values) == 1:
+        return first
+    dim = dims[leaf]
+    if dim is not None:
+        return torch.cat(list(values), dim)
+    if all(_same(first, other) for other in values[1:]):
+        return first
+    if first.dim() or not first.is_floating_point():
+        raise OutputNotJoined(leaf, str(type_of(first)))
+    return torch.stack(list(values)).mean(0)
+
+
+def _same(first: Tensor, other: Tensor) -> bool:
+    if first.is_floating_point():
+        return torch.allclose(first, other, rtol=0, atol=0, equal_nan=True)
+    return torch.equal(first, other)

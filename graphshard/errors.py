@@ -271,6 +271,17 @@ class BatchDoesNotSplit(GraphshardError):
         )
 
 
+class OutputNotJoined(GraphshardError):
+    """A tensor that the model returns cannot be put together from what data-parallel ranks return."""
+
+    def __init__(self, leaf: int, kind: str) -> None:
+        super().__init__(
+            f"output {leaf} of the model (in flattened order), {kind}, is another one for each part of the batch, and "
+            "no dim of it grows with the batch: data-parallel ranks have nothing to make the whole batch's of; return "
+            "one row per sample, or call a model that was compiled with plan dp1"
+        )
+
+
 class PlanError(GraphshardError):
     """An execution plan that must not run: the rule it breaks and the instructions around the spot, per stage."""
 

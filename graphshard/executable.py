@@ -158,10 +158,12 @@ class Executable(ABC):
         """The model's output in evaluation mode, without the loss.
 
         Returns:
-            What the model returns; data-parallel parts are joined along dim 0. Distributed: None on ranks that are not
-            of the last stage.
+            What the model returns: parts of data-parallel ranks are joined along the dim that grows with the batch, and
+            numbers that differ, such as a loss, are averaged. Distributed: this data-parallel rank's part; None on
+            ranks that are not of the last stage.
 
         Raises:
+            OutputNotJoined: a tensor of the output is neither.
             NeedsExampleInputs: nothing was traced before that says where parameters live.
         """
         with self._getting_ready():
@@ -170,7 +172,7 @@ class Executable(ABC):
             parts = self._split(batch, kwargs, 1)
             build = self._build("call", parts[0][0], 1)
         outputs = self._run(build, parts, []).outputs
-        return assemble(build, parts, outputs)
+        return assemble(build, outputs)
 
     def trace(self, *batch: Any, **kwargs: Any) -> None:
         """Compile the training step for arguments like these without running it."""

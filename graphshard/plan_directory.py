@@ -49,6 +49,7 @@ class PlanRecord:
     options: tuple[dict[str, str], ...]
     out_spec: str = ""  # as torch's pytree spells it in JSON; "": None
     output_leaves: str = "[]"  # in JSON
+    output_dims: str = "[]"  # likewise
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class PlanDirectory:
             options=record.options,
             out_spec=treespec_loads(record.out_spec) if record.out_spec else None,
             output_leaves=tuple(json.loads(record.output_leaves)),
+            output_dims=tuple(json.loads(record.output_dims)),
         )
 
     def program(self) -> Program:
@@ -199,8 +201,8 @@ def _json(folder: Path) -> dict[str, object]:
 
 def _record(built: Built, folder: str) -> PlanRecord:
     spec = "" if built.out_spec is None else treespec_dumps(built.out_spec)
-    leaves = json.dumps(built.output_leaves)
-    return PlanRecord(built.mode, folder, built.inputs, built.training, built.options, spec, leaves)
+    leaves, dims = json.dumps(built.output_leaves), json.dumps(built.output_dims)
+    return PlanRecord(built.mode, folder, built.inputs, built.training, built.options, spec, leaves, dims)
 
 
 def _prefix(folder: str) -> str:

@@ -15,8 +15,9 @@ from graphshard.errors import LossHasParameters, MissingInput, UnsupportedInput
 from graphshard.execution import type_of
 from graphshard.program import Program
 from graphshard.trace_call import LossFn, Mode, Request
+from graphshard.trace_context import capturing
 from graphshard.trace_convert import convert
-from graphshard.trace_joint import trace_joint
+from graphshard.trace_joint import Step, trace_joint
 from graphshard.trace_model import describe_params, gradient_hooks, parameter_names, tensors_of
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "describe_params",
     "gradient_hooks",
     "input_signature",
+    "output_shapes",
     "parameter_names",
     "spell_signature",
 ]
@@ -86,6 +88,18 @@ def capture(
     joint = trace_joint(Request(model, loss_fn, mode, tuple(leaves), spec, lower), tensors)
     program = convert(joint, tensors, params, microbatches, mode == "train")
     return Captured(program, spec, joint.output.spec, joint.output.leaves)
+
+
+@fake.default_device()
+def output_shapes(
+    model: nn.Module, loss_fn: LossFn | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[int, tuple[int, ...]]:
+    """Of the tensors that a call of ``model`` returns, by leaf. Raises what the model raises."""
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    step = Step(Request(model, loss_fn, "call", tuple(leaves), spec), tensors_of(model))
+    with capturing(model, False), step.mode:
+        results = step(*step.batch_values)
+    return {leaf: tuple(result.shape) for leaf, result in zip(step.output.tensors, results, strict=True)}
 
 
 def input_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

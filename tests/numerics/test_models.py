@@ -14,6 +14,7 @@ from torch.optim import SGD
 from torch.utils._pytree import tree_flatten
 
 import graphshard
+from graphshard.errors import OutputNotJoined
 from numerics.cases import adagrad, adamw, maker
 from numerics.reference import assert_close, check_parity
 
@@ -121,6 +122,11 @@ class Outputs(nn.Module):
         y = self.b(h)
         if self.kind == "tensor":
             return y
+        if self.kind == "shapes":
+            later = torch.stack([y, y + 1, y + 2, y + 3])  # as long as a part of the batch
+            return {"y": y, "later": later, "flat": y.reshape(-1), "mean": y.mean(), "table": self.a.weight, "n": 4}
+        if self.kind == "product":
+            return y, y.t() @ y
         return (y, h) if self.kind == "tuple" else {"y": y, "rest": [h, "text", 3], "mean": None}
 
 
@@ -130,7 +136,7 @@ def loss_of_output(out: Any, target: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("plan", ["dp2", "zero3+pp2"])
-@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict"])
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "dict", "shapes"])
 def test_calling_returns_what_the_model_returns(kind: str, plan: str) -> None:
     torch.manual_seed(0)
     model = Outputs(kind)
@@ -148,6 +154,37 @@ def test_calling_returns_what_the_model_returns(kind: str, plan: str) -> None:
         else:
             assert ours == theirs
     assert model.training
+
+
+class TimeMajor(nn.Module):
+    """Its batch is dim 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        out, (h, _) = self.lstm(x)
+        return out, h
+
+
+def test_calling_a_model_whose_batch_is_not_dim_0() -> None:
+    torch.manual_seed(0)
+    model, x = TimeMajor(), torch.randn(2, 8, 4)
+    compiled = graphshard.compile(
+        copy.deepcopy(model), "dp4+batch_dims:0=1,1=1", loss_fn=lambda out, y: F.mse_loss(out[0], y), executor="local"
+    )
+    for ours, theirs in zip(compiled(x), model(x), strict=True):
+        assert_close("output", ours, theirs.detach(), torch.float32)
+
+
+def test_what_no_rank_can_say_of_the_whole_batch_is_refused() -> None:
+    x = torch.randn(8, 8)
+    with pytest.raises(
+        OutputNotJoined, match=r"output 1 of the model \(in flattened order\), float32\[4,4\], is another"
+    ):
+        graphshard.compile(Outputs("product"), "dp2", loss_fn=loss_of_output, executor="local")(x)
+    graphshard.compile(Outputs("product"), "pp2", loss_fn=loss_of_output, executor="local")(x)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
