@@ -53,6 +53,7 @@ _COLLECTIVES = {
     c10d.all_gather_into_tensor.default: (Op.GATHER, "all_gather"),
     c10d.reduce_scatter_tensor.default: (Op.REDUCE, "reduce_scatter"),
     c10d.all_reduce.default: (Op.REDUCE, "all_reduce"),
+    c10d.broadcast.default: (Op.REDUCE, "broadcast"),
 }
 _STAGE_COLLECTIVES = (gs.stage_sum.default, gs.stage_broadcast.default)
 _PER_MICROBATCH = (Role.BATCH, Role.RNG, Role.OUTPUT)
@@ -377,12 +378,14 @@ class _StageLowering:
         else:
             ref, typed = name(source), type_of(val(source))
         axis = "pp" if node.target in _STAGE_COLLECTIVES else str(node.args[-1])
+        root: Any = node.args[1]
         issue = Instruction(
             op,
             kind,
             (ref,),
             (name(node),),
             axis=axis,
+            peer=root if kind == "broadcast" else None,
             type=typed,
             bucket=info(node).module,
             **common,  # type: ignore[arg-type]

@@ -228,7 +228,7 @@ class Builder:
         captured = self.capture(asked.mode, asked.example, asked.microbatches)
         source = copied(captured.program) if self.accounts else None
         # Where parameters and state live is settled by the first program: later ones share its storage.
-        ctx = Context(self.mesh, None if before is None else self._builds[0].placement)
+        ctx = Context(self.mesh, None if before is None else self._builds[0].placement, asked.apart)
         passes = self.passes if before is None else before.graphs.passes
         if asked.mode == "train":
             passes = self._fitted(captured.program, asked.example, passes, ctx, before)
@@ -297,7 +297,8 @@ class Builder:
         settings = self.plan, self.mesh, asked.microbatches, self.max_grad_norm, self.debug_nan, self.on_gpu
         inputs = trace.spell_signature(args, kwargs)
         types = torch.get_default_dtype(), self._params, self._groups()
-        return digest(versions(), asked.mode, model.digest, inputs, settings, types, optimizer, before), model.output
+        settled = sorted(asked.apart), before
+        return digest(versions(), asked.mode, model.digest, inputs, settings, types, optimizer, settled), model.output
 
     def _lower(self) -> torch.dtype | None:
         """What the passes compute in instead of float32."""

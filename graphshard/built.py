@@ -27,6 +27,7 @@ class Asked:
     options: Hashable  # see CompiledOptimizer.hyperparameters_key; None where nothing is updated
     training: bool  # model.training
     hooks: Hashable  # see trace.gradient_hooks; () where nothing is differentiated
+    apart: frozenset[str]  # of evaluation: buffers that training leaves different on data-parallel ranks
     example: MicroBatch = field(compare=False)
     microbatches: int = field(compare=False)
 
@@ -44,6 +45,8 @@ class Asked:
             found.append(f"model.training is {self.training} now")
         if before.hooks != self.hooks:
             found.append("other hooks on gradients of parameters now")
+        if before.apart != self.apart:
+            found.append("training updates other buffers now")
         return ", ".join(found)
 
 

@@ -22,6 +22,7 @@ _COLLECTIVES = (
     c10d.all_gather_into_tensor.default,
     c10d.reduce_scatter_tensor.default,
     c10d.all_reduce.default,
+    c10d.broadcast.default,
 )
 
 
@@ -50,9 +51,10 @@ def sender(transfer: fx.Node) -> int:
 
 def sent_bytes(node: fx.Node, size: int) -> int:
     """Bytes that a rank of a group of ``size`` sends for a node that communicates, with the least traffic there is: in
-    an all-gather and a reduce-scatter (n-1)/n of the whole value, in an all-reduce both."""
+    an all-gather and a reduce-scatter (n-1)/n of the whole value, in an all-reduce both, in a broadcast, from rank to
+    rank, all of it."""
     given = nbytes(val(node.all_input_nodes[0]))
-    if node.target is gs.transfer.default:
+    if node.target in (gs.transfer.default, c10d.broadcast.default):
         return given
     if node.target is c10d.all_gather_into_tensor.default:
         return (size - 1) * given

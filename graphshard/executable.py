@@ -23,7 +23,7 @@ from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
 from graphshard.plan import Plan
-from graphshard.program import Program
+from graphshard.program import Program, Role
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
 from graphshard.trace import Mode
@@ -214,7 +214,8 @@ class Executable(ABC):
         inputs = trace.input_signature(*example.arguments())
         options = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
         hooks = trace.gradient_hooks(self._parameters) if mode == "train" else ()
-        asked = Asked(mode, inputs, options, self.model.training, hooks, example, microbatches)
+        apart = self._apart() if mode != "train" else frozenset[str]()
+        asked = Asked(mode, inputs, options, self.model.training, hooks, apart, example, microbatches)
         if asked not in self._builds:
             build = self._make(asked)
             if self._storage is not None:
@@ -222,6 +223,12 @@ class Executable(ABC):
             self._builds[asked] = build
             self._main = self._main or build
         return self._builds[asked]
+
+    def _apart(self) -> frozenset[str]:
+        """Buffers that training leaves different on data-parallel ranks."""
+        plans = [build.plan for build in self._builds.values() if build.mode == "train" and self.dp_size > 1]
+        slots = (slot for plan in plans for results in plan.results for slot in results)
+        return frozenset(slot.name for slot in slots if slot.role is Role.BUFFER)
 
     # State
 

@@ -75,6 +75,7 @@ class Context:
 
     mesh: Mesh = field(default_factory=Mesh)
     placement: Placement | None = None
+    apart: frozenset[str] = frozenset()  # of evaluation: buffers that training leaves different on data-parallel ranks
 
 
 class Pass(Protocol):
@@ -143,6 +144,7 @@ _COUNTED = {
     "all_gather_into_tensor": "all-gathers",
     "reduce_scatter_tensor": "reduce-scatters",
     "all_reduce": "all-reduces",
+    "broadcast": "broadcasts",
     "transfer": "transfers",
     "stage_sum": "sums over stages",
     "stage_broadcast": "broadcasts over stages",

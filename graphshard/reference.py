@@ -220,6 +220,10 @@ class _Run:
     def _gather(self, node: fx.Node, env: Env, rank: int) -> Tensor:
         return torch.cat(self._group(node, env, rank)[0])
 
+    def _broadcast(self, node: fx.Node, env: Env, rank: int) -> Tensor:
+        root: int = node.args[1]  # type: ignore[assignment]
+        return self._group(node, env, rank)[0][root]
+
     def _all_reduce(self, node: fx.Node, env: Env, rank: int) -> Tensor:
         values, _ = self._group(node, env, rank)
         return _reduced(values, node.args[1])
@@ -289,6 +293,7 @@ _ACROSS: dict[Any, Callable[[_Run, fx.Node, Env, int], Tensor]] = {
     gs.local_shard.default: _Run._local_shard,
     c10d.all_gather_into_tensor.default: _Run._gather,
     c10d.all_reduce.default: _Run._all_reduce,
+    c10d.broadcast.default: _Run._broadcast,
     c10d.reduce_scatter_tensor.default: _Run._reduce_scatter,
     c10d.wait_tensor.default: lambda run, node, env, rank: env[node.all_input_nodes[0]][rank],
 }

@@ -24,6 +24,7 @@ _STARTS = (
     c10d.all_gather_into_tensor.default,
     c10d.reduce_scatter_tensor.default,
     c10d.all_reduce.default,
+    c10d.broadcast.default,
 )
 
 

@@ -18,6 +18,7 @@ stage  parameters     gradients                         update
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -30,7 +31,7 @@ from graphshard.errors import OptimizerNotElementwise, StagesNotCut
 from graphshard.loss_gradient import share_loss
 from graphshard.mesh import DATA_AXES
 from graphshard.pipeline import Context
-from graphshard.program import Bucket, Level, NodeInfo, Param, Phase, Program, Role, Section, Slot, info, set_info
+from graphshard.program import Bucket, Level, NodeInfo, Param, Phase, Program, Role, Section, Slot, info, set_info, val
 from graphshard.rewrite import (
     add_input,
     after,
@@ -76,6 +77,8 @@ class Zero:
         for section in program.updates():
             _shard_update(section, shardings)
             _average_loss(program, section)
+        for slot in _apart(program, ctx.apart):
+            _share(program, slot)
         program.level = Level.SHARDED
         return program
 
@@ -134,7 +137,7 @@ def _shard_update(section: Section, shardings: list[_Sharding]) -> None:
 
 
 def _average_loss(program: Program, section: Section) -> None:
-    """The step's loss is the mean over data-parallel ranks; BatchNorm's buffers stay each rank's own."""
+    """The step's loss is the mean over data-parallel ranks."""
     loss = next((n for n, s in section.inputs.items() if s.role is Role.CARRY and s.name == "loss"), None)
     if loss is None or program.mesh.dp_size == 1:
         return
@@ -423,3 +426,35 @@ def _contiguous(shape: tuple[int, ...]) -> list[int]:
         result.append(stride)
         stride *= max(size, 1)
     return result[::-1]
+
+
+def _apart(program: Program, names: Collection[str]) -> list[Slot]:
+    """The buffers of ``names`` that the program reads. In training each rank's are its own, as with BatchNorm's
+    statistics: rank 0's are the model's, which a checkpoint has and evaluation is to be with."""
+    read = {*program.prologue.inputs.values(), *program.body.inputs.values()}
+    return sorted(slot for slot in read if slot.role is Role.BUFFER and slot.name in names)
+
+
+def _share(program: Program, stored: Slot) -> None:
+    """Read data-parallel rank 0's, once a step: from a carry, as if the body changed it."""
+    body, prologue = program.body, program.prologue
+    carry = Slot(Role.CARRY, f"buffer:{stored.name}", stage=stored.stage)
+    old = body.input_slots.get(stored)
+    if old is not None:
+        record = info(old)
+        given = add_input(prologue, stored, val(old), replace(record, phase=Phase.UPDATE), old.name)
+        carried = add_input(body, carry, val(old), record, f"carried_{old.name}")
+        old.replace_all_uses_with(carried)
+        remove_input(body, old)
+        set_outputs(body, body.outputs | {carry: carried})
+        set_outputs(prologue, prologue.outputs | {carry: given})
+    value = given = prologue.input_slots[stored]
+    record = NodeInfo(phase=Phase.UPDATE, module=info(given).module, stage=stored.stage, made_by="zero")
+    readers = list(given.users)
+    with prologue.graph.inserting_before(first_operation(prologue.graph)):
+        for axis in DATA_AXES:
+            if program.mesh.size(axis) > 1:
+                value = call(prologue.graph, c10d.broadcast.default, (value, 0, axis), record)
+                value = call(prologue.graph, c10d.wait_tensor.default, (value,), record)
+    for reader in readers:
+        reader.replace_input_with(given, value)

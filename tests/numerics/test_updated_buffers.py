@@ -3,6 +3,8 @@ and what is recomputed reads them late."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from typing import Any
 
 import pytest
@@ -213,3 +215,36 @@ def test_a_late_read_of_what_the_forward_replaces_is_illegal() -> None:
         IllegalProgram, match=r"buffer:0\.m\" is replaced by the forward and read by a later phase; that needs a copy"
     ):
         verify(program)
+
+
+class Normed(nn.Module):
+    """Statistics of two kinds: floats that batches change, and a count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.one, self.two = nn.BatchNorm1d(WIDTH), nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.two(self.second(torch.tanh(self.one(self.first(x)))))
+        return result
+
+
+@pytest.mark.parametrize("plan", ["dp2", "zero3:size=2+pp2:stages=second", "dp2+zero2:size=2+accum2"])
+def test_evaluation_is_with_the_buffers_that_a_checkpoint_has(plan: str) -> None:
+    """In training every data-parallel rank has its own."""
+    torch.manual_seed(0)
+    model, x, y = Normed().double(), torch.randn(16, WIDTH).double(), torch.randn(16, WIDTH).double()
+    given: Any = {"loss_fn": F.mse_loss, "optimizer": functools.partial(torch.optim.SGD, lr=0.1), "executor": "local"}
+    compiled = graphshard.compile(copy.deepcopy(model), plan, **given)
+    before = compiled.evaluate(x, y)
+    for index in range(3):
+        compiled.step(x.roll(index, 0) * (1 + index), y)
+    evaluated, output = compiled.evaluate(x, y), compiled(x)
+    assert not torch.equal(evaluated, before)
+    model.load_state_dict(compiled.state_dict())
+    expected = model.eval()(x)
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(evaluated, F.mse_loss(expected, y), rtol=1e-12, atol=1e-12)
+    compiled.load_state_dict(model.state_dict())
+    assert torch.equal(compiled.evaluate(x, y), evaluated)
