@@ -56,6 +56,7 @@ _COLLECTIVES = {
     c10d.broadcast.default: (Op.REDUCE, "broadcast"),
 }
 _STAGE_COLLECTIVES = (gs.stage_sum.default, gs.stage_broadcast.default)
+_KEPT = (Role.PARAM, Role.MASTER, Role.STATE, Role.FLAT, Role.SHARD)
 _PER_MICROBATCH = (Role.BATCH, Role.RNG, Role.OUTPUT)
 
 
@@ -164,10 +165,16 @@ class _StageLowering:
             elif info(node).stage in (self.stage, None) and not is_getitem(node):
                 chosen.append(node)
                 chosen += [user for user in node.users if is_getitem(user)]
-        roots = [n for s, n in section.outputs.items() if info(n).stage in (self.stage, None)]
+        roots = [n for s, n in section.outputs.items() if self._is_mine(s, n)]
         roots += [n for n in chosen if n.target is gs.transfer.default or n.target in _STAGE_COLLECTIVES]
         needed = upstream(roots, stop=lambda n: info(n).stage not in (self.stage, None))
         return [n for n in chosen if n in needed]
+
+    def _is_mine(self, slot: Slot, node: fx.Node) -> bool:
+        """Whether this stage keeps or hands out an output of a graph. What every stage can compute, as a state that
+        depends on the learning rate alone, is kept where its slot is."""
+        stage = slot.stage if info(node).stage is None and slot.role in _KEPT else info(node).stage
+        return stage in (self.stage, None)
 
     def _pieces(self, nodes: list[fx.Node], prefix: str, ends: Collection[fx.Node] = ()) -> list[_Piece]:
         """Cut one stream at its communication nodes, and behind ``ends``."""
@@ -434,7 +441,7 @@ class _StageLowering:
         """What becomes of the section's outputs: results and carries that do not live in their slot yet."""
         inputs, outputs = [], []
         for slot, node in section.outputs.items():
-            if info(node).stage not in (self.stage, None) or slot in skip or node not in nodes:
+            if not self._is_mine(slot, node) or slot in skip or node not in nodes:
                 continue
             target = slot_ref(slot, mb if slot.role in _PER_MICROBATCH else None)
             if name(node) != target:
@@ -512,7 +519,7 @@ class _StageLowering:
             if used and slot.role not in (Role.CARRY,):
                 self.reads[slot] = type_of(val(node))
         for slot, node in section.outputs.items():
-            if slot.role is not Role.CARRY and info(node).stage in (self.stage, None):
+            if slot.role is not Role.CARRY and self._is_mine(slot, node):
                 self.results[slot] = type_of(val(node))
 
 

@@ -23,7 +23,7 @@ _RUNNING, _TRAIN = (3, 4), 7  # positions of its arguments: mean and variance, a
 
 def late_reads(body: Section) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
     """Each read, in a later phase, of what the forward replaces: (what is replaced, it or a view of it, the reader)."""
-    replaced = set(_replaced(body))
+    replaced = set(replaced_carries(body))
     if not replaced:
         return
     shown = [node for node in body.nodes() if _is_forward(node) and storage_root(node) in replaced]
@@ -33,7 +33,7 @@ def late_reads(body: Section) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
                 yield storage_root(node), node, user
 
 
-def _replaced(body: Section) -> dict[fx.Node, fx.Node]:
+def replaced_carries(body: Section) -> dict[fx.Node, fx.Node]:
     """Each carry that the forward replaces, and by what."""
     olds = {slot: node for node, slot in body.inputs.items() if slot.role is Role.CARRY}
     news = {slot: node for slot, node in body.outputs.items() if slot in olds and node is not olds[slot]}
@@ -54,7 +54,7 @@ class _Copies:
     """One of each value and stage that reads it."""
 
     def __init__(self, body: Section, made_by: str) -> None:
-        self._graph, self._made_by, self._replaced = body.graph, made_by, _replaced(body)
+        self._graph, self._made_by, self._replaced = body.graph, made_by, replaced_carries(body)
         self._made: dict[tuple[fx.Node, int | None], fx.Node] = {}
 
     def of(self, old: fx.Node, shown: fx.Node, stage: int | None) -> fx.Node:

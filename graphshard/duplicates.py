@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from graphshard.analysis import FLOPS_PER_BYTE, flops, nbytes, weight_views
+from graphshard.carried import replaced_carries
 from graphshard.communication import MOVES
 from graphshard.dataflow import is_getitem, is_view, storage_root
 from graphshard.program import MemoryTag, Phase, Section, info, val
@@ -83,7 +84,7 @@ class _Decisions:
     def __init__(self, section: Section, groups: Sequence[Group], most: int, function_flops: float) -> None:
         self.groups, self.most, self.function_flops = groups, most, function_flops
         self.home = {node: group for group in groups for node in group.nodes}
-        self.weights = weight_views(section)
+        self.weights, self.replaced = weight_views(section), replaced_carries(section)
         self.again: dict[Group, set[fx.Node]] = {group: set() for group in groups}  # what each repeats
         self.leaf_of: dict[fx.Node, dict[Group, None]] = {}  # and reads for that
         self.ends = {group: _time(max(group.nodes)) for group in groups}
@@ -166,7 +167,7 @@ class _Decisions:
     def _stays(self, leaf: fx.Node, crosses: bool) -> bool:
         """Whether others may read ``leaf``, later than those that do now; ``crosses``: in another phase."""
         root = storage_root(leaf)
-        if root.target in _BROUGHT:
+        if root.target in _BROUGHT or (crosses and root in self.replaced):
             return False
         tags = {info(leaf).tag, info(root).tag}
         return not crosses or (leaf not in self.weights and tags <= {None, MemoryTag.SAVE})

@@ -254,7 +254,7 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.ASGD])
-@pytest.mark.parametrize("plan", ["dp1", "zero1", "zero3", "dp1+fp16:init_scale=256"])
+@pytest.mark.parametrize("plan", ["dp1", "zero1", "zero3", "pp2", "pp2:schedule=zb-h1", "dp1+fp16:init_scale=256"])
 def test_scalar_state_of_a_parameter_without_dims(plan: str, optimizer: Callable[..., torch.optim.Optimizer]) -> None:
     """NAdam's product of momenta and ASGD's rates are one number, not a value for each element."""
     torch.manual_seed(0)
