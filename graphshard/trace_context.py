@@ -24,6 +24,7 @@ from graphshard.errors import NeedsTensorValue, UncapturableOperator
 from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
+from graphshard.trace_layout import BATCH_NORM, laid_out
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
@@ -146,6 +147,8 @@ class _Calls(TorchFunctionMode):
         if func in _TO_NUMPY:
             raise NeedsTensorValue(describe(calling_line()))
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
+        if func in BATCH_NORM:
+            func = laid_out(func)
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:

@@ -87,6 +87,33 @@ def read(model: Any, hidden: Tensor) -> Tensor:
     return hidden[:, : int(model.width)]
 
 
+class Turned(nn.Module):
+    """Kernels that lay out their result otherwise than their input, and a 1x1 convolution, whose weight's gradient is
+    laid out otherwise than the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.rows = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.convolution, self.image = nn.Conv2d(WIDTH, WIDTH, 1), nn.BatchNorm2d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = torch.stack([x, x * 2, x - 1, x / 2], 1)
+        tokens = self.rows(self.norm(self.rows(tokens).transpose(1, 2)).transpose(1, 2))
+        image = self.image(self.convolution(tokens.transpose(1, 2).unflatten(2, (2, 2))))
+        image = self.image(image.to(memory_format=torch.channels_last))
+        result: Tensor = image.flatten(2).mean(2)
+        return result
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_layouts(plan: str) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Turned(), (torch.randn(16, WIDTH), torch.randn(16, WIDTH)), {}, F.mse_loss
+
+    check_parity(make, plan, sgd, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed, read])
 def test_layers(between: Any, plan: str) -> None:
