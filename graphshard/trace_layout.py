@@ -23,7 +23,9 @@ def laid_out(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(batch_norm)
     def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = _DenseGradient.apply(batch_norm(_dense(input), *args, **kwargs))  # type: ignore[no-untyped-call]
+        result = batch_norm(_dense(input), *args, **kwargs)
+        if result.requires_grad:
+            result.register_hook(_dense)
         return result
 
     return run
@@ -31,19 +33,3 @@ def laid_out(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _dense(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=suggest_memory_format(value))
-
-
-class _DenseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(value: Tensor) -> Tensor:
-        """The value itself."""
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept."""
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        """Its gradient, in order."""
-        return _dense(gradients[0])

@@ -100,7 +100,7 @@ class Turned(nn.Module):
         tokens = torch.stack([x, x * 2, x - 1, x / 2], 1)
         tokens = self.rows(self.norm(self.rows(tokens).transpose(1, 2)).transpose(1, 2))
         image = self.image(self.convolution(tokens.transpose(1, 2).unflatten(2, (2, 2))))
-        image = self.image(image.to(memory_format=torch.channels_last))
+        image = F.relu_(self.image(image.to(memory_format=torch.channels_last)))
         result: Tensor = image.flatten(2).mean(2)
         return result
 
