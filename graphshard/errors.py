@@ -217,6 +217,16 @@ class UnknownDump(GraphshardError):
         super().__init__(f"{directory}: {name!r} is no one pass, nor FROM..TO in order; {hint}it holds {listing}")
 
 
+class UnfinishedDump(GraphshardError):
+    """``diff DIR`` up to the last pass where the dump into DIR failed, or is still being written."""
+
+    def __init__(self, directory: str, dumped: Iterable[str]) -> None:
+        super().__init__(
+            f"{directory}: the dump has not come to its end, so that its last pass is not there; it holds "
+            f"{', '.join(dumped)}; dump again, or name passes of these"
+        )
+
+
 class NothingToCompare(GraphshardError):
     """``diff`` with one argument that is no dump."""
 
