@@ -257,6 +257,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, not ''; the current folder is '.'")
+    return text
+
+
 def _gigabytes(text: str) -> float:
     try:
         value = float(text)
@@ -296,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
 
     dump = command("dump", _dump)
-    dump.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to write to")
+    dump.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="directory to write to")
     diff = command("diff", _diff)
     diff.add_argument("first", metavar="DIR|A.graph", help="a dump, or a graph")
     diff.add_argument(
@@ -307,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a dump: a pass, or what lies between two; default: from the capture to the last pass. Else a graph",
     )
     diff.add_argument("--json", action="store_true", help="as JSON on stdout; schema: graphshard/diff_json.py")
-    diff.add_argument("--html", metavar="FILE", help="write a page with both graphs side by side")
+    diff.add_argument("--html", type=_path, metavar="FILE", help="write a page with both graphs side by side")
 
     blame = command("blame", _blame)
     blame.add_argument("directory", metavar="DIR", help="a dump")

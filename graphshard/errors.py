@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from graphshard.units import human
+
 
 class GraphshardError(Exception):
     """Base of all errors caused by input. Our own bugs are assertions, never this."""
@@ -60,8 +62,8 @@ class TooLargeToCheck(GraphshardError):
 
     def __init__(self, gigabytes: float, limit: float) -> None:
         super().__init__(
-            f"checking runs all ranks in this process in float64, which takes {gigabytes:.1f} GB where the limit is "
-            f"{limit:g}; build a smaller model of the same structure, take fewer ranks, or raise --limit-gb"
+            f"checking runs all ranks in this process in float64, which takes {human(gigabytes * 1e9)} where the limit "
+            f"is {human(limit * 1e9)}; build a smaller model of the same structure, take fewer ranks, or raise --limit-gb"
         )
 
 
@@ -184,7 +186,8 @@ class MissingFactory(GraphshardError):
     def __init__(self, reference: str, name: str, defined: Iterable[str]) -> None:
         names = sorted(defined)
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(names) or 'no functions'}"
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        hint = f"did you mean {near[0]!r}?" if near else f"it defines {shown or 'no functions'}"
         super().__init__(f"MODEL {reference!r}: there is no function {name!r}; {hint}")
 
 
@@ -204,6 +207,14 @@ class BadFactoryResult(GraphshardError):
             f"MODEL {reference!r}: {problem}; expected a function without required arguments that returns "
             "(model, example_inputs), (model, example_inputs, loss_fn) or a dict of compile's arguments"
         )
+
+
+class WrongFactoryEntry(GraphshardError):
+    """A factory returned something for an argument of compile that is of no use there."""
+
+    def __init__(self, reference: str, factory: str, key: str, value: object, expected: str) -> None:
+        given = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+        super().__init__(f"MODEL {reference!r}: {factory}() returned {given} as {key}; expected {expected}")
 
 
 class UnknownDump(GraphshardError):
