@@ -322,7 +322,7 @@ def _parser() -> argparse.ArgumentParser:
 
     opt = command("opt", _opt)
     opt.add_argument("file", metavar="FILE.graph")
-    opt.add_argument("--passes", required=True, help='such as "zero:stage=3;bucket"')
+    opt.add_argument("--passes", required=True, help='such as "normalize;zero:stage=3;bucket"')
     ranks = opt.add_mutually_exclusive_group()
     ranks.add_argument("--world-size", type=_count, metavar="N", help="number of ranks; default: as the file says")
     ranks.add_argument("--mesh", type=_mesh, metavar="AXES", help="all axes, such as 'pp=2 dp=4'")

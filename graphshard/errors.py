@@ -63,7 +63,8 @@ class TooLargeToCheck(GraphshardError):
     def __init__(self, gigabytes: float, limit: float) -> None:
         super().__init__(
             f"checking runs all ranks in this process in float64, which takes {human(gigabytes * 1e9)} where the limit "
-            f"is {human(limit * 1e9)}; build a smaller model of the same structure, take fewer ranks, or raise --limit-gb"
+            f"is {human(limit * 1e9)}; build a smaller model of the same structure, take fewer ranks, or raise "
+            "--limit-gb"
         )
 
 
@@ -117,7 +118,7 @@ class UnknownPass(GraphshardError):
 
 
 class PassOptionError(GraphshardError):
-    """An option a pass does not have, or a value of the wrong type."""
+    """An option a pass does not have, or a value of the wrong type or out of range."""
 
     def __init__(self, name: str, item: str, expected: str) -> None:
         super().__init__(f"pass {name!r} does not take {item!r}; expected {expected}")

@@ -342,6 +342,15 @@ def test_opt_runs_passes_over_text(capsys: pytest.CaptureFixture[str], graph: st
         assert "it is sharded already, for dp=4" in said
 
 
+def test_opt_on_what_dump_wrote(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    """As README has it."""
+    assert main(["dump", f"{model}:make", "--plan", "zero3", "--world-size", "2", "-o", str(tmp_path / "dump")]) == 0
+    captured = str(tmp_path / "dump" / "00-capture.graph")
+    assert main(["opt", captured, "--passes", "normalize;zero:stage=3;bucket"]) == 0
+    capsys.readouterr()
+    assert "; run normalize before zero, which makes" in refused(capsys, "opt", captured, "--passes", "zero:stage=3")
+
+
 def test_opt_takes_a_mesh(capsys: pytest.CaptureFixture[str], graph: str) -> None:
     passes = "pipeline-cut;zero:stage=3"
     assert main(["opt", graph, "--passes", passes, "--mesh", "pp=1 dp=2 shard=3"]) == 0
