@@ -94,7 +94,7 @@ def _dump(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     """The one-page account of a plan."""
     compiled = _compile(options)
-    print(json.dumps(compiled.report(), indent=2) if options.json else compiled.explain())
+    print(json.dumps(compiled.report(), indent=2) if options.json else compiled.explain().rstrip())
     return 0
 
 
@@ -190,6 +190,8 @@ def _opt(options: argparse.Namespace) -> int:
     from graphshard.pipeline import Context, parse_passes, run_passes
 
     passes = parse_passes(options.passes)
+    if Path(options.file).is_dir():
+        raise IsADirectoryError(21, "is a folder; expected a graph, such as 00-capture.graph of a dump", options.file)
     if not Path(options.file).is_file():
         raise MissingFile(options.file, "a graph")
     from graphshard import text

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from graphshard.units import human
+from graphshard.units import counted, human
 
 
 class GraphshardError(Exception):
@@ -187,7 +187,8 @@ class MissingFactory(GraphshardError):
     def __init__(self, reference: str, name: str, defined: Iterable[str]) -> None:
         names = sorted(defined)
         near = difflib.get_close_matches(name, names, n=1)
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        public = [known for known in names if not known.startswith("_")]
+        shown = ", ".join(public[:8]) + (", ..." if len(public) > 8 else "")
         hint = f"did you mean {near[0]!r}?" if near else f"it defines {shown or 'no functions'}"
         super().__init__(f"MODEL {reference!r}: there is no function {name!r}; {hint}")
 
@@ -287,8 +288,9 @@ class BatchDoesNotSplit(GraphshardError):
         below = max(shape[dim] // parts, 1) * parts
         nearest = sorted({below, (shape[dim] // parts + 1) * parts})
         super().__init__(
-            f"batch tensor {index} of shape {list(shape)} does not split into {ranks} data-parallel ranks x "
-            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts}, "
+            f"batch tensor {index} of shape {list(shape)} does not split into "
+            f"{counted(ranks, 'data-parallel rank', 'data-parallel ranks')} x "
+            f"{counted(microbatches, 'micro-batch', 'micro-batches')}: dim {dim} must be a multiple of {parts}, "
             f"such as {' or '.join(map(str, nearest))}"
         )
 

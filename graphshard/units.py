@@ -1,4 +1,4 @@
-"""Large numbers as a person reads them."""
+"""Numbers as a person reads them."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ def human(count: float, unit: str = "B") -> str:
             return f"{count:{'.1f' if prefix else '.0f' if abs(count) >= 1 else '.2g'}} {prefix}{unit}"
         count /= 1000
     raise AssertionError
+
+
+def counted(count: int, one: str, several: str) -> str:
+    """``1 micro-batch``, ``2 micro-batches``."""
+    return f"{count} {one if count == 1 else several}"

@@ -314,7 +314,7 @@ class Twice(torch.autograd.Function):
         (nn.Linear(6, 6), F.mse_loss, ("x", torch.ones(4, 6)), "the call of the model: linear(): argument 'input'"),
         (nn.Linear(6, 6), F.mse_loss, (((torch.ones(4, 6),) * 2), torch.ones(4, 6)), "the call of the model: "),
         (nn.Sequential(nn.Tanh(), nn.Linear(5, 6)), F.mse_loss, None, "the call of the model, module '1' (Linear): "),
-        (Model(lambda m, y: Twice.apply(y)), F.mse_loss, None, "the backward pass, or in torch itself: "),
+        (Model(lambda m, y: Twice.apply(y)), F.mse_loss, None, "the backward pass, or in torch itself: "),  # type: ignore[no-untyped-call]
     ],
 )  # fmt: skip
 def test_without_a_line_of_the_users_it_says_what_was_running(

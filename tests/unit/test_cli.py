@@ -176,6 +176,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("opt a.graph --passes zero --mesh dp=2 --world-size 2", "not allowed with argument"),
         ("opt a.graph --passes zreo", "unknown pass 'zreo'; did you mean 'zero'?"),
         ("opt a.graph --passes zero:stag=3", "pass 'zero' does not take 'stag=3'; expected options: stage"),
+        ("opt . --passes zero", "graphshard: .: is a folder; expected a graph, such as 00-capture.graph of a dump"),
         ("opt a.graph --passes zero:stage=3", "there is no file 'a.graph'; expected a graph"),
     ],
 )
@@ -241,7 +242,7 @@ def test_entries_that_are_as_without_them(model: str) -> None:
 
 
 def test_of_many_functions_eight_are_told(model: str) -> None:
-    Path(model).write_text("\n".join(f"def f{i}(): pass" for i in range(9)))
+    Path(model).write_text("\n".join(f"def {name}(): pass" for name in ("_private", *(f"f{i}" for i in range(9)))))
     with pytest.raises(MissingFactory, match=r"it defines f0, f1, f2, f3, f4, f5, f6, f7, \.\.\.$"):
         factory.load(f"{model}:zzz", KNOWN)
 
@@ -421,7 +422,10 @@ def test_opt_refuses_edited_text_with_its_line(capsys: pytest.CaptureFixture[str
 
 def test_explain_prints_a_page_or_json(capsys: pytest.CaptureFixture[str], model: str) -> None:
     assert main(["explain", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "4"]) == 0
-    assert "zero3+pp2" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert page.startswith("plan zero3+pp2: pp=2 dp=2, 4 micro-batches per step and")
+    assert re.search(r"stage 0: \d+\.\d kFLOP a step, sends dp", page)
+    assert page[-1] == "\n" != page[-2]
     assert main(["explain", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["ranks"]) == 4

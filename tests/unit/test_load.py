@@ -399,7 +399,7 @@ def test_a_dump_leaves_nothing_of_the_one_before_it(
     first.dump(tmp_path / "both")
     assert {"evaluate-1", "call-2", "stage1.py", "10-fuse.graph"} < listed(tmp_path / "both")
     if not finished:
-        (tmp_path / "both" / plan_directory.MANIFEST).unlink()
+        (tmp_path / "both" / dump_folder.MANIFEST).unlink()
         dump_folder.mark(tmp_path / "both")
     mine = {"notes.txt", "stage_of_mine.py", "call-2", "call-2/notes.txt", "10-fuse.txt", "train-1"}
     (tmp_path / "both" / "train-1").mkdir()
