@@ -44,7 +44,12 @@ def _is_flag(value: Any) -> bool:
 
 
 def _are_passes(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(callable(getattr(item, "run", None)) for item in value)
+    return isinstance(value, (list, tuple)) and all(map(_is_pass, value))
+
+
+def _is_pass(value: Any) -> bool:
+    named = isinstance(getattr(value, "name", None), str)
+    return named and callable(getattr(value, "run", None)) and not isinstance(value, type)
 
 
 _OPTIONAL = ("loss_fn", "optimizer", "world_size", "device", "max_grad_norm", "passes", "dump_dir", "init")

@@ -220,6 +220,7 @@ def test_a_wrong_factory_is_named(model: str, name: str, error: type[GraphshardE
         ("'device': 'gpu'", "returned 'gpu' as device; expected a device such as 'cpu' or 'cuda'"),
         ("'max_grad_norm': -1.0", "returned -1.0 as max_grad_norm; expected a number above 0"),
         ("'passes': nn.Linear(2, 2)", "returned a Linear as passes; expected a list of passes"),
+        ("'passes': [Forgets]", "returned a list as passes; expected a list of passes, such as [Fuse(most=1)]"),
         ("'passes': ['zero']", "returned a list as passes; expected a list of passes"),
         ("'debug_nan': 'yes'", "returned 'yes' as debug_nan; expected True or False"),
         ("'timeout_s': None", "returned a NoneType as timeout_s; expected a number of seconds above 0"),
