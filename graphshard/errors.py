@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from graphshard.units import counted, human
+
 
 class GraphshardError(Exception):
     """Base of all errors caused by input. Our own bugs are assertions, never this."""
@@ -60,8 +62,9 @@ class TooLargeToCheck(GraphshardError):
 
     def __init__(self, gigabytes: float, limit: float) -> None:
         super().__init__(
-            f"checking runs all ranks in this process in float64, which takes {gigabytes:.1f} GB where the limit is "
-            f"{limit:g}; build a smaller model of the same structure, take fewer ranks, or raise --limit-gb"
+            f"checking runs all ranks in this process in float64, which takes {human(gigabytes * 1e9)} where the limit "
+            f"is {human(limit * 1e9)}; build a smaller model of the same structure, take fewer ranks, or raise "
+            "--limit-gb"
         )
 
 
@@ -115,7 +118,7 @@ class UnknownPass(GraphshardError):
 
 
 class PassOptionError(GraphshardError):
-    """An option a pass does not have, or a value of the wrong type."""
+    """An option a pass does not have, or a value of the wrong type or out of range."""
 
     def __init__(self, name: str, item: str, expected: str) -> None:
         super().__init__(f"pass {name!r} does not take {item!r}; expected {expected}")
@@ -184,7 +187,9 @@ class MissingFactory(GraphshardError):
     def __init__(self, reference: str, name: str, defined: Iterable[str]) -> None:
         names = sorted(defined)
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(names) or 'no functions'}"
+        public = [known for known in names if not known.startswith("_")]
+        shown = ", ".join(public[:8]) + (", ..." if len(public) > 8 else "")
+        hint = f"did you mean {near[0]!r}?" if near else f"it defines {shown or 'no functions'}"
         super().__init__(f"MODEL {reference!r}: there is no function {name!r}; {hint}")
 
 
@@ -206,6 +211,14 @@ class BadFactoryResult(GraphshardError):
         )
 
 
+class WrongFactoryEntry(GraphshardError):
+    """A factory returned something for an argument of compile that is of no use there."""
+
+    def __init__(self, reference: str, factory: str, key: str, value: object, expected: str) -> None:
+        given = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+        super().__init__(f"MODEL {reference!r}: {factory}() returned {given} as {key}; expected {expected}")
+
+
 class UnknownDump(GraphshardError):
     """``diff DIR PASS`` or ``diff DIR FROM..TO`` where DIR has no such graphs, or several."""
 
@@ -215,6 +228,16 @@ class UnknownDump(GraphshardError):
         hint = f"did you mean {near[0]!r}? " if near else ""
         listing = ", ".join(names) or "no graphs; expected a directory that `graphshard dump` wrote"
         super().__init__(f"{directory}: {name!r} is no one pass, nor FROM..TO in order; {hint}it holds {listing}")
+
+
+class UnfinishedDump(GraphshardError):
+    """``diff DIR`` up to the last pass where the dump into DIR failed, or is still being written."""
+
+    def __init__(self, directory: str, dumped: Iterable[str]) -> None:
+        super().__init__(
+            f"{directory}: the dump has not come to its end, so that its last pass is not there; it holds "
+            f"{', '.join(dumped)}; dump again, or name passes of these"
+        )
 
 
 class NothingToCompare(GraphshardError):
@@ -265,8 +288,9 @@ class BatchDoesNotSplit(GraphshardError):
         below = max(shape[dim] // parts, 1) * parts
         nearest = sorted({below, (shape[dim] // parts + 1) * parts})
         super().__init__(
-            f"batch tensor {index} of shape {list(shape)} does not split into {ranks} data-parallel ranks x "
-            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts}, "
+            f"batch tensor {index} of shape {list(shape)} does not split into "
+            f"{counted(ranks, 'data-parallel rank', 'data-parallel ranks')} x "
+            f"{counted(microbatches, 'micro-batch', 'micro-batches')}: dim {dim} must be a multiple of {parts}, "
             f"such as {' or '.join(map(str, nearest))}"
         )
 

@@ -287,3 +287,39 @@ def test_input_signature() -> None:
     assert hash(key({"a": [x]})) == hash(key({"a": [x]}))
     different = [key(x), key(x.double()), key(x[:1]), key((x,)), key(x, 1), key(x, 1.0), key(x, True), key(x=x)]
     assert len(set(different)) == len(different)
+
+
+def without_target(y: Tensor) -> Tensor:
+    return y.mean()
+
+
+class Twice(torch.autograd.Function):
+    """Of its gradient the backward makes one of another shape."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "loss_fn", "args", "says"),
+    [
+        (nn.Linear(6, 6), F.cross_entropy, (torch.ones(4, 6),), "the call of loss_fn: cross_entropy() missing 1"),
+        (nn.Linear(6, 6), without_target, None, "the call of loss_fn: without_target() takes 1 positional argument"),
+        (nn.Linear(6, 6), F.mse_loss, (torch.ones(4, 6), "y"), "the call of loss_fn: "),
+        (nn.Linear(6, 6), F.mse_loss, ("x", torch.ones(4, 6)), "the call of the model: linear(): argument 'input'"),
+        (nn.Linear(6, 6), F.mse_loss, (((torch.ones(4, 6),) * 2), torch.ones(4, 6)), "the call of the model: "),
+        (nn.Sequential(nn.Tanh(), nn.Linear(5, 6)), F.mse_loss, None, "the call of the model, module '1' (Linear): "),
+        (Model(lambda m, y: Twice.apply(y)), F.mse_loss, None, "the backward pass, or in torch itself: "),  # type: ignore[no-untyped-call]
+    ],
+)  # fmt: skip
+def test_without_a_line_of_the_users_it_says_what_was_running(
+    model: nn.Module, loss_fn: Any, args: Any, says: str
+) -> None:
+    error = refused(model, loss_fn, args)
+    assert isinstance(error, errors.ModelFailed)
+    assert f" at {says}" in str(error)
