@@ -16,6 +16,8 @@ from graphshard.errors import OptimizerForeignParameter, OptimizerStateMismatch,
 
 logger = logging.getLogger("graphshard")
 
+_ALL_GROUPS = "give all groups to the optimizer before graphshard.compile"
+
 NamedState = dict[str, dict[str, Tensor]]
 """Parameter name to state key to full tensor."""
 
@@ -66,8 +68,8 @@ class Steps:
 class CompiledOptimizer(Optimizer):
     """What schedulers and checkpoints see of the compiled update.
 
-    Its ``param_groups`` are the very dicts of the optimizer it was made from, so a scheduler over either drives the
-    step. The learning rate is read before every step; any other option is a constant of the graph, whose change
+    Its ``param_groups`` are those of the optimizer it was made from, also once that has loaded a state dict, which gives
+    it new dicts: a scheduler over either drives the step. The learning rate is read before every step; any other option is a constant of the graph, whose change
     :meth:`hyperparameters_key` shows. State lives with the compiled model: ``read_state`` gathers it and
     ``write_state`` distributes it, in whatever dtype the step keeps it; ``state`` of this object stays empty.
     """
@@ -88,7 +90,7 @@ class CompiledOptimizer(Optimizer):
             OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
         """
         self._complete = False
-        self.source = optimizer
+        self.source, self._groups = optimizer, len(optimizer.param_groups)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._complete = True
         self._read_state, self._write_state, self._scaler = read_state, write_state, scaler
@@ -100,6 +102,21 @@ class CompiledOptimizer(Optimizer):
                 if id(parameter) not in param_names:
                     raise OptimizerForeignParameter(index, position, parameter.shape)
             self._names.append([param_names[id(p)] for p in group["params"]])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The very list of the optimizer that this one was made from.
+
+        Raises:
+            UpdateIsPartOfStep: groups were added to that one.
+        """
+        if len(self.source.param_groups) != self._groups:
+            raise UpdateIsPartOfStep("add_param_group()", _ALL_GROUPS)
+        return self.source.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: object) -> None:
+        """torch's constructor, and copying, set what the other one has."""
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
@@ -134,14 +151,13 @@ class CompiledOptimizer(Optimizer):
         """Nothing to do: gradients do not outlive a compiled step."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only for the constructor.
+        """Only for torch's constructor: the group is there already.
 
         Raises:
             UpdateIsPartOfStep: the update of the given parameters has been compiled already.
         """
         if self._complete:
-            raise UpdateIsPartOfStep("add_param_group()", "give all groups to the optimizer before graphshard.compile")
-        self.param_groups.append(param_group)
+            raise UpdateIsPartOfStep("add_param_group()", _ALL_GROUPS)
 
     def state_dict(self) -> dict[str, Any]:
         """``{"state": {name: {key: tensor}}, "param_groups": [{"lr": …, "params": [name, …]}], "steps": …}`` with full

@@ -430,6 +430,24 @@ def test_a_scheduler_over_the_original_optimizer_drives_it_too() -> None:
     assert optimizer.lrs() == [0.0005, 0.015]
 
 
+def test_what_the_original_optimizer_loads_drives_the_step() -> None:
+    params, store = parameters(torch.float32), Store()
+    original, other = (two_groups(params, MAKERS["adamw"]) for _ in range(2))
+    other.param_groups[0]["lr"], other.param_groups[1]["weight_decay"] = 0.25, 0.5
+    optimizer = CompiledOptimizer(original, names_of(params), store.read, store.write)
+    early, key = lr_scheduler.ExponentialLR(optimizer, 0.5), optimizer.hyperparameters_key()
+    original.load_state_dict(other.state_dict())  # gives the original other dicts
+    assert optimizer.lrs() == [0.25, 0.03]
+    assert optimizer.hyperparameters_key() != key
+    optimizer.note_step()
+    early.step()
+    lr_scheduler.ExponentialLR(original, 0.5).step()
+    assert optimizer.lrs() == [0.0625, 0.0075]
+    with pytest.raises(UpdateIsPartOfStep, match=r"before graphshard\.compile"):
+        original.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+        optimizer.lrs()
+
+
 def test_hyperparameters_key_ignores_the_learning_rate_only() -> None:
     optimizer, _, _ = compiled()
     key = optimizer.hyperparameters_key()
