@@ -522,6 +522,30 @@ class OptimizerStateMismatch(GraphshardError):
         super().__init__(f"optimizer state dict: {what}: given {given}; expected {expected}")
 
 
+class OptimizerStateMissing(StateMismatch):
+    """Optimizer state for some of the parameters that are trained alone. ``name``: whose is missing."""
+
+    def __init__(self, key: str, name: str, shape: Sequence[int]) -> None:
+        super().__init__(
+            f"state {key} of {name}",
+            "nothing",
+            f"a tensor of shape {list(shape)}, as all parameters that are trained need state; give it for all of them, "
+            "or begin with a fresh optimizer: do not load its state (of what was frozen before, none was saved)",
+        )
+
+
+class OptimizerStateTogether(StateMismatch):
+    """Optimizer state of one number that is another for parameters which share it here."""
+
+    def __init__(self, key: str, names: Iterable[str]) -> None:
+        super().__init__(
+            f"state {key} of {', '.join(names)}",
+            "different values",
+            "one value, as they are updated together; give state of parameters that have always been trained together, "
+            "or begin with a fresh optimizer: do not load its state",
+        )
+
+
 class UpdateIsPartOfStep(GraphshardError):
     """A call on the compiled optimizer that has no meaning there, because compiled.step updates the parameters."""
 

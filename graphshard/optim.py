@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -179,21 +180,27 @@ class CompiledOptimizer(Optimizer):
         A scaler's state that only one side has is left out with a warning.
 
         Raises:
-            OptimizerStateMismatch: other groups, other parameters, state that is no tensor or number, steps that are no
-                count, or a scaler with other factors. Nothing is changed then.
+            OptimizerStateMismatch: no dict, other groups, other parameters, state that is no tensor or number, a learning
+                rate that is no number, steps that are no count, or a scaler with other factors.
+            OptimizerStateMissing, OptimizerStateTogether: state that the step cannot go on from.
+
+        Nothing is changed then.
         """
+        _expect("the state dict", state_dict, Mapping)
         scaler, scale = self._scaler(), state_dict.get("scaler")
         if scaler is not None and scale is not None:
-            scaler.check(scale)
+            scaler.check(_expect("'scaler'", scale, Mapping))
         steps = state_dict.get("steps", self._steps.taken)
         if type(steps) is not int or steps < 0:
             raise OptimizerStateMismatch("'steps'", repr(steps), "the number of steps taken")
-        groups = _part(state_dict, "param_groups", list)
+        groups = _expect("'param_groups'", state_dict.get("param_groups"), list)
         if len(groups) != len(self._names):
             raise OptimizerStateMismatch("number of parameter groups", len(groups), len(self._names))
         names: dict[object, str] = {}
         for index, (group, own) in enumerate(zip(groups, self._names, strict=True)):
-            given = group["params"]
+            given = _expect(f"'params' of group {index}", _expect(f"group {index}", group, Mapping).get("params"), list)
+            if not _is_number(group.get("lr", 0.0)):
+                raise OptimizerStateMismatch(f"'lr' of group {index}", repr(group["lr"]), "a number")
             if len(given) != len(own):
                 raise OptimizerStateMismatch(f"number of parameters in group {index}", len(given), len(own))
             by_name = all(isinstance(item, str) for item in given)
@@ -204,11 +211,13 @@ class CompiledOptimizer(Optimizer):
                 )
             names |= {item: item if by_name else name for item, name in zip(given, own, strict=True)}
         state: NamedState = {}
-        for key, values in _part(state_dict, "state", dict).items():
+        for key, values in _expect("'state'", state_dict.get("state"), Mapping).items():
             if key not in names:
                 raise OptimizerStateMismatch("state of a parameter", repr(key), "one that is listed in param_groups")
             state[names[key]] = {
-                k: _tensor(f"state {k!r} of {names[key]!r}", v) for k, v in values.items() if _is_value(v)
+                k: _tensor(f"state {k!r} of {names[key]!r}", v)
+                for k, v in _expect(f"state of {names[key]!r}", values, Mapping).items()
+                if _is_value(v)
             }
         self._write_state(state)
         self._steps.taken = steps
@@ -257,11 +266,18 @@ def _is_value(value: object) -> bool:
     return value is not None and not isinstance(value, (bool, str))
 
 
-def _part(state_dict: Mapping[str, Any], key: str, kind: type) -> Any:
-    part = state_dict.get(key)
-    if not isinstance(part, kind):
-        raise OptimizerStateMismatch(f"{key!r}", type(part).__name__, f"a {kind.__name__}")
-    return part
+def _is_number(value: object) -> bool:
+    """Whether it can be a learning rate."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and not value.is_meta
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _expect(what: str, given: Any, kind: type) -> Any:
+    if not isinstance(given, kind):
+        expected = "a list" if kind is list else "a dict"
+        raise OptimizerStateMismatch(what, "nothing" if given is None else type(given).__name__, expected)
+    return given
 
 
 def _tensor(what: str, value: object) -> Tensor:

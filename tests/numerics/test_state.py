@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import graphshard
-from graphshard.errors import StateMismatch
+from graphshard.errors import OptimizerStateMissing, OptimizerStateTogether, StateMismatch
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import Eager, Make, assert_close, assert_same_training, rolled
 
@@ -82,6 +82,26 @@ def test_training_continues_from_an_eager_checkpoint() -> None:
     eager.step(rolled(args, 1), {})
     compiled.step(*rolled(args, 1))
     assert_same_training(compiled, eager, torch.float64)
+
+
+def test_optimizer_state_of_parameters_that_were_frozen_says_what_would_be_right() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), torch.randn(8, 6), torch.randn(8, 3)
+    twin, make = copy.deepcopy(model), functools.partial(torch.optim.AdamW, lr=0.1)
+    compiled = graphshard.compile(
+        model, "zero3:size=2", loss_fn=F.mse_loss, optimizer=make, example_inputs=(x, y), executor="local"
+    )
+    eager = make(twin.parameters())
+    for frozen, error, message in (
+        (True, OptimizerStateMissing, r"given nothing; expected a tensor .*; give it for all of them, or begin with"),
+        (False, OptimizerStateTogether, r"step of .*: given different values; expected one value, .*, or begin with"),
+    ):
+        twin[0].bias.requires_grad_(not frozen)
+        F.mse_loss(twin(x), y).backward()
+        eager.step()
+        with pytest.raises(error, match=message):
+            compiled.optimizer.load_state_dict(eager.state_dict())
+    assert compiled.optimizer.state_dict()["state"] == {}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

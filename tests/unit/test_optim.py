@@ -499,12 +499,17 @@ def test_a_foreign_state_dict_is_refused_before_anything_changes() -> None:
         ({"state": {}, "param_groups": renamed}, "parameters of group 0"),
         ({"state": {"x": {}}, "param_groups": groups}, "'x'"),
         ({"state": {"scale": {"step": [1]}}, "param_groups": groups}, "state 'step' of 'scale': given list"),
-        ({"param_groups": groups}, "'state': given NoneType"),
+        ({"param_groups": groups}, "'state': given nothing; expected a dict"),
+        (None, "the state dict: given nothing; expected a dict"),
+        ({"state": {"scale": None}, "param_groups": groups}, "state of 'scale': given nothing; expected a dict"),
+        ({**good, "param_groups": [{"lr": 1.0}, groups[1]]}, "'params' of group 0: given nothing; expected a list"),
+        ({**good, "param_groups": [None, groups[1]]}, "group 0: given nothing; expected a dict"),
+        ({**good, "param_groups": [groups[0], groups[1] | {"lr": "1e-3"}]}, "'lr' of group 1: given '1e-3'; .* number"),
         ({**good, "steps": -1}, "'steps': given -1; expected the number of steps taken"),
     ]
     for state_dict, message in bad:
         with pytest.raises(OptimizerStateMismatch, match=message):
-            optimizer.load_state_dict(state_dict)
+            optimizer.load_state_dict(state_dict)  # type: ignore[arg-type]
     assert store.state == {} and optimizer.lrs() == [0.001, 0.03]
 
 
