@@ -459,7 +459,7 @@ class UnexpectedTensor(StateMismatch):
     """A state dict holds a name that is none of the model's."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        near = difflib.get_close_matches(name, list(known), n=1)
+        near = difflib.get_close_matches(str(name), list(known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         super().__init__(name, "a tensor", f"only names of the model's state_dict(){hint}")
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from graphshard import fake, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.built import Asked, Built, assemble
-from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor
+from graphshard.errors import ExecutorNone, NeedsExampleInputs
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
@@ -26,6 +26,7 @@ from graphshard.plan import Plan
 from graphshard.program import Program
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.storage import Storage
+from graphshard.state_entries import Entries, IncompatibleKeys, entries_of
 from graphshard.trace import Mode
 
 logger = logging.getLogger("graphshard")
@@ -232,7 +233,6 @@ class Executable(ABC):
         self._built()
         runtime = self._made_executor()
         storage = Storage(runtime, *self._plans())
-        self._state_names = list(self.model.state_dict(keep_vars=True))
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
         if self.init is not None:
@@ -282,10 +282,10 @@ class Executable(ABC):
 
         return LocalExecutor(self.mesh, self.device, **options)
 
-    def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
+    def state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with
-        bf16 or fp16 the float32 masters, and a parameter that is never updated as it was rounded. Collective: all ranks
-        call it.
+        bf16 or fp16 the float32 masters, and a parameter that is never updated as it was rounded. What else the model's
+        state_dict() has, such as extra state, is the module's own now. Collective: all ranks call it.
 
         Args:
             rank0_only: only rank 0 gets the tensors, the others an empty dict.
@@ -294,41 +294,37 @@ class Executable(ABC):
         values = storage.read_params(rank0_only) | storage.read_buffers(rank0_only)
         if rank0_only and self.rank != 0:
             return {}
-        stored = self._stored_names()
         dtypes = {name: param.dtype for name, param in self._params.items()}
         full = {name: value.to(dtypes.get(name, value.dtype)) for name, value in values.items()}
-        return {name: full[stored[name]] for name in self._state_names}
+        return self._entries().filled(full)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them.
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them, and
+        hand extra state to its modules.
 
         Of names that are tied one is enough.
+
+        Args:
+            strict: False: names that are missing keep their values, and what is unexpected is left out.
+
+        Returns:
+            The names that were missing and unexpected, as torch.nn.Module.load_state_dict does.
 
         Raises:
             StateMismatch: a tensor is missing, has another shape, or a name is none of the model's; nothing is changed.
         """
+        entries = self._entries()
+        given = entries.fit(state, strict)
         _, storage = self._start()
-        stored = self._stored_names()
-        expected = self.model.state_dict(keep_vars=True)
-        given: dict[str, Tensor] = {}
-        for name, value in state.items():
-            if name not in expected:
-                raise UnexpectedTensor(name, expected)
-            if value.shape != expected[name].shape:
-                raise StateMismatch(name, f"shape {list(value.shape)}", f"shape {list(expected[name].shape)}")
-            given[stored[name]] = value
-        for name, tensor in expected.items():
-            if stored[name] not in given:
-                raise StateMismatch(name, "nothing", f"a tensor of shape {list(tensor.shape)}")
-        params = {name: value for name, value in given.items() if name in self._params}
-        storage.write_model(params, {name: value for name, value in given.items() if name not in params})
+        kept = storage.read_params() if self._params.keys() - given.values.keys() else {}
+        values = kept | given.values
+        params = {name: value for name, value in values.items() if name in self._params}
+        storage.write_model(params, {name: value for name, value in values.items() if name not in params})
+        entries.load_extra(given.extra)
+        return given.keys
 
-    def _stored_names(self) -> dict[str, str]:
-        """Every name of a parameter or buffer to the one that its value is stored under."""
-        first: dict[int, str] = {}
-        buffers = self.model.named_buffers(remove_duplicate=False)
-        names = {name: first.setdefault(id(buffer), name) for name, buffer in buffers}
-        return names | {alias: p.name for p in self._params.values() for alias in (p.name, *p.aliases)}
+    def _entries(self) -> Entries:
+        return entries_of(self.model, self._params)
 
     def _read_state(self) -> dict[str, dict[str, Tensor]]:
         return self._started()[1].read_state()

@@ -221,9 +221,13 @@ def test_tied_names_have_one_value() -> None:
         ({"a.bias": torch.zeros(5)}, r"a.bias: given shape \[5\]; expected shape \[4\]"),
         ({"count": torch.zeros(2)}, r"count: given shape \[2\]; expected shape \[\]"),
         ({"a.bais": torch.zeros(4)}, r"a.bais: given a tensor; .* did you mean 'a.bias'\?"),
+        ({"a.bias": [0.0] * 4}, r"a.bias: given a value of type list; expected a tensor of shape \[4\]"),
+        ({"a.bias": torch.zeros(4, device="meta")}, "a.bias: given a tensor on the meta device; .* that has values"),
+        ({"a.bias": torch.zeros(4, dtype=torch.complex64)}, "a.bias: given values of torch.complex64; expected values"),
+        ({"a.bias": torch.zeros(4).to_sparse()}, "a.bias: given a tensor of layout torch.sparse_coo"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Tensor | None], message: str) -> None:
+def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Any], message: str) -> None:
     compiled, _ = start(counting, SHARDED)
     compiled.trace(*(a.double() for a in counting()[1]))
     before = compiled.state_dict()
@@ -231,6 +235,71 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Tensor
     with pytest.raises(StateMismatch, match=message):
         compiled.load_state_dict({name: value for name, value in changed.items() if value is not None})
     assert all(torch.equal(before[name], value) for name, value in compiled.state_dict().items())
+    with pytest.raises(StateMismatch, match="the state dict: given None; expected a dict of tensors"):
+        compiled.load_state_dict(None)  # type: ignore[arg-type]
+
+
+def test_without_strict_what_is_missing_stays_and_what_is_unexpected_is_listed() -> None:
+    compiled, _ = start(counting, SHARDED)
+    compiled.trace(*(a.double() for a in counting()[1]))
+    before = compiled.state_dict()
+    given = {"a.bias": before["a.bias"] + 1, "other": torch.zeros(1)}
+    keys = compiled.load_state_dict(given, strict=False)
+    missing, unexpected = keys
+    assert missing == ["count", "a.weight", "a.again", "b.weight", "b.bias"] and unexpected == ["other"]
+    assert keys == counting()[0].double().load_state_dict(given, strict=False)
+    after = compiled.state_dict()
+    assert all(torch.equal(after[name], before[name] + (name == "a.bias")) for name in before)
+    assert compiled.load_state_dict(before, strict=True) == ([], [])
+
+
+class Extra(nn.Module):
+    """Has extra state, and hooks that rename a parameter and add an entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen = nn.Linear(4, 4), 0
+        self.register_state_dict_post_hook(self._add)
+
+    @staticmethod
+    def _add(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+        state[f"{prefix}note"] = torch.ones(1)
+        state[f"{prefix}renamed"] = state.pop(f"{prefix}inner.bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x)
+        return result
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def extra() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, object], Callable[..., Tensor] | None]:
+    torch.manual_seed(0)
+    return nn.Sequential(Extra()), (torch.randn(8, 4), torch.randn(8, 4)), {}, F.mse_loss
+
+
+def test_what_is_neither_parameter_nor_buffer_is_of_the_module_itself() -> None:
+    args = [a.double() for a in extra()[1]]
+    compiled, _ = start(extra, SHARDED)
+    compiled.step(*args)
+    module: Any = compiled.model[0]  # type: ignore[index]
+    module.seen = 3
+    saved = compiled.state_dict()
+    assert list(saved) == list(compiled.model.state_dict())
+    assert saved["0._extra_state"] == {"seen": 3} and saved["0.note"].item() == 1
+    compiled.step(*args)
+    assert not torch.equal(compiled.state_dict()["0.renamed"], saved["0.renamed"])
+    with pytest.raises(StateMismatch, match=r"0.inner.weight: given shape \[5\]"):
+        compiled.load_state_dict(saved | {"0._extra_state": {"seen": 7}, "0.inner.weight": torch.zeros(5)})
+    with pytest.raises(StateMismatch, match=r"0._extra_state: given nothing; expected a value"):
+        compiled.load_state_dict({name: value for name, value in saved.items() if name != "0._extra_state"})
+    assert module.seen == 3
+    compiled.load_state_dict(saved | {"0._extra_state": {"seen": 7}})
+    assert module.seen == 7 and torch.equal(compiled.state_dict()["0.renamed"], saved["0.renamed"])
 
 
 def test_a_resumed_run_draws_the_numbers_of_the_uninterrupted_one() -> None:
