@@ -299,10 +299,8 @@ class Executable(ABC):
         return self._entries().filled(full)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
-        """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them, and
-        hand extra state to its modules.
-
-        Of names that are tied one is enough.
+        """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them; of
+        names that are tied one is enough. Extra state goes to its modules.
 
         Args:
             strict: False: names that are missing keep their values, and what is unexpected is left out.

@@ -69,10 +69,11 @@ class Steps:
 class CompiledOptimizer(Optimizer):
     """What schedulers and checkpoints see of the compiled update.
 
-    Its ``param_groups`` are those of the optimizer it was made from, also once that has loaded a state dict, which gives
-    it new dicts: a scheduler over either drives the step. The learning rate is read before every step; any other option is a constant of the graph, whose change
-    :meth:`hyperparameters_key` shows. State lives with the compiled model: ``read_state`` gathers it and
-    ``write_state`` distributes it, in whatever dtype the step keeps it; ``state`` of this object stays empty.
+    Its ``param_groups`` are those of the optimizer it was made from, also once that has loaded a state dict, which
+    gives it new dicts: a scheduler over either drives the step. The learning rate is read before every step; any other
+    option is a constant of the graph, whose change :meth:`hyperparameters_key` shows. State lives with the compiled
+    model: ``read_state`` gathers it and ``write_state`` distributes it, in whatever dtype the step keeps it; ``state``
+    of this object stays empty.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class CompiledOptimizer(Optimizer):
             self._names.append([param_names[id(p)] for p in group["params"]])
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The very list of the optimizer that this one was made from.
 
         Raises:
@@ -180,8 +181,8 @@ class CompiledOptimizer(Optimizer):
         A scaler's state that only one side has is left out with a warning.
 
         Raises:
-            OptimizerStateMismatch: no dict, other groups, other parameters, state that is no tensor or number, a learning
-                rate that is no number, steps that are no count, or a scaler with other factors.
+            OptimizerStateMismatch: no dict, other groups, other parameters, state that is no tensor or number, a
+                learning rate that is no number, steps that are no count, or a scaler with other factors.
             OptimizerStateMissing, OptimizerStateTogether: state that the step cannot go on from.
 
         Nothing is changed then.

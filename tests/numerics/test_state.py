@@ -259,7 +259,7 @@ class Extra(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner, self.seen = nn.Linear(4, 4), 0
-        self.register_state_dict_post_hook(self._add)
+        self.register_state_dict_post_hook(self._add)  # type: ignore[no-untyped-call]
 
     @staticmethod
     def _add(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:

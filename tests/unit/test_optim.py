@@ -443,8 +443,8 @@ def test_what_the_original_optimizer_loads_drives_the_step() -> None:
     early.step()
     lr_scheduler.ExponentialLR(original, 0.5).step()
     assert optimizer.lrs() == [0.0625, 0.0075]
+    original.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(UpdateIsPartOfStep, match=r"before graphshard\.compile"):
-        original.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
         optimizer.lrs()
 
 
