@@ -25,6 +25,7 @@ from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
 from graphshard.plan import Plan
 from graphshard.program import Program
 from graphshard.runtime.executor import Executor
+from graphshard.runtime.same_values import require_same
 from graphshard.runtime.storage import Storage
 from graphshard.state_entries import Entries, IncompatibleKeys, entries_of
 from graphshard.trace import Mode
@@ -52,6 +53,7 @@ class Executable(ABC):
     _runtime: Executor | None = None
     _storage: Storage | None = None
     _steps: Steps = field(default_factory=Steps)
+    _compared: bool = False  # whether all ranks have the same first values
     _over_peak: str = ""  # what was said of a step that held more than its plan states
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class Executable(ABC):
                 self._write_state,
                 self._scaler_state,
                 self._steps,
+                self._getting_ready,
             )
 
     # What a subclass knows
@@ -224,8 +227,13 @@ class Executable(ABC):
 
     # State
 
-    def _start(self) -> tuple[Executor, Storage]:
-        """The executor and what it stores: at first the model's parameters and buffers, if they have values."""
+    def _start(self, given: Mapping[str, Tensor] | None = None) -> tuple[Executor, Storage]:
+        """The executor and what it stores: at first ``given`` by the names they are stored under, and the model's other
+        parameters and buffers, if they have values.
+
+        Raises:
+            ValuesDiffer: they are not the same on all ranks; nothing is stored.
+        """
         if self._runtime is not None and self._storage is not None:
             return self._runtime, self._storage
         if self.executor == "none":
@@ -235,13 +243,24 @@ class Executable(ABC):
         storage = Storage(runtime, *self._plans())
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
+        unsaved = self._unsaved_buffers()
         if self.init is not None:
             _move(self.model, holders, lambda t: torch.empty_like(t, device="cpu"))
             self.init(self.model)
-        params = {name: p.detach() for name, p in self.model.named_parameters()}
-        if not any(p.is_meta for p in params.values()):
-            storage.write_model(params, dict(self.model.named_buffers()))
+        first = dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | unsaved | dict(given or {})
+        first = {name: value.detach() for name, value in first.items() if not value.is_meta}
+        if not given and not self._params.keys() <= first.keys():
+            first = unsaved
         state = given_state(user, trace.parameter_names(self.model)) if user is not None else {}
+        if not self._compared:
+            require_same(runtime, first | _spelled(state))
+            self._compared = True
+        params = {name: value for name, value in first.items() if name in self._params}
+        buffers = {name: value for name, value in first.items() if name not in params}
+        if params or not self._params:
+            storage.write_model(params, buffers)
+        else:
+            storage.write_buffers(buffers)
         if state:
             storage.write_state(state)
         self._storage = storage  # nothing was refused
@@ -252,6 +271,10 @@ class Executable(ABC):
                 holder.state.clear()
         self._parameters = list(self.model.parameters())
         return runtime, storage
+
+    def _unsaved_buffers(self) -> dict[str, Tensor]:
+        """Values of buffers that the model lacks and no state dict has."""
+        return {}
 
     def _started(self) -> tuple[Executor, Storage]:
         """The same before what ranks do together: one that cannot start tells the others."""
@@ -300,7 +323,8 @@ class Executable(ABC):
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them; of
-        names that are tied one is enough. Extra state goes to its modules.
+        names that are tied one is enough. Extra state goes to its modules. Collective: all ranks call it, with the same
+        state.
 
         Args:
             strict: False: names that are missing keep their values, and what is unexpected is left out.
@@ -310,15 +334,20 @@ class Executable(ABC):
 
         Raises:
             StateMismatch: a tensor is missing, has another shape, or a name is none of the model's; nothing is changed.
+            ValuesDiffer: ranks are given different states; likewise.
         """
         entries = self._entries()
-        given = entries.fit(state, strict)
-        _, storage = self._start()
-        kept = storage.read_params() if self._params.keys() - given.values.keys() else {}
-        values = kept | given.values
-        params = {name: value for name, value in values.items() if name in self._params}
-        storage.write_model(params, {name: value for name, value in values.items() if name not in params})
+        with self._getting_ready():
+            given = entries.fit(state, strict)
+            if self._compared:
+                require_same(self._made_executor(), given.values)
+            begun = self._storage is not None
+            _, storage = self._start(given.values)
         entries.load_extra(given.extra)
+        if begun:
+            kept = storage.read_params() if self._params.keys() - given.values.keys() else {}
+            params = kept | {name: value for name, value in given.values.items() if name in self._params}
+            storage.write_model(params, {name: v for name, v in given.values.items() if name not in params})
         return given.keys
 
     def _entries(self) -> Entries:
@@ -328,7 +357,10 @@ class Executable(ABC):
         return self._started()[1].read_state()
 
     def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._start()[1].write_state(state)
+        with self._getting_ready():
+            runtime, storage = self._start()
+            require_same(runtime, _spelled(state))
+        storage.write_state(state)
 
     def _scaler_state(self) -> ScalerState | None:
         """What there is of loss scaling between steps."""
@@ -352,6 +384,11 @@ class Executable(ABC):
         """The same as data that json can write."""
         build = self._built()
         return report.report(self.program, build.plan, self.plan, self._runtime, self._told())
+
+
+def _spelled(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Optimizer state by names for people."""
+    return {f"state {key} of {name}": value for name, found in state.items() for key, value in found.items()}
 
 
 def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> None:

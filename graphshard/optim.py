@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NoReturn
@@ -84,9 +85,11 @@ class CompiledOptimizer(Optimizer):
         write_state: Callable[[NamedState], None],
         scaler: Callable[[], ScalerState | None] = lambda: None,
         steps: Steps | None = None,
+        getting_ready: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """``param_names`` maps the id of each Parameter to its canonical name; ``scaler`` gives None where the compiled
-        step does not scale the loss; ``steps`` is saved and loaded with the state.
+        step does not scale the loss; ``steps`` is saved and loaded with the state; ``getting_ready`` is around what may
+        refuse a state dict on this rank alone, so that others need not wait.
 
         Raises:
             OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
@@ -97,6 +100,7 @@ class CompiledOptimizer(Optimizer):
         self._complete = True
         self._read_state, self._write_state, self._scaler = read_state, write_state, scaler
         self._steps = Steps() if steps is None else steps
+        self._getting_ready = getting_ready
         self._constants = [set(group) - {"params", "param_names", "lr", "initial_lr"} for group in self.param_groups]
         self._names: list[list[str]] = []
         for index, group in enumerate(self.param_groups):
@@ -187,6 +191,22 @@ class CompiledOptimizer(Optimizer):
 
         Nothing is changed then.
         """
+        with self._getting_ready():
+            state, steps = self._checked(state_dict)
+        scaler, scale = self._scaler(), state_dict.get("scaler")
+        self._write_state(state)
+        self._steps.taken = steps
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scale)
+        elif scaler is not None:
+            logger.warning("graphshard: the optimizer state has no 'scaler': the loss scale stays what it is here")
+        elif scale is not None:
+            logger.warning("graphshard: the 'scaler' of the optimizer state is left out: this plan scales no loss")
+        for group, own_group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            own_group.update({key: value for key, value in group.items() if key != "params"})
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[NamedState, int]:
+        """The state in ``state_dict`` by the model's names, and the steps taken; all of it can be taken over."""
         _expect("the state dict", state_dict, Mapping)
         scaler, scale = self._scaler(), state_dict.get("scaler")
         if scaler is not None and scale is not None:
@@ -220,16 +240,7 @@ class CompiledOptimizer(Optimizer):
                 for k, v in _expect(f"state of {names[key]!r}", values, Mapping).items()
                 if _is_value(v)
             }
-        self._write_state(state)
-        self._steps.taken = steps
-        if scaler is not None and scale is not None:
-            scaler.load_state_dict(scale)
-        elif scaler is not None:
-            logger.warning("graphshard: the optimizer state has no 'scaler': the loss scale stays what it is here")
-        elif scale is not None:
-            logger.warning("graphshard: the 'scaler' of the optimizer state is left out: this plan scales no loss")
-        for group, own_group in zip(groups, self.param_groups, strict=True):
-            own_group.update({key: value for key, value in group.items() if key != "params"})
+        return state, steps
 
 
 def spell_options(key: Any) -> tuple[dict[str, str], ...]:
