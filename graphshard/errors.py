@@ -338,11 +338,13 @@ class RanksOutOfStep(RanksError):
 
 
 class PeerNotReady(RanksError):
-    """Other ranks cannot begin the step that this one begins."""
+    """Other ranks cannot begin the step, or take over the state, that this one begins with."""
 
     def __init__(self, ranks: list[int]) -> None:
         named = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        super().__init__(f"{named} cannot begin the step that the others have; what {named} raised says why")
+        super().__init__(
+            f"{named} cannot begin the step or the loading that the others have; what {named} raised says why"
+        )
 
 
 class PlanMismatch(RanksError):
