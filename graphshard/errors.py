@@ -332,6 +332,11 @@ class StuckPlan(GraphshardError):
         super().__init__("no rank can go on; a plan must not wait in a circle:\n" + "\n".join(f"  {w}" for w in waits))
 
 
+def _few(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
 class RanksError(GraphshardError):
     """What ranks do together fails: each of them knows it, by an error of its own."""
 
@@ -368,21 +373,49 @@ class RanksOutOfStep(RanksError):
 
 
 class PeerNotReady(RanksError):
-    """Other ranks cannot begin the step that this one begins."""
+    """Other ranks cannot begin the step, or take over the state, that this one begins with."""
 
     def __init__(self, ranks: list[int]) -> None:
         named = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        super().__init__(f"{named} cannot begin the step that the others have; what {named} raised says why")
+        super().__init__(
+            f"{named} cannot begin the step or the loading that the others have; what {named} raised says why"
+        )
 
 
 class PlanMismatch(RanksError):
     """Ranks that should run one plan have different ones."""
 
+    cure = "be given the same model, plan and options, and the ranks of one pipeline the same input shapes"
+
     def __init__(self, what: str, by_plan: dict[str, list[int]]) -> None:
         groups = "; ".join(f"ranks {', '.join(map(str, ranks))} have {plan}" for plan, ranks in by_plan.items())
+        super().__init__(f"ranks disagree on the {what}: {groups}; every rank must {self.cure}")
+
+
+class CallMismatch(PlanMismatch):
+    """Ranks do different things at a time."""
+
+    cure = (
+        "call step, evaluate, state_dict and load_state_dict equally often and in one order: as many batches on each "
+        "(drop_last=True), and state_dict on all of them (rank0_only=True gives it to rank 0 alone)"
+    )
+
+    def __init__(self, by_call: dict[str, list[int]]) -> None:
+        super().__init__("call", by_call)
+
+
+class ValuesDiffer(RanksError):
+    """Ranks begin with different parameters, buffers or optimizer state. ``found``: by rank a checksum of those under
+    ``name``; None: that rank has none."""
+
+    def __init__(self, name: str, found: Sequence[int | None]) -> None:
+        lacking = [rank for rank, value in enumerate(found) if value is None]
+        others = lacking or [rank for rank, value in enumerate(found) if value != found[0]]
+        has = f"rank {others[0]} has" if len(others) == 1 else f"ranks {_few(others)} have"
+        what = f"no values of {name!r}, which others have" if lacking else f"other values of {name!r} than rank 0"
         super().__init__(
-            f"ranks disagree on the {what}: {groups}; every rank must be given the same model, plan and options, and "
-            "the ranks of one pipeline the same input shapes"
+            f"{has} {what}; every rank must begin with the same values: call torch.manual_seed with the same number "
+            "before the model is made (or in init), or load the same state dict, on every rank"
         )
 
 
@@ -494,7 +527,7 @@ class UnexpectedTensor(StateMismatch):
     """A state dict holds a name that is none of the model's."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        near = difflib.get_close_matches(name, list(known), n=1)
+        near = difflib.get_close_matches(str(name), list(known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         super().__init__(name, "a tensor", f"only names of the model's state_dict(){hint}")
 
@@ -555,6 +588,30 @@ class OptimizerStateMismatch(GraphshardError):
 
     def __init__(self, what: str, given: object, expected: object) -> None:
         super().__init__(f"optimizer state dict: {what}: given {given}; expected {expected}")
+
+
+class OptimizerStateMissing(StateMismatch):
+    """Optimizer state for some of the parameters that are trained alone. ``name``: whose is missing."""
+
+    def __init__(self, key: str, name: str, shape: Sequence[int]) -> None:
+        super().__init__(
+            f"state {key} of {name}",
+            "nothing",
+            f"a tensor of shape {list(shape)}, as all parameters that are trained need state; give it for all of them, "
+            "or begin with a fresh optimizer: do not load its state (of what was frozen before, none was saved)",
+        )
+
+
+class OptimizerStateTogether(StateMismatch):
+    """Optimizer state of one number that is another for parameters which share it here."""
+
+    def __init__(self, key: str, names: Iterable[str]) -> None:
+        super().__init__(
+            f"state {key} of {', '.join(names)}",
+            "different values",
+            "one value, as they are updated together; give state of parameters that have always been trained together, "
+            "or begin with a fresh optimizer: do not load its state",
+        )
 
 
 class UpdateIsPartOfStep(GraphshardError):
