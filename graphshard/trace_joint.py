@@ -11,11 +11,13 @@ from torch import Tensor, fx, nn
 
 from graphshard import fake
 from graphshard.errors import GraphshardError
+from graphshard.trace_attributes import unchanged
 from graphshard.trace_autocast import Casts
+from graphshard.trace_caches import kept_free, kept_tensor, places_of
 from graphshard.trace_call import Output, Request, call
 from graphshard.trace_context import capturing, watching
 from graphshard.trace_errors import translate
-from graphshard.trace_model import ModelTensors, fake_tensors, swapped, unchanged
+from graphshard.trace_model import ModelTensors, fake_tensors, swapped
 
 logger = logging.getLogger("graphshard")
 
@@ -60,7 +62,7 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
         except GraphshardError:
             raise
         except Exception as error:
-            raise translate(error, "the model or its loss function") from error
+            raise kept_tensor(error) or translate(error, "the model or its loss function") from error
     graph = traced.graph_module.graph
     inputs = {node: _port(node.meta["desc"], step) for node in graph.nodes if node.op == "placeholder"}
     returned = graph.output_node()
@@ -81,6 +83,8 @@ class Step(nn.Module):
     def __init__(self, request: Request, tensors: ModelTensors) -> None:
         super().__init__()
         self.request = request
+        self.modules_run = tuple(m for m in (request.model, request.loss_fn) if isinstance(m, nn.Module))
+        self.places = places_of(self.modules_run, request.loss_fn)
         self.held = tensors.all()
         self.mode = fake.new_mode()
         self.changes: set[str] = set()
@@ -102,7 +106,8 @@ class Step(nn.Module):
             leaves[i] = value
         values = [v for v in (*self._parameters.values(), *self._buffers.values()) if v is not None]
         with (
-            unchanged(self.request.model, self.changes),
+            unchanged(self.modules_run, self.changes),
+            kept_free(self.places, self.mode),
             swapped(self.held, values, self.replaced) as shown,
         ):
             casts = None if self.request.lower is None else Casts([*batch, *shown[len(self._parameters) :]])
