@@ -774,6 +774,16 @@ class UnknownRandomOperator(GraphshardError):
         )
 
 
+class RandomOutsideTorch(GraphshardError):
+    """The model draws random numbers from a generator of Python or numpy."""
+
+    def __init__(self, where: str, generator: str) -> None:
+        super().__init__(
+            f"cannot capture {where}: it draws from {generator}, and a compiled step would repeat the same numbers for "
+            "ever; draw with torch (torch.rand, torch.randint), or draw before step and pass the numbers as an argument"
+        )
+
+
 class TensorKeptOutside(GraphshardError):
     """The forward pass keeps a tensor where capture cannot put back what was there, and reads it in the next one."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import random
 from collections import deque
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -247,6 +249,15 @@ class Remembered(Scaled):
         return y * self.tables[4] * len(self.seen)
 
 
+class Seeded(Scaled):
+    """Random numbers that are the same each time."""
+
+    def scaled(self, y: Tensor) -> Tensor:
+        rng = np.random.RandomState(0)
+        np.random.seed(1)
+        return torch.mul(y, rng.rand() * random.Random(0).random() * np.random.rand())
+
+
 @functools.lru_cache
 def cached_table() -> Tensor:
     return torch.linspace(0, 1, 4)
@@ -296,7 +307,7 @@ def forget() -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
-@pytest.mark.parametrize("kind", [Hooked, Nested, Remembered, Cached])
+@pytest.mark.parametrize("kind", [Hooked, Nested, Remembered, Seeded, Cached])
 def test_each_run_sees_the_model_as_it_was(kind: type[Scaled], mode: Mode) -> None:
     model, x = kind(), torch.randn(2, 4)
     untouched = copy.deepcopy(model)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import pickle
+import random
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -103,7 +105,17 @@ def assigned(_: Model, y: Tensor) -> Tensor:
     return y
 
 
+def draws(_: Model, y: Tensor) -> Tensor:
+    return torch.mul(y, random.uniform(1, 2))
+
+
+def draws_in_numpy(_: Model, y: Tensor) -> Tensor:
+    return y * torch.from_numpy(np.random.permutation(6))
+
+
 BY_LINE = [
+    (draws, errors.RandomOutsideTorch, "random.uniform(1, 2)"),
+    (draws_in_numpy, errors.RandomOutsideTorch, "np.random.permutation(6)"),
     (assigned, errors.UncapturableOperator, "y.data = torch.zeros(4, 6)"),
     (item, errors.NeedsTensorValue, "y.max().item()"),
     (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
@@ -125,12 +137,14 @@ BY_LINE = [
 def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: Any) -> None:
     model = Model(after)
     weight = model.linear.weight
+    generators = random.getstate(), pickle.dumps(np.random.get_state())
     with pytest.raises(kind) as caught:
         capture(model, lambda y, t: (y - t).square().mean(), (torch.ones(4, 6), torch.ones(6)), {}, mode=mode)
     message = str(caught.value)
     assert f"test_refused.py:{after.__code__.co_firstlineno + 1}" in message
     assert code in message
     assert "\n" not in message
+    assert (random.getstate(), pickle.dumps(np.random.get_state())) == generators
     assert not COUNTER.any()
     assert model.linear.weight is weight
     assert model.training
