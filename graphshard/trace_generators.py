@@ -14,6 +14,9 @@ from typing import Any
 from graphshard.errors import RandomOutsideTorch
 from graphshard.trace_errors import Line, describe, is_users
 
+_SEEDS = 0x243F6A88, 0x85A308D3
+"""None that a model would use itself."""
+
 
 @dataclass(frozen=True)
 class _Generator:
@@ -22,7 +25,7 @@ class _Generator:
     name: str
     state: Callable[[], Any]
     set_state: Callable[[Any], None]
-    draw: Callable[[], float]
+    seed: Callable[[int], None]
 
     def seen(self) -> bytes:
         """Equal for equal states."""
@@ -30,12 +33,10 @@ class _Generator:
 
 
 def _generators() -> list[_Generator]:
-    found = [_Generator("Python's random", random.getstate, random.setstate, random.random)]
+    found = [_Generator("Python's random", random.getstate, random.setstate, random.seed)]
     if (numpy := sys.modules.get("numpy")) is not None:
         ours = numpy.random
-        found.append(
-            _Generator("numpy.random", lambda: ours.get_state(legacy=False), ours.set_state, ours.random_sample)
-        )
+        found.append(_Generator("numpy.random", lambda: ours.get_state(legacy=False), ours.set_state, ours.seed))
     return found
 
 
@@ -64,15 +65,10 @@ def refuse_draws(moved: set[str], run: Callable[[], object]) -> None:
     """
     for generator in _generators():
         if generator.name in moved:
-            with generators_kept(set()):
-                first = _watched(generator, run)
-            with generators_kept(set()):
-                generator.draw()
-                second = _watched(generator, run)
+            first, second = (_watched(generator, seed, run) for seed in _SEEDS)
             if first.state != second.state:
-                raise RandomOutsideTorch(
-                    "the forward pass" if first.line is None else describe(first.line), generator.name
-                )
+                where = "the forward pass" if first.line is None else describe(first.line)
+                raise RandomOutsideTorch(where, generator.name)
 
 
 class _Watch:
@@ -98,12 +94,15 @@ class _Watch:
         return self
 
 
-def _watched(generator: _Generator, run: Callable[[], object]) -> _Watch:
-    watch, before = _Watch(generator), sys.gettrace()
-    sys.settrace(watch)
-    try:
-        with contextlib.suppress(Exception):  # other numbers may be no good to the model
-            run()
-    finally:
-        sys.settrace(before)
+def _watched(generator: _Generator, seed: int, run: Callable[[], object]) -> _Watch:
+    before = sys.gettrace()
+    with generators_kept(set()):
+        generator.seed(seed)
+        watch = _Watch(generator)
+        sys.settrace(watch)
+        try:
+            with contextlib.suppress(Exception):  # other numbers may be no good to the model
+                run()
+        finally:
+            sys.settrace(before)
     return watch
