@@ -855,6 +855,28 @@ class UnknownRandomOperator(GraphshardError):
         )
 
 
+class RandomOutsideTorch(GraphshardError):
+    """The model draws random numbers from a generator of Python or numpy."""
+
+    def __init__(self, where: str, generator: str) -> None:
+        super().__init__(
+            f"cannot capture {where}: it draws from {generator}, and a compiled step would repeat the same numbers for "
+            "ever; draw with torch (torch.rand, torch.randint), or draw before step and pass the numbers as an argument"
+        )
+
+
+class TensorKeptOutside(GraphshardError):
+    """The forward pass keeps a tensor where capture cannot put back what was there, and reads it in the next one."""
+
+    def __init__(self, where: str, caches: Sequence[str]) -> None:
+        place = f"in the cache of {', '.join(caches)}" if caches else "in a global or an object"
+        process = "" if caches else ", in a new process, since this one now keeps a tensor without values"
+        super().__init__(
+            f"cannot capture {where}: it reads a tensor that an earlier forward pass made and kept outside the model's "
+            f"modules, {place}; register it as a buffer, or run the model once before compile{process}"
+        )
+
+
 class ModelFailed(GraphshardError):
     """The model or the loss function raised while it was captured."""
 

@@ -25,12 +25,10 @@ from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_layout import BATCH_NORM, laid_out
+from graphshard.trace_marks import LINE, MODULE
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
-
-MODULE, LINE = "graphshard.module", "graphshard.line"
-"""Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
 
 
 @contextlib.contextmanager

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import pickle
+import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -101,7 +105,17 @@ def assigned(_: Model, y: Tensor) -> Tensor:
     return y
 
 
+def draws(_: Model, y: Tensor) -> Tensor:
+    return torch.mul(y, random.uniform(1, 2))
+
+
+def draws_in_numpy(_: Model, y: Tensor) -> Tensor:
+    return y * torch.from_numpy(np.random.permutation(6))
+
+
 BY_LINE = [
+    (draws, errors.RandomOutsideTorch, "random.uniform(1, 2)"),
+    (draws_in_numpy, errors.RandomOutsideTorch, "np.random.permutation(6)"),
     (assigned, errors.UncapturableOperator, "y.data = torch.zeros(4, 6)"),
     (item, errors.NeedsTensorValue, "y.max().item()"),
     (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
@@ -123,12 +137,14 @@ BY_LINE = [
 def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: Any) -> None:
     model = Model(after)
     weight = model.linear.weight
+    generators = random.getstate(), pickle.dumps(np.random.get_state())
     with pytest.raises(kind) as caught:
         capture(model, lambda y, t: (y - t).square().mean(), (torch.ones(4, 6), torch.ones(6)), {}, mode=mode)
     message = str(caught.value)
     assert f"test_refused.py:{after.__code__.co_firstlineno + 1}" in message
     assert code in message
     assert "\n" not in message
+    assert (random.getstate(), pickle.dumps(np.random.get_state())) == generators
     assert not COUNTER.any()
     assert model.linear.weight is weight
     assert model.training
@@ -264,6 +280,62 @@ def test_a_number_that_forward_changes_is_warned_of(caplog: pytest.LogCaptureFix
     assert [record.getMessage() for record in caplog.records] == [
         "graphshard: the forward pass changes calls from 0 to 1; a compiled step repeats the first"
     ]
+
+
+def test_numbers_in_containers_that_forward_changes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def count(model: Any, y: Tensor) -> Tensor:
+        model.linear.state["calls"] += 1
+        model.linear.state["history"][0].append(7)
+        model.linear.state["names"][:] = ["b"] * 5
+        return torch.mul(y, model.linear.state["calls"])
+
+    model = Model(count)
+    state = model.linear.state = {"calls": 0, "history": (deque([1, 2], maxlen=2),), "names": ["a"] * 5}  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING, "graphshard"):
+        capture(model, F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode="train")
+    assert state == {"calls": 0, "history": (deque([1, 2]),), "names": ["a"] * 5}
+    assert [record.getMessage().split("changes ")[1].split(";")[0] for record in caplog.records] == [
+        "2 more values of linear.state['names']",
+        "linear.state['calls'] from 0 to 1",
+        "linear.state['history'][0][0] from 1 to 2",
+        "linear.state['history'][0][1] from 2 to 7",
+        *(f"linear.state['names'][{i}] from 'a' to 'b'" for i in range(3)),
+    ]
+
+
+class Cell:
+    """An object that a function's closure keeps, where capture does not look."""
+
+    value: Any = None
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate", "call"])
+def test_a_tensor_kept_outside_the_model(mode: Any) -> None:
+    cell = Cell()
+
+    def table(_: Model, y: Tensor) -> Tensor:
+        if cell.value is None:
+            cell.value = torch.linspace(0, 1, 6)
+        return torch.mul(y, cell.value)
+
+    with pytest.raises(errors.TensorKeptOutside) as caught:
+        capture(Model(table), F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode=mode)
+    assert "return torch.mul(y, cell.value): it reads a tensor that an earlier forward pass made" in str(caught.value)
+    assert "in a new process" in str(caught.value)
+
+
+def test_a_cache_that_capture_does_not_find_is_named_and_emptied() -> None:
+    @functools.lru_cache
+    def table() -> Tensor:
+        return torch.linspace(0, 1, 6)
+
+    error = refused(model := Model(lambda m, y: y * table()))
+    assert isinstance(error, errors.TensorKeptOutside)
+    assert "in the cache of" in str(error)
+    assert "test_refused.test_a_cache" in str(error)
+    assert "in a new process" not in str(error)
+    model(torch.ones(4, 6)).sum().backward()
+    capture(model, F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode="train")
 
 
 def test_describe_params_lists_every_parameter_once() -> None:
