@@ -24,6 +24,7 @@ from graphshard.errors import NeedsTensorValue, UncapturableOperator
 from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
+from graphshard.trace_grouped import of_groups
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
@@ -150,6 +151,7 @@ class _Calls(TorchFunctionMode):
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:
             func = written_out(func)
+        func = of_groups(func)
         if self._casts is None:
             return func(*args, **kwargs)
         return self._casts.call(func, args, kwargs)
