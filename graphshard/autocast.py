@@ -3,8 +3,8 @@
 ``LOWER`` and ``FLOAT32`` follow its lists for CUDA ("CUDA Ops that can autocast to float16" and "to float32", page
 torch.amp), with the losses and, as ``EXACTING``, the transforms and decompositions that its list for the CPU has.
 Added are means, which round as sums do, batch norm, whose statistics are float32 buffers, and products of groups of
-rows, which torch's autocast does not know. Any other operator computes in what it is given; where it does not promote by
-itself, in the widest of it.
+rows, which no list has. Any other operator computes in what it is given; where it does not promote by itself, in the
+widest of it.
 
 Losses that capture knows only as the operators they are made of are not in the lists, though they are in torch's: their
 means and norms are in float32, and so is what reads a float32 target (l1_loss, kl_div, poisson_nll_loss); differences

@@ -16,6 +16,8 @@ from torch.distributions import Distribution
 
 from graphshard.trace_errors import calling_line, describe
 
+_NO_DIMS = torch.Size()
+
 
 @contextlib.contextmanager
 def checks_left_out(unchecked: set[str]) -> Iterator[None]:
@@ -52,8 +54,8 @@ def _unvalidated(init: Callable[..., None], default: bool, unchecked: set[str]) 
 
     def run(
         made: Distribution,
-        batch_shape: torch.Size = torch.Size(),
-        event_shape: torch.Size = torch.Size(),
+        batch_shape: torch.Size = _NO_DIMS,
+        event_shape: torch.Size = _NO_DIMS,
         validate_args: bool | None = None,
     ) -> None:
         if default if validate_args is None else validate_args:

@@ -6,7 +6,6 @@ other precisions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch

@@ -6,7 +6,7 @@ value that is the same for every masked place needs none of that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -23,7 +23,7 @@ _PUT_IN_PLACE: Any = (Tensor.index_put_, torch.index_put_)
 _ALL = slice(None)
 _MASKS = (torch.bool, torch.uint8)
 
-Call = tuple[Any, tuple[Any, ...], Mapping[str, Any]]
+Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
 """A torch function, its positional and its keyword arguments."""
 
 _Choice = tuple[Tensor, Tensor, Tensor]
@@ -44,7 +44,7 @@ class _Place:
         return self.target.dim() - self.begin - self.mask.dim()
 
 
-def selected(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+def selected(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """The call to make instead of one of a torch function: the same, unless that writes through a mask.
 
     Raises:

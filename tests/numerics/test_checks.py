@@ -1,4 +1,4 @@
-"""Checks of values that Python code makes are left out of a step, and said so; what they check is computed all the same."""
+"""Checks of values that Python code makes are left out of a step, which is said, and nothing else is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def all_true_or(_: Any, hidden: Tensor) -> Tensor:
 
 
 def asserted(_: Any, hidden: Tensor) -> Tensor:
-    torch._assert((hidden < 99).all(), "it is small")  # type: ignore[no-untyped-call]
+    torch._assert((hidden < 99).all(), "it is small")
     return hidden
 
 
@@ -38,12 +38,14 @@ def asserted_later(_: Any, hidden: Tensor) -> Tensor:
 
 
 def likely(_: Any, hidden: Tensor) -> Tensor:
-    return hidden - Normal(hidden.tanh(), 1 + hidden.abs()).log_prob(hidden)  # type: ignore[no-untyped-call]
+    density: Tensor = Normal(hidden.tanh(), 1 + hidden.abs()).log_prob(hidden)
+    return hidden - density
 
 
 def likely_if_asked(model: Any, hidden: Tensor) -> Tensor:
-    made = Independent(StudentT(3 + model.weight[0].abs(), hidden), 1, validate_args=True)  # type: ignore[no-untyped-call]
-    return hidden - made.log_prob(model.weight[1])[:, None]  # type: ignore[no-untyped-call]
+    made = Independent(StudentT(3 + model.weight[0].abs(), hidden), 1, validate_args=True)
+    density: Tensor = made.log_prob(model.weight[1])
+    return hidden - density[:, None]
 
 
 CHECKED = (all_true, all_true_or, asserted, asserted_later, likely, likely_if_asked)
@@ -64,14 +66,14 @@ def test_checks_are_back_afterwards() -> None:
         capture(Model(between), F.mse_loss, batch, {}, mode="train")
     assert Distribution._validate_args is before
     with pytest.raises(ValueError, match="scale"):
-        Normal(0.0, torch.tensor(-1.0), validate_args=True)  # type: ignore[no-untyped-call]
+        Normal(0.0, torch.tensor(-1.0), validate_args=True)
     with pytest.raises(RuntimeError, match="it is small"):
         all_true(None, torch.full((2,), 100.0))
 
 
 def test_what_is_known_while_a_model_is_captured_is_checked() -> None:
     def wide(_: Any, hidden: Tensor) -> Tensor:
-        torch._assert(hidden.dim() == 3, "three dims")  # type: ignore[no-untyped-call]
+        torch._assert(hidden.dim() == 3, "three dims")
         return hidden
 
     with pytest.raises(ModelFailed, match="three dims"):
