@@ -52,7 +52,7 @@ def flops(node: fx.Node) -> int:
     shapes = [_shape(a) for a in node.args]
     wanted: Any
     match node.target._schema.name.rpartition("::")[2]:
-        case "mm" | "bmm":
+        case "mm" | "bmm" | "grouped_mm" | "grouped_outer":
             return 2 * prod(shapes[0]) * shapes[1][-1]
         case "addmm" | "baddbmm":
             return 2 * prod(shapes[1]) * shapes[2][-1]

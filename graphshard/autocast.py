@@ -2,8 +2,9 @@
 
 ``LOWER`` and ``FLOAT32`` follow its lists for CUDA ("CUDA Ops that can autocast to float16" and "to float32", page
 torch.amp), with the losses and, as ``EXACTING``, the transforms and decompositions that its list for the CPU has.
-Added are means, which round as sums do, and batch norm, whose statistics are float32 buffers. Any other operator
-computes in what it is given; where it does not promote by itself, in the widest of it.
+Added are means, which round as sums do, batch norm, whose statistics are float32 buffers, and products of groups of
+rows, which no list has. Any other operator computes in what it is given; where it does not promote by itself, in the
+widest of it.
 
 Losses that capture knows only as the operators they are made of are not in the lists, though they are in torch's: their
 means and norms are in float32, and so is what reads a float32 target (l1_loss, kl_div, poisson_nll_loss); differences
@@ -19,6 +20,7 @@ LOWER = frozenset([
     "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "addr", "linear", "matmul",
     "chain_matmul", "_prelu_kernel", "convolution", "_convolution", "convolution_overrideable", "conv1d", "conv2d",
     "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv_tbc", "attention",
+    "grouped_mm", "grouped_outer",
     "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
     "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
 ])  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphshard import attention, random_ops
+from graphshard import attention, grouped, random_ops
 
 _lib = torch.library.Library("graphshard", "DEF")
 
@@ -112,4 +112,5 @@ _lib.impl("nonfinite", _nonfinite, "CompositeExplicitAutograd")
 _lib.impl("stage_sum", lambda parts, axis: _like(parts[0]), "Meta")
 _lib.impl("stage_broadcast", lambda x, src, axis: _like(x), "Meta")
 attention.register(_lib)
+grouped.register(_lib)
 random_ops.register(_lib)

@@ -37,7 +37,7 @@ _TAKE_DTYPE = ("softmax", "log_softmax", "sum", "mean", "prod", "cumsum", "cumpr
 """Functions that cast what they are given where they are told to; float32 under autocast whether they are or not."""
 
 _FLOAT32 = FLOAT32 | {"layer_norm", "group_norm", "batch_norm"}
-_LOWER = LOWER | {"__matmul__", "scaled_dot_product_attention"}
+_LOWER = LOWER | {"__matmul__", "scaled_dot_product_attention", "_grouped_mm", "grouped_mm_fallback"}
 _DATA: Any = Tensor.data.__get__  # type: ignore[attr-defined]
 
 _T = TypeVar("_T")

@@ -22,10 +22,13 @@ from torch.utils._mode_utils import no_dispatch
 from graphshard import attention, fake
 from graphshard.errors import NeedsTensorValue, UncapturableOperator
 from graphshard.trace_autocast import Casts, autocast_on
+from graphshard.trace_checks import checks_left_out
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
+from graphshard.trace_grouped import of_groups
 from graphshard.trace_layout import BATCH_NORM, laid_out
 from graphshard.trace_marks import LINE, MODULE
+from graphshard.trace_masked import selected
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
@@ -36,7 +39,7 @@ def capturing(model: nn.Module, train: bool, lower: torch.dtype | None = None) -
     """Around the whole capture of ``model``, in its own mode if ``train``, else in evaluation mode; ``lower``: what the
     plan computes in instead of float32."""
     with (
-        warnings.catch_warnings(),
+        _no_traceback_of_backward(),
         torch.inference_mode(False),
         torch.set_grad_enabled(train),
         contextlib.nullcontext() if train else evaluating(model),
@@ -55,9 +58,21 @@ def capturing(model: nn.Module, train: bool, lower: torch.dtype | None = None) -
 def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> Iterator[None]:
     """Around a call of the model, whose tensors are ``held``: nodes are marked with module and line, attention becomes
     one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision;
-    ``unchecked``: see :class:`Operators`."""
+    ``unchecked``: lines of the model whose checks were left out are added to it."""
     calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
-    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), operators, calls:
+    replaced = _attention_replaced(), _no_higher_order(), checks_left_out(unchecked)
+    with torch.fx.traceback.annotate({MODULE: ""}), contextlib.ExitStack() as stack:
+        for context in (*replaced, operators, calls):
+            stack.enter_context(context)
+        yield
+
+
+@contextlib.contextmanager
+def _no_traceback_of_backward() -> Iterator[None]:
+    """Torch, which traces under its anomaly mode, does not print where the forward was whose backward raised; filters
+    of warnings are put back."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Error detected in ", UserWarning)
         yield
 
 
@@ -151,6 +166,7 @@ class _Calls(TorchFunctionMode):
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:
             func = written_out(func)
+        func, args, kwargs = selected(of_groups(func), args, kwargs)
         if self._casts is None:
             return func(*args, **kwargs)
         return self._casts.call(func, args, kwargs)

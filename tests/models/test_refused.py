@@ -87,6 +87,21 @@ def elsewhere(model: Model, y: Tensor) -> Tensor:
     return result
 
 
+def assigned_rows(_: Model, y: Tensor) -> Tensor:
+    y.clone()[y > 0] = y.flatten()[:5]
+    return y
+
+
+def assigned_by_two_masks(_: Model, y: Tensor) -> Tensor:
+    y.clone()[y[:, 0] > 0, y[0] > 0] = y.sum()
+    return y
+
+
+def asserted(_: Model, y: Tensor) -> Tensor:
+    assert (y < 9).all()
+    return y
+
+
 COUNTER = torch.zeros(6)
 
 
@@ -123,6 +138,7 @@ BY_LINE = [
     (to_numpy, errors.NeedsTensorValue, ".numpy()"),
     (select, errors.ShapeNeedsValue, "y[y > 0]"),
     (unique, errors.ShapeNeedsValue, "torch.unique(y)"),
+    (asserted, errors.NeedsTensorValue, "assert (y < 9).all()"),
     (conditional, errors.UncapturableOperator, "torch.cond("),
     (random_relu, errors.UnknownRandomOperator, "F.rrelu("),
     (own_generator, errors.UnknownRandomOperator, "torch.rand(6"),
@@ -157,6 +173,29 @@ def refused(model: nn.Module, loss_fn: Any = F.mse_loss, args: Any = None, **kwa
     with pytest.raises(errors.GraphshardError) as caught:
         capture(model, loss_fn, args, kwargs, mode="train")
     return caught.value
+
+
+@pytest.mark.parametrize("after", [assigned_rows, assigned_by_two_masks])
+def test_a_gradient_of_as_many_elements_as_are_masked(after: Any) -> None:
+    error = refused(Model(after))
+    assert isinstance(error, errors.ShapeNeedsValue)
+    assert f"test_refused.py:{after.__code__.co_firstlineno + 1}: y.clone()[y" in str(error)
+
+
+def test_nothing_is_printed_of_a_backward_that_cannot_be_captured(recwarn: pytest.WarningsRecorder) -> None:
+    class Selected(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            ctx.save_for_backward(y)
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * grad[ctx.saved_tensors[0] > 0].sum()
+
+    apply: Any = Selected.apply
+    assert isinstance(refused(Model(lambda m, y: apply(y))), errors.ShapeNeedsValue)
+    assert not [warning for warning in recwarn if "Error detected" in str(warning.message)]
 
 
 def test_parameter_written_in_forward() -> None:
