@@ -44,7 +44,7 @@ class Operators(TorchDispatchMode):
             return None
         mode = torch._C._get_dispatch_mode(_FUNCTIONAL)
         known = FakeTensor if mode is None else FunctionalTensor
-        if any(not isinstance(value, known) for value in _written(func, args, kwargs or {})):
+        if any(not isinstance(value, known) for value in written(func, args, kwargs or {})):
             instead = "what it writes to has to be a buffer of the model, see register_buffer"
             raise UncapturableOperator(str(func), describe(calling_line()), instead)
         result = func(*args, **(kwargs or {}))
@@ -59,8 +59,8 @@ def _is_check(func: Any) -> bool:
     return func.namespace == "aten" and not func._schema.returns and not func._schema.is_mutable
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that the call writes to."""
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call of an ATen operator writes to."""
     found: list[Any] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

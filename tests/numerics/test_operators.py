@@ -87,6 +87,65 @@ def read(model: Any, hidden: Tensor) -> Tensor:
     return hidden[:, : int(model.width)]
 
 
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "masked_fill_": lambda t, new: t.masked_fill_(t.detach() > 0.3, 0.1),
+    "cumsum_": lambda t, new: t.cumsum_(1),
+    "tril_": lambda t, new: t.tril_(),
+    "index_add_": lambda t, new: t.index_add_(1, torch.tensor([1, 0, 1]), new),
+    "index_put_": lambda t, new: t.__setitem__((slice(None), torch.tensor([2, 0])), new[:, 1:]),
+    "scatter_": lambda t, new: t.scatter_(1, torch.tensor([[[1], [2]]]).expand(len(t), 2, 1), new[:, :2, :1]),
+    "renorm_": lambda t, new: t.narrow(1, 0, 2).renorm_(2, 0, 0.3),
+    "mvlgamma_": lambda t, new: t.abs_().add_(3).mvlgamma_(2),
+    "elu_ in torch's own code": lambda t, new: F.elu(t, inplace=True),
+    "cumsum into it": lambda t, new: torch.cumsum(new.detach(), 1, out=t.detach()),
+    "add_": lambda t, new: t.add_(new),
+    "copy_": lambda t, new: t.copy_(new),
+}
+"""In-place operators on a transposed view ``t`` [n, 3, 2], and a tensor ``new`` like it."""
+
+
+def written_transposed(write: Callable[[Tensor, Tensor], object]) -> Callable[[Any, Tensor], Tensor]:
+    def between(model: Any, hidden: Tensor) -> Tensor:
+        base = hidden.unflatten(1, (2, 3)) * model.weight[0].view(2, 3)
+        write(base.transpose(1, 2), torch.sin(hidden).unflatten(1, (3, 2)))
+        result: Tensor = base.as_strided(hidden.shape, (WIDTH, 1)) * base.view(hidden.shape)
+        return result
+
+    return between
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_written_through_a_transposed_view(write: str) -> None:
+    trained(written_transposed(WRITES[write]), "dp1")
+
+
+@pytest.mark.parametrize("plan", PLANS[1:])
+def test_written_through_a_transposed_view_by_any_plan(plan: str) -> None:
+    trained(written_transposed(WRITES["masked_fill_"]), plan)
+
+
+class WritesInBackward(torch.autograd.Function):
+    """The lower triangle of each row's gradient, doubled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        result = 2 * gradients[0]
+        result.transpose(1, 2).tril_()
+        return result.view(-1).view(result.shape)
+
+
+def test_written_through_a_transposed_view_in_the_backward() -> None:
+    def between(model: Any, hidden: Tensor) -> Tensor:
+        result: Tensor = WritesInBackward.apply(hidden.unflatten(1, (2, 3)))  # type: ignore[no-untyped-call]
+        return result.flatten(1)
+
+    trained(between, "dp1")
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed, read])
 def test_layers(between: Any, plan: str) -> None:
