@@ -27,6 +27,7 @@ from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
+from graphshard.trace_turned import Turned
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
 """Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
@@ -129,7 +130,7 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self, devices: Devices, casts: Casts | None) -> None:
         super().__init__()
-        self._devices, self._casts = devices, casts
+        self._devices, self._casts, self._turned = devices, casts, Turned()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -150,9 +151,10 @@ class _Calls(TorchFunctionMode):
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:
             func = written_out(func)
-        if self._casts is None:
-            return func(*args, **kwargs)
-        return self._casts.call(func, args, kwargs)
+        self._turned.before(args, kwargs)
+        result = func(*args, **kwargs) if self._casts is None else self._casts.call(func, args, kwargs)
+        self._turned.after(func, args, kwargs, result)
+        return result
 
 
 _ATTENTION = F.scaled_dot_product_attention

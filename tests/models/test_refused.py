@@ -136,6 +136,45 @@ def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: A
     assert F.scaled_dot_product_attention.__module__ != "graphshard.trace_context"
 
 
+def turned_and_written(_: Model, y: Tensor) -> Tensor:
+    part = y[:, 2:5].t_()
+    y.mul_(0.5)
+    return y + part.sum()
+
+
+def turned_and_written_itself(_: Model, y: Tensor) -> Tensor:
+    y[:4, 1:5].t_().mul_(torch.arange(4.0))
+    return y
+
+
+def turned_and_a_view_of_it_written(_: Model, y: Tensor) -> Tensor:
+    part = y[:, :1].squeeze_(1)[1:]
+    y.mul_(0.5)
+    return y + part.sum()
+
+
+def turned_under_a_view(_: Model, y: Tensor) -> Tensor:
+    part = (y := y * 2)[:, 2:5]
+    y.unsqueeze_(0)
+    return y[0] + part.sum()
+
+
+@pytest.mark.parametrize(
+    ("after", "offset", "what"),
+    [
+        (turned_and_written, 1, "t_ and then a write to the same memory"),
+        (turned_and_written_itself, 1, "t_ and then a write to the same memory"),
+        (turned_and_a_view_of_it_written, 1, "squeeze_ and then a write to the same memory"),
+        (turned_under_a_view, 2, "unsqueeze_ and then a use of a view made before it"),
+    ],
+)
+def test_dims_changed_in_place(after: Any, offset: int, what: str) -> None:
+    message = str(refused(Model(after)))
+    assert f"{what} in " in message
+    assert f"test_refused.py:{after.__code__.co_firstlineno + offset}" in message
+    assert "use the view that " in message
+
+
 def refused(model: nn.Module, loss_fn: Any = F.mse_loss, args: Any = None, **kwargs: Any) -> errors.GraphshardError:
     args = (torch.ones(4, 6), torch.ones(4, 6)) if args is None else args
     with pytest.raises(errors.GraphshardError) as caught:

@@ -87,6 +87,13 @@ def read(model: Any, hidden: Tensor) -> Tensor:
     return hidden[:, : int(model.width)]
 
 
+def turned_in_place(model: Any, hidden: Tensor) -> Tensor:
+    hidden = torch.sin(hidden).t_().unsqueeze_(0)
+    hidden[0, 1].mul_(3)
+    part = hidden.squeeze_(0)[:3].t_().swapaxes_(0, 1)
+    return hidden.t() + part.t().repeat(1, 2)
+
+
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "masked_fill_": lambda t, new: t.masked_fill_(t.detach() > 0.3, 0.1),
     "cumsum_": lambda t, new: t.cumsum_(1),
@@ -147,7 +154,7 @@ def test_written_through_a_transposed_view_in_the_backward() -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed, read])
+@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed, read, turned_in_place])
 def test_layers(between: Any, plan: str) -> None:
     trained(between, plan)
 
