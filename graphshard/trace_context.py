@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._mode_utils import no_dispatch
 
 from graphshard import attention, fake
@@ -28,6 +30,7 @@ from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
 from graphshard.trace_turned import Turned
+from graphshard.trace_valueless import WITHOUT_VALUES, batch_norm_without_values
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
 """Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
@@ -59,7 +62,15 @@ def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> 
     one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision;
     ``unchecked``: see :class:`Operators`."""
     calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
-    with torch.fx.traceback.annotate({MODULE: ""}), _attention_replaced(), _no_higher_order(), operators, calls:
+    with (
+        torch.fx.traceback.annotate({MODULE: ""}),
+        _attention_replaced(),
+        batch_norm_without_values(),
+        _no_reentrant(),
+        _no_higher_order(),
+        operators,
+        calls,
+    ):
         yield
 
 
@@ -124,6 +135,24 @@ def _no_higher_order() -> Iterator[None]:
         HigherOrderOperator.__call__ = before  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def _no_reentrant() -> Iterator[None]:
+    """A checkpoint that calls autograd within the backward is refused where the model calls it."""
+
+    def apply(function: Any, preserve: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            instead = "say use_reentrant=False, or leave the checkpoint out and put recompute into the plan"
+            raise UncapturableOperator("a checkpoint with use_reentrant=True", describe(calling_line()), instead)
+        return before.apply(function, preserve, *args)
+
+    before = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = SimpleNamespace(apply=apply)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = before  # type: ignore[misc]
+
+
 class _Calls(TorchFunctionMode):
     """Sees every torch function the model calls: notes the line, makes attention one operator, and has devices
     replaced and casts traced."""
@@ -151,6 +180,7 @@ class _Calls(TorchFunctionMode):
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:
             func = written_out(func)
+        func = WITHOUT_VALUES.get(func, func)
         self._turned.before(args, kwargs)
         result = func(*args, **kwargs) if self._casts is None else self._casts.call(func, args, kwargs)
         self._turned.after(func, args, kwargs, result)

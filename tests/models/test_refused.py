@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from graphshard import errors
 from graphshard.trace import capture, describe_params, input_signature
@@ -101,7 +102,30 @@ def assigned(_: Model, y: Tensor) -> Tensor:
     return y
 
 
+def expanded_and_written(_: Model, y: Tensor) -> Tensor:
+    y[:, :1].expand(4, 6).add_(1)
+    return y
+
+
+def unfolded_and_written(_: Model, y: Tensor) -> Tensor:
+    y.unfold(1, 3, 1).mul_(2)
+    return y
+
+
+def strided_and_written(_: Model, y: Tensor) -> Tensor:
+    y.sin().as_strided((3, 3), (2, 1)).mul_(2)
+    return y
+
+
+def diagonal_of_a_view(_: Model, y: Tensor) -> Tensor:
+    return y[:3].fill_diagonal_(0.0).sum() + y
+
+
 BY_LINE = [
+    (expanded_and_written, errors.UncapturableOperator, "expand(4, 6).add_(1); elements of what it writes to"),
+    (unfolded_and_written, errors.UncapturableOperator, "mul_(2); elements of what it writes to"),
+    (strided_and_written, errors.UncapturableOperator, "mul_(2); elements of what it writes to"),
+    (diagonal_of_a_view, errors.UncapturableOperator, "write x.diagonal().fill_(value)"),
     (assigned, errors.UncapturableOperator, "y.data = torch.zeros(4, 6)"),
     (item, errors.NeedsTensorValue, "y.max().item()"),
     (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
@@ -173,6 +197,17 @@ def test_dims_changed_in_place(after: Any, offset: int, what: str) -> None:
     assert f"{what} in " in message
     assert f"test_refused.py:{after.__code__.co_firstlineno + offset}" in message
     assert "use the view that " in message
+
+
+def test_reentrant_checkpoint() -> None:
+    def after(_: Model, y: Tensor) -> Any:
+        return checkpoint(torch.sin, y, use_reentrant=True)
+
+    before = torch.utils.checkpoint.CheckpointFunction
+    error = refused(Model(after))
+    assert isinstance(error, errors.UncapturableOperator)
+    assert "checkpoint(torch.sin, y, use_reentrant=True); say use_reentrant=False" in str(error)
+    assert torch.utils.checkpoint.CheckpointFunction is before
 
 
 def refused(model: nn.Module, loss_fn: Any = F.mse_loss, args: Any = None, **kwargs: Any) -> errors.GraphshardError:

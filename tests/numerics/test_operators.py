@@ -94,6 +94,28 @@ def turned_in_place(model: Any, hidden: Tensor) -> Tensor:
     return hidden.t() + part.t().repeat(1, 2)
 
 
+def correlated(model: Any, hidden: Tensor) -> Tensor:
+    return hidden @ torch.corrcoef(hidden.t()) + torch.corrcoef(hidden[:, 0])
+
+
+def covariant(model: Any, hidden: Tensor) -> Tensor:
+    frequencies, weights = model.mask.sum(0) + 1, torch.sin(model.weight[0]) ** 2
+    made = [
+        *(hidden.t().cov(), torch.cov(model.weight, correction=0), torch.cov(model.weight, fweights=frequencies)),
+        *(torch.cov(model.weight, aweights=weights), torch.cov(model.weight[0], aweights=weights, correction=0)),
+        torch.cov(model.weight, fweights=frequencies, aweights=weights),
+        torch.complex(model.weight, 1 - model.weight).cov().imag,
+    ]
+    for matrix in made:
+        hidden = hidden + hidden @ matrix.expand(WIDTH, WIDTH)
+    return torch.tanh(hidden)
+
+
+def combined(model: Any, hidden: Tensor) -> Tensor:
+    pairs, triples = torch.combinations(model.weight[0]), torch.combinations(model.weight[1, :4], 3, True)
+    return hidden * pairs.prod(1).sin().sum() + triples.prod(1).sin().sum() + torch.combinations(hidden[0, :1]).sum()
+
+
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "masked_fill_": lambda t, new: t.masked_fill_(t.detach() > 0.3, 0.1),
     "cumsum_": lambda t, new: t.cumsum_(1),
@@ -154,9 +176,30 @@ def test_written_through_a_transposed_view_in_the_backward() -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("between", [filled, turned, inverse, cholesky, solved, transposed, read, turned_in_place])
+@pytest.mark.parametrize(
+    "between", [filled, turned, inverse, cholesky, solved, transposed, read, turned_in_place, covariant, combined]
+)
 def test_layers(between: Any, plan: str) -> None:
     trained(between, plan)
+
+
+@pytest.mark.parametrize("plan", PLANS[:2])
+def test_correlation(plan: str) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Model(correlated), (torch.randn(32, WIDTH), torch.randn(32, WIDTH)), {}, F.mse_loss
+
+    check_parity(make, plan, sgd, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_batch_norm_over_all_batches(plan: str) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        layers = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH, momentum=None), nn.Tanh(), nn.Linear(WIDTH, WIDTH)
+        return nn.Sequential(*layers), (torch.randn(16, WIDTH), torch.randn(16, WIDTH)), {}, F.mse_loss
+
+    check_parity(make, plan, sgd, dtype=torch.float64)
 
 
 def test_the_conjugate_of_a_number_does_not_widen_a_product() -> None:
