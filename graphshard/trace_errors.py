@@ -86,6 +86,9 @@ def translate(error: Exception, doing: str) -> GraphshardError:
             return UncapturableOperator(str(error.func), where, "it has no rule for the shape of its result")
     if isinstance(error, NotImplementedError) and "torch._C.Generator" in str(error):  # torch 2.11
         return UnknownRandomOperator("that is given a torch.Generator", where)
+    if "mutation on a view chain" in str(error):
+        instead = "take it of a clone(), or, for fill_diagonal_, write x.diagonal().fill_(value)"
+        return UncapturableOperator("a write to an as_strided view of a view", where, instead)
     if "meta" in str(error) and "device" in str(error) and isinstance(error, RuntimeError):
         return TensorWithoutValue(where)
     if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):

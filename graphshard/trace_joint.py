@@ -18,6 +18,7 @@ from graphshard.trace_call import Output, Request, call
 from graphshard.trace_context import capturing, watching
 from graphshard.trace_errors import translate
 from graphshard.trace_generators import generators_kept, refuse_draws
+from graphshard.trace_layout import KeptLayout
 from graphshard.trace_model import ModelTensors, fake_tensors, swapped
 
 logger = logging.getLogger("graphshard")
@@ -57,7 +58,8 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
     from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
     step = Step(request, tensors)
-    with capturing(request.model, request.train, request.lower), contextlib.ExitStack() as stack:
+    kept_layout = KeptLayout()  # type: ignore[no-untyped-call]
+    with capturing(request.model, request.train, request.lower), kept_layout, contextlib.ExitStack() as stack:
         try:
             traced = aot_export_joint_with_descriptors(stack, step, tuple(step.batch_values))
         except GraphshardError:

@@ -1,35 +1,55 @@
-"""Operators whose kernels lay out results otherwise than torch's fake ones say, for inputs that are not dense in order.
+"""In-place operators on views whose dims are in another order than their memory's.
 
-Batch norm's make their input contiguous, or channels last, first; fake ones give results the strides of the input, and
-the backward's those of the gradient, and views that are right for those fail on the real ones.
+Of ``t.masked_fill_`` AOTAutograd makes ``masked_fill``, and of its result what ``t`` is a view of. That result is
+contiguous: where ``t`` is a transposed view, what is behind it gets other strides than in eager code, of which
+``as_strided`` reads other elements and which ``view`` refuses. Written to a copy that is copied back, they stay.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
-BATCH_NORM = (F.batch_norm, torch.batch_norm)
+from graphshard.trace_operators import written
 
-
-def laid_out(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``batch_norm`` on an input and of a gradient that are laid out as the kernels would."""
-
-    @functools.wraps(batch_norm)
-    def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = batch_norm(_dense(input), *args, **kwargs)
-        if result.requires_grad:
-            result.register_hook(_dense)
-        return result
-
-    return run
+aten = torch.ops.aten
 
 
-def _dense(value: Tensor) -> Tensor:
-    return value.contiguous(memory_format=suggest_memory_format(value))
+class KeptLayout(TorchDispatchMode):
+    """Has operators that write to permuted tensors write to copies of them, which are copied back."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        permuted = [] if _keeps_strides(func) else [v for v in written(func, args, kwargs) if _is_permuted(v)]
+        if not permuted:
+            return func(*args, **kwargs)
+        copies = {id(value): value.clone() for value in permuted}
+        args, kwargs = tree_map_only(Tensor, lambda value: copies.get(id(value), value), (args, kwargs))
+        result = func(*args, **kwargs)
+        for value in permuted:
+            value.copy_(copies[id(value)])
+        originals = {id(copies[id(value)]): value for value in permuted}
+        return tree_map_only(Tensor, lambda value: originals.get(id(value), value), result)
+
+
+def _keeps_strides(func: Any) -> bool:
+    """Whether what it makes of a permuted tensor is permuted alike, or it writes no elements."""
+    if not func._schema.is_mutable or func is aten.copy_.default:
+        return True
+    return not _IN_ORDER.isdisjoint(func.tags) and func is not aten.mvlgamma_.default
+
+
+def _is_permuted(value: Tensor) -> bool:
+    """Whether its dims are in another order than its memory's; only what AOTAutograd makes functional matters."""
+    strides = [stride for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1]
+    return isinstance(value, FunctionalTensor) and strides != sorted(strides, reverse=True)
+
+
+_IN_ORDER = {torch.Tag.pointwise, torch.Tag.inplace_view}

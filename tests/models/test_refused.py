@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from graphshard import errors
 from graphshard.trace import capture, describe_params, input_signature
@@ -128,9 +129,32 @@ def draws_in_numpy(_: Model, y: Tensor) -> Tensor:
     return y * torch.from_numpy(np.random.permutation(6))
 
 
+def expanded_and_written(_: Model, y: Tensor) -> Tensor:
+    y[:, :1].expand(4, 6).add_(1)
+    return y
+
+
+def unfolded_and_written(_: Model, y: Tensor) -> Tensor:
+    y.unfold(1, 3, 1).mul_(2)
+    return y
+
+
+def strided_and_written(_: Model, y: Tensor) -> Tensor:
+    y.sin().as_strided((3, 3), (2, 1)).mul_(2)
+    return y
+
+
+def diagonal_of_a_view(_: Model, y: Tensor) -> Tensor:
+    return y[:3].fill_diagonal_(0.0).sum() + y
+
+
 BY_LINE = [
     (draws, errors.RandomOutsideTorch, "random.uniform(1, 2)"),
     (draws_in_numpy, errors.RandomOutsideTorch, "np.random.permutation(6)"),
+    (expanded_and_written, errors.UncapturableOperator, "expand(4, 6).add_(1); elements of what it writes to"),
+    (unfolded_and_written, errors.UncapturableOperator, "mul_(2); elements of what it writes to"),
+    (strided_and_written, errors.UncapturableOperator, "mul_(2); elements of what it writes to"),
+    (diagonal_of_a_view, errors.UncapturableOperator, "write x.diagonal().fill_(value)"),
     (assigned, errors.UncapturableOperator, "y.data = torch.zeros(4, 6)"),
     (item, errors.NeedsTensorValue, "y.max().item()"),
     (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
@@ -166,6 +190,56 @@ def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: A
     assert model.training
     assert not torch.compiler.is_compiling()
     assert F.scaled_dot_product_attention.__module__ != "graphshard.trace_context"
+
+
+def turned_and_written(_: Model, y: Tensor) -> Tensor:
+    part = y[:, 2:5].t_()
+    y.mul_(0.5)
+    return y + part.sum()
+
+
+def turned_and_written_itself(_: Model, y: Tensor) -> Tensor:
+    y[:4, 1:5].t_().mul_(torch.arange(4.0))
+    return y
+
+
+def turned_and_a_view_of_it_written(_: Model, y: Tensor) -> Tensor:
+    part = y[:, :1].squeeze_(1)[1:]
+    y.mul_(0.5)
+    return y + part.sum()
+
+
+def turned_under_a_view(_: Model, y: Tensor) -> Tensor:
+    part = (y := y * 2)[:, 2:5]
+    y.unsqueeze_(0)
+    return y[0] + part.sum()
+
+
+@pytest.mark.parametrize(
+    ("after", "offset", "what"),
+    [
+        (turned_and_written, 1, "t_ and then a write to the same memory"),
+        (turned_and_written_itself, 1, "t_ and then a write to the same memory"),
+        (turned_and_a_view_of_it_written, 1, "squeeze_ and then a write to the same memory"),
+        (turned_under_a_view, 2, "unsqueeze_ and then a use of a view made before it"),
+    ],
+)
+def test_dims_changed_in_place(after: Any, offset: int, what: str) -> None:
+    message = str(refused(Model(after)))
+    assert f"{what} in " in message
+    assert f"test_refused.py:{after.__code__.co_firstlineno + offset}" in message
+    assert "use the view that " in message
+
+
+def test_reentrant_checkpoint() -> None:
+    def after(_: Model, y: Tensor) -> Any:
+        return checkpoint(torch.sin, y, use_reentrant=True)
+
+    before = torch.utils.checkpoint.CheckpointFunction
+    error = refused(Model(after))
+    assert isinstance(error, errors.UncapturableOperator)
+    assert "checkpoint(torch.sin, y, use_reentrant=True); say use_reentrant=False" in str(error)
+    assert torch.utils.checkpoint.CheckpointFunction is before
 
 
 def refused(model: nn.Module, loss_fn: Any = F.mse_loss, args: Any = None, **kwargs: Any) -> errors.GraphshardError:
