@@ -13,6 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from graphshard import dump, fake, plan_directory, report
+from graphshard.arguments import (
+    cache_of,
+    device_of,
+    function_of,
+    model_of,
+    norm_of,
+    passes_of,
+    plan_of,
+    seed_of,
+    timeout_of,
+)
 from graphshard.batch import MicroBatch, largest, split_batch
 from graphshard.bisect import Seen, Until, bisect
 from graphshard.builder import Build, Builder
@@ -61,7 +72,7 @@ def compile(
     measure_memory: bool = False,
     init: Callable[[nn.Module], object] | None = None,
     seed: int = 0,
-    cache: bool | str | Path = True,
+    cache: bool | str | Path | None = True,
 ) -> Compiled:
     """Compile ``model`` for training by ``plan``.
 
@@ -91,12 +102,17 @@ def compile(
         seed: of dropout and other random operators.
         cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
             in ``~/.cache/graphshard/plans`` unless GRAPHSHARD_CACHE=0 is in the environment. It is the plan that would
-            be compiled: its key holds all it depends on.
+            be compiled: its key holds all it depends on. False or None: neither.
 
     Raises:
         GraphshardError: a subclass that names the mistake.
     """
-    parsed = plan if isinstance(plan, Plan) else Plan.parse(plan)
+    model, passes, cache = model_of(model), passes_of(passes), cache_of(cache)
+    device, timeout_s = device_of(device), timeout_of(timeout_s)
+    seed, max_grad_norm = seed_of(seed), norm_of(max_grad_norm)
+    loss_fn = function_of("loss_fn", loss_fn, "a function of the model's output and targets")
+    init = function_of("init", init, "a function of the model")
+    parsed = plan_of(plan)
     kind = executor_kind(executor)
     folder = offload_folder(parsed)
     if kind != "none" and folder is not None:
@@ -117,7 +133,7 @@ def compile(
         loss_fn=loss_fn,
         optimizer=made,
         max_grad_norm=max_grad_norm,
-        passes=with_passes(_passes_of(parsed, debug_nan, on_gpu), passes or ()),
+        passes=with_passes(_passes_of(parsed, debug_nan, on_gpu), passes),
         on_gpu=on_gpu,
         debug_nan=debug_nan,
         cache=open_cache(cache) if dump_dir is None else None,

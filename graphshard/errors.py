@@ -505,6 +505,16 @@ class NotAnOptimizer(GraphshardError):
         )
 
 
+class NothingToUpdate(GraphshardError):
+    """An optimizer is to be made for a model without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model has no parameters, so that an optimizer has nothing to update; leave optimizer out, or register "
+            "what is to be trained as nn.Parameter"
+        )
+
+
 class OptimizerForeignParameter(GraphshardError):
     """The optimizer updates a tensor that is not a parameter of the model."""
 
@@ -633,6 +643,14 @@ class UnknownExecutor(GraphshardError):
 
     def __init__(self, executor: object) -> None:
         super().__init__(f"unknown executor {executor!r}; it is 'auto', 'distributed', 'local' or 'none'")
+
+
+class BadArgument(GraphshardError):
+    """An argument of ``compile`` or ``load`` of the wrong kind."""
+
+    def __init__(self, name: str, given: object, expected: str) -> None:
+        text = " ".join(repr(given).split())
+        super().__init__(f"{name} is {text if len(text) <= 80 else text[:79] + '…'}; expected {expected}")
 
 
 class ExecutorNone(GraphshardError):

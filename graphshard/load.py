@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from graphshard import trace
+from graphshard.arguments import device_of, function_of, model_of, seed_of, timeout_of
 from graphshard.built import Asked, Built
 from graphshard.errors import (
     NeedsCompiling,
@@ -71,6 +72,10 @@ def load(
         PlanDirectoryChanged: a file is not as it was written.
         PlanDirectoryMisfit: it is for other versions, ranks, another model or optimizer.
     """
+    model = None if model is None else model_of(model)
+    device, timeout_s = device_of(device), timeout_of(timeout_s)
+    init = function_of("init", init, "a function of the model")
+    seed = None if seed is None else seed_of(seed)
     folder = Path(directory)
     manifest = read_manifest(folder)
     kind = executor_kind(executor)
