@@ -266,9 +266,16 @@ class BatchDoesNotSplit(GraphshardError):
         nearest = sorted({below, (shape[dim] // parts + 1) * parts})
         super().__init__(
             f"batch tensor {index} of shape {list(shape)} does not split into {ranks} data-parallel ranks x "
-            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts}, "
+            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts} above 0, "
             f"such as {' or '.join(map(str, nearest))}"
         )
+
+
+class BadBatchDims(GraphshardError):
+    """``batch_dims`` of the plan names an argument or a dim that the batch does not have."""
+
+    def __init__(self, index: int, dim: int | None, problem: str) -> None:
+        super().__init__(f"plan token batch_dims:{index}={'none' if dim is None else dim}: {problem}")
 
 
 class PlanError(GraphshardError):

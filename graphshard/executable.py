@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphshard import fake, report, trace
-from graphshard.batch import MicroBatch, split_batch
+from graphshard.batch import MicroBatch, check_batch, split_batch
 from graphshard.built import Asked, Built, assemble
 from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor
 from graphshard.execution import ExecutionPlan
@@ -128,7 +128,7 @@ class Executable(ABC):
             The loss, averaged over data-parallel ranks and micro-batches: a 0-d tensor.
 
         Raises:
-            BatchDoesNotSplit: the batch does not split into the plan's micro-batches.
+            BatchDoesNotSplit, BadBatchDims, UnsupportedInput: the batch does not split into the plan's micro-batches.
             NonFiniteStep: with ``debug_nan``, the loss or a gradient is NaN or infinite; nothing was updated.
         """
         with self._getting_ready():
@@ -167,19 +167,25 @@ class Executable(ABC):
         with self._getting_ready():
             if self._main is None and self._user_optimizer is not None:
                 raise NeedsExampleInputs()
-            parts = self._split(batch, kwargs, 1)
+            parts = self._split(batch, kwargs, None)
             build = self._build("call", parts[0][0], 1)
         outputs = self._run(build, parts, []).outputs
         return assemble(build, parts, outputs)
 
     def trace(self, *batch: Any, **kwargs: Any) -> None:
         """Compile the training step for arguments like these without running it."""
-        parts = self._split(batch, kwargs, self.microbatches)
+        parts = self._split(batch, kwargs, self.microbatches, has_values=False)
         self._build("train", parts[0][0], self.microbatches)
 
-    def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> list[list[MicroBatch]]:
+    def _split(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int | None, has_values: bool = True
+    ) -> list[list[MicroBatch]]:
+        """The batch in parts. ``microbatches`` None: that of a call, which has no targets, and is one micro-batch;
+        ``has_values``: it is going to be run on."""
+        dims = dict(self.plan.batch_dims)
+        check_batch(args, kwargs, {} if microbatches is None else dims, has_values)
         ranks = 1 if self.executor == "distributed" else self.dp_size
-        return split_batch(args, kwargs, ranks, microbatches, dict(self.plan.batch_dims))
+        return split_batch(args, kwargs, ranks, microbatches or 1, dims)
 
     def _getting_ready(self) -> AbstractContextManager[None]:
         """Around what may be refused on this rank alone: the others learn that it does not come."""
