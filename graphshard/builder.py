@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from graphshard import fake, trace
+from graphshard import ambient, fake, trace
 from graphshard.autocast import HALVES
 from graphshard.batch import MicroBatch
 from graphshard.built import Asked, Built
@@ -168,6 +168,7 @@ class Builder:
                 program = self.capture(build.mode, build.asked.example, build.plan.microbatches).program
         return program, graphs.passes, Context(self.mesh)
 
+    @ambient.off()
     def capture(self, mode: Mode, example: MicroBatch, microbatches: int) -> Captured:
         """The program before the first pass."""
         args, kwargs = example.arguments()
@@ -201,6 +202,7 @@ class Builder:
         trained = [build for build in self._builds if build.mode == mode == "train"]
         return next(iter(trained or self._builds), None)
 
+    @ambient.off()
     @fake.default_device()
     def _graphs(self, asked: Asked, before: Build | None) -> Graphs:
         """Capture, and run the passes; ``before``: see :meth:`_before`; None: nothing else was built."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphshard import dump, fake, plan_directory, report
+from graphshard import ambient, dump, fake, plan_directory, report
 from graphshard.arguments import (
     cache_of,
     device_of,
@@ -232,6 +232,7 @@ class Compiled(Executable):
 
     # Accounts
 
+    @ambient.off()
     @fake.default_device()
     def dump(self, path: str | Path) -> None:
         """Write every pass's graph and a picture of memory into folder ``path``, and the plans that were compiled so
@@ -261,6 +262,7 @@ class Compiled(Executable):
     def _title(self) -> str:
         return f"{type(self.model).__name__}, plan {self.plan}: memory of a rank over a step"
 
+    @ambient.off()
     @fake.default_device()
     def verify(
         self, full_size: bool = False, limit_gb: float = CHECK_GB, report: Callable[[str], object] | None = None

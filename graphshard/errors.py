@@ -97,6 +97,17 @@ class NothingToLower(GraphshardError):
         )
 
 
+class AmbientAutocast(GraphshardError):
+    """torch.autocast is on around what is compiled, and not in the plan's precision. ``dtype``: the plan's."""
+
+    def __init__(self, device: str, given: object, dtype: object) -> None:
+        has = "has no precision" if dtype is None else f"computes in {dtype}"
+        super().__init__(
+            f"torch.autocast({device!r}, {given}) is on and the plan {has}: precision is the plan's; compile with "
+            "'+bf16' or '+fp16' in the plan, and call step outside of torch.autocast"
+        )
+
+
 class PassFailed(GraphshardError):
     """A pass raises what is no error of ours, or returns something else than a program."""
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphshard import fake, report, trace
+from graphshard import ambient, fake, report, trace
+from graphshard.autocast import HALVES
 from graphshard.batch import MicroBatch, check_batch, split_batch
 from graphshard.built import Asked, Built, assemble
 from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor
@@ -129,30 +130,33 @@ class Executable(ABC):
 
         Raises:
             BatchDoesNotSplit, BadBatchDims, UnsupportedInput: the batch does not split into the plan's micro-batches.
+            AmbientAutocast: torch.autocast is on, in another precision than the plan's.
             NonFiniteStep: with ``debug_nan``, the loss or a gradient is NaN or infinite; nothing was updated.
         """
-        with self._getting_ready():
-            parts = self._split(batch, kwargs, self.microbatches)
-            build = self._build("train", parts[0][0], self.microbatches)
-        lrs = [] if self.optimizer is None else self.optimizer.lrs()
-        loss: Tensor | None = self._run(build, parts, lrs).loss
-        self._check_peak(build.plan)
-        self._steps.taken += 1
-        if self.optimizer is not None:
-            self.optimizer.note_step()
-        assert loss is not None
-        return loss.clone()
+        with self._undisturbed():
+            with self._getting_ready():
+                parts = self._split(batch, kwargs, self.microbatches)
+                build = self._build("train", parts[0][0], self.microbatches)
+            lrs = [] if self.optimizer is None else self.optimizer.lrs()
+            loss: Tensor | None = self._run(build, parts, lrs).loss
+            self._check_peak(build.plan)
+            self._steps.taken += 1
+            if self.optimizer is not None:
+                self.optimizer.note_step()
+            assert loss is not None
+            return loss.clone()
 
     def evaluate(self, *batch: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch in evaluation mode, without an update; arguments and result as for :meth:`step`."""
-        with self._getting_ready():
-            parts = self._split(batch, kwargs, self.microbatches)
-            if self._main is None:
-                self._build("train", parts[0][0], self.microbatches)
-            build = self._build("evaluate", parts[0][0], self.microbatches)
-        loss: Tensor | None = self._run(build, parts, []).loss
-        assert loss is not None
-        return loss.clone()
+        with self._undisturbed():
+            with self._getting_ready():
+                parts = self._split(batch, kwargs, self.microbatches)
+                if self._main is None:
+                    self._build("train", parts[0][0], self.microbatches)
+                build = self._build("evaluate", parts[0][0], self.microbatches)
+            loss: Tensor | None = self._run(build, parts, []).loss
+            assert loss is not None
+            return loss.clone()
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode, without the loss.
@@ -164,18 +168,20 @@ class Executable(ABC):
         Raises:
             NeedsExampleInputs: nothing was traced before that says where parameters live.
         """
-        with self._getting_ready():
-            if self._main is None and self._user_optimizer is not None:
-                raise NeedsExampleInputs()
-            parts = self._split(batch, kwargs, None)
-            build = self._build("call", parts[0][0], 1)
-        outputs = self._run(build, parts, []).outputs
-        return assemble(build, parts, outputs)
+        with self._undisturbed():
+            with self._getting_ready():
+                if self._main is None and self._user_optimizer is not None:
+                    raise NeedsExampleInputs()
+                parts = self._split(batch, kwargs, None)
+                build = self._build("call", parts[0][0], 1)
+            outputs = self._run(build, parts, []).outputs
+            return assemble(build, parts, outputs)
 
     def trace(self, *batch: Any, **kwargs: Any) -> None:
         """Compile the training step for arguments like these without running it."""
-        parts = self._split(batch, kwargs, self.microbatches, has_values=False)
-        self._build("train", parts[0][0], self.microbatches)
+        with self._undisturbed():
+            parts = self._split(batch, kwargs, self.microbatches, has_values=False)
+            self._build("train", parts[0][0], self.microbatches)
 
     def _split(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int | None, has_values: bool = True
@@ -186,6 +192,14 @@ class Executable(ABC):
         check_batch(args, kwargs, {} if microbatches is None else dims, has_values)
         ranks = 1 if self.executor == "distributed" else self.dp_size
         return split_batch(args, kwargs, ranks, microbatches or 1, dims)
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """Around all that is done with a batch, whatever the caller has switched on."""
+        if not ambient.is_on():
+            return nullcontext()
+        with self._getting_ready():
+            ambient.check_precision(None if self.plan.precision is None else HALVES[self.plan.precision.dtype])
+        return ambient.off()
 
     def _getting_ready(self) -> AbstractContextManager[None]:
         """Around what may be refused on this rank alone: the others learn that it does not come."""
@@ -359,6 +373,7 @@ class Executable(ABC):
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""
         return report.explain(self.report())
 
+    @ambient.off()
     @fake.default_device()
     def report(self) -> dict[str, Any]:
         """The same as data that json can write."""
