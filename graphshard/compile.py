@@ -247,13 +247,15 @@ class Compiled(Executable):
         passes = build.graphs.passes
         measured = {} if self._runtime is None else report.measured_timelines(build.plan, self._runtime)
         dump.write_memory(folder, build.plan, self._title(), measured)
+        with build.moment.again():
+            model = describe(self.model)
         manifest = Manifest(
             graphshard=__version__,
             torch=torch.__version__,
             plan=str(self.plan),
             mesh=self.mesh,
             seed=self.seed,
-            model=describe(self.model),
+            model=model,
             optimizer=None if self.optimizer is None else record_of(self.optimizer, self._scaler_factors()),
             program=dump.graph_file(len(passes), passes[-1].name if passes else "capture"),
         )

@@ -86,6 +86,20 @@ class NoLossGradient(GraphshardError):
         )
 
 
+class TrainedParametersChanged(GraphshardError):
+    """A later training program trains other parameters than the first one."""
+
+    def __init__(self, gone: Sequence[str], new: Sequence[str]) -> None:
+        changed, how = (new, "trained only now") if new else (gone, "trained no longer")
+        others = len(changed) - 1
+        named = f"{changed[0]!r} and {others} other{'s' * (others > 1)} are" if others else f"{changed[0]!r} is"
+        state = "a fresh optimizer" if new else "optimizer.state_dict()"
+        super().__init__(
+            f"parameter {named} {how}, and the first training step has settled which parameters have optimizer state; "
+            f"compile again, and give the new one this one's state_dict() and {state}"
+        )
+
+
 class NothingToLower(GraphshardError):
     """A plan in bf16 or fp16 of a model that has no float32 parameters to lower, or, in fp16, updates none."""
 

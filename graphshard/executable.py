@@ -22,6 +22,7 @@ from graphshard.built import Asked, Built, assemble
 from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
+from graphshard.model_flags import flags_of, names_of
 from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
 from graphshard.plan import Plan
 from graphshard.program import Program
@@ -56,7 +57,10 @@ class Executable(ABC):
 
     def __post_init__(self) -> None:
         self._params = trace.describe_params(self.model)
-        self._parameters = list(self.model.parameters())  # every step asks them for hooks: the model is walked once
+        # Every step asks how these are set: the model is walked once.
+        self._parameters = list(self.model.parameters())
+        self._modules = list(self.model.modules())
+        self._names = names_of(self.model)
         self._user_optimizer: Optimizer | None = self.optimizer
         if self._user_optimizer is not None:
             self.optimizer = CompiledOptimizer(
@@ -131,6 +135,7 @@ class Executable(ABC):
         Raises:
             BatchDoesNotSplit, BadBatchDims, UnsupportedInput: the batch does not split into the plan's micro-batches.
             AmbientAutocast: torch.autocast is on, in another precision than the plan's.
+            TrainedParametersChanged: other parameters would be trained than by the first step.
             NonFiniteStep: with ``debug_nan``, the loss or a gradient is NaN or infinite; nothing was updated.
         """
         with self._undisturbed():
@@ -231,15 +236,16 @@ class Executable(ABC):
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         inputs = trace.input_signature(*example.arguments())
         options = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
-        hooks = trace.gradient_hooks(self._parameters) if mode == "train" else ()
-        asked = Asked(mode, inputs, options, self.model.training, hooks, example, microbatches)
-        if asked not in self._builds:
+        flags = flags_of(self._modules, self._parameters) if mode == "train" else None
+        asked = Asked(mode, inputs, options, flags, example, microbatches, self._names)
+        build = self._builds.get(asked)
+        if build is None:
             build = self._make(asked)
             if self._storage is not None:
                 self._storage.learn(build.plan)  # there may be no room for it
             self._builds[asked] = build
             self._main = self._main or build
-        return self._builds[asked]
+        return build
 
     # State
 

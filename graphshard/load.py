@@ -24,6 +24,7 @@ from graphshard.errors import (
 from graphshard.executable import Executable
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
+from graphshard.model_flags import other_flags, set_training
 from graphshard.model_record import describe, difference, skeleton
 from graphshard.optim import spell_options
 from graphshard.optimizer_record import other_optimizer, other_options, remade
@@ -89,7 +90,7 @@ def load(
         raise NotAPlanDirectory(str(folder), "it has no plan")
     if model is None:
         model = skeleton(manifest.model)
-        model.train(builds[0].training)
+        set_training(model, next((built.flags for built in builds if built.mode == "train"), builds[0].flags))
     elif (other := difference(describe(model), manifest.model)) is not None:
         raise PlanDirectoryMisfit(str(folder), f"a {manifest.model.kind}", f"a model that differs: {other}")
     plan = Plan.parse(manifest.plan)
@@ -188,14 +189,15 @@ class Loaded(Executable):
         """The plan of the directory for that."""
         inputs, options = trace.spell_signature(*asked.example.arguments()), asked.spelled_options()
         fitting = [built for built in self.builds if built.mode == asked.mode and built.inputs == inputs]
+        flags = asked.named_flags()
         for built in fitting:
-            # Without training, nothing depends on the model's flag.
-            if built.options == options and (built.training == asked.training or asked.mode != "train"):
+            if built.options == options and built.flags == flags:
                 return built
         told = f"{_WORDS[asked.mode]} on {_spelled(inputs)}"
         if fitting:
-            other = other_options(fitting[0].options, options)
-            what, expected, given = other or ("model.training", fitting[0].training, asked.training)
+            other = other_options(fitting[0].options, options) or other_flags(fitting[0].flags, flags)
+            assert other is not None
+            what, expected, given = other
             told += f" with {what} = {given} instead of {expected}"
         raise NotInPlanDirectory(str(self.directory.path), told, sorted({_told(built) for built in self.builds}))
 
