@@ -196,6 +196,11 @@ class Builder:
             return schedules.make(self.plan.schedule, stages, microbatches)
         return schedules.forward_only(stages, microbatches)
 
+    def forget(self, build: Build) -> None:
+        """Let go of a build that is not the first one of its mode: nobody is going to run it."""
+        assert build is not self._builds[0] and build is not self._before(build.mode)
+        self._builds = [other for other in self._builds if other is not build]
+
     def _before(self, mode: Mode) -> Build | None:
         """The build whose passes the next one of a mode takes over: the first one of all, of training the first of
         these if there is one."""

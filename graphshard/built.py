@@ -4,7 +4,7 @@ give."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class Asked:
     def named_flags(self) -> NamedFlags:
         """Training flags and parameters by name."""
         return NamedFlags(training=False) if self.flags is None else named(self.names, self.flags)
+
+    def but_options(self) -> Asked:
+        """The same whatever the options of the optimizer are."""
+        return replace(self, options=None)
 
     def news(self, before: Asked) -> str:
         """How it differs from what was asked before, in words."""

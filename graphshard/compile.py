@@ -32,7 +32,7 @@ from graphshard.check import require_fits
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS
 from graphshard.executable import Executable
 from graphshard.model_record import describe, unsaved_buffers
-from graphshard.optim import Steps
+from graphshard.optim import Steps, options_that_differ
 from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.fuse import Fuse
@@ -52,6 +52,11 @@ from graphshard.verification import CHECK_GB, Subject, sized, verify_all
 from graphshard.version import __version__
 
 logger = logging.getLogger("graphshard")
+
+_OPTIONS_TOLD = 3
+"""So many programs that differ in options of the optimizer alone are worth a warning."""
+_OPTIONS_KEPT = 4
+"""So many of them are kept."""
 
 
 def compile(
@@ -183,6 +188,7 @@ class Compiled(Executable):
 
     builder: Builder
     dump_dir: Path | None
+    _told_of_options: bool = False
 
     @property
     def passes(self) -> list[Pass]:
@@ -208,9 +214,34 @@ class Compiled(Executable):
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         known = len(self._builds)
         build = super()._build(mode, example, microbatches)
-        if len(self._builds) > known and self.dump_dir is not None and self.rank == 0:
-            self._write(self.dump_dir)
+        if len(self._builds) > known:
+            if mode == "train":
+                self._bound(next(reversed(self._builds)))
+            if self.dump_dir is not None and self.rank == 0:
+                self._write(self.dump_dir)
         return build
+
+    def _bound(self, latest: Asked) -> None:
+        """Keep a few of the programs that differ from ``latest`` in options of the optimizer alone: a schedule of an
+        option would add one at every step. The first one stays, since later ones take over its passes."""
+        alike = [asked for asked in self._builds if asked.but_options() == latest.but_options()]
+        if len(alike) == _OPTIONS_TOLD and not self._told_of_options:
+            self._told_of_options = True
+            names = options_that_differ([asked.options for asked in alike])
+            logger.warning(
+                "graphshard: %s had %d values so far, and each is compiled into a program of its own, of which %d are "
+                "kept: change no option of the optimizer but the learning rate; OneCycleLR and CyclicLR do not with "
+                "cycle_momentum=False",
+                names,
+                len(alike),
+                _OPTIONS_KEPT,
+            )
+        for asked in alike[1 : len(alike) - _OPTIONS_KEPT + 1]:
+            build = self._builds.pop(asked)
+            assert isinstance(build, Build)
+            self.builder.forget(build)
+            if self._runtime is not None:
+                self._runtime.forget(build.plan)
 
     def _observe(self, index: int, name: str, program: Program) -> None:
         """Write what a pass has made of the first program, where that is asked for."""
