@@ -8,9 +8,9 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from graphshard.errors import BatchDoesNotSplit
+from graphshard.errors import BadBatchDims, BatchDoesNotSplit, UnsupportedInput
 
 Shapes = tuple[tuple[int, ...] | None, ...]
 
@@ -60,6 +60,31 @@ def largest(given: Sequence[Shapes]) -> Shapes:
     return max(given, key=lambda shapes: (sum(prod(shape) for shape in shapes if shape is not None), str(shapes)))
 
 
+def check_batch(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_dims: Mapping[int, int | None], has_values: bool
+) -> None:
+    """Refuse what could not be split, and what ``batch_dims`` says of arguments that are not there.
+
+    Args:
+        has_values: tensors must have values.
+
+    Raises:
+        UnsupportedInput: a tensor is sparse or nested, or has no values.
+        BadBatchDims: ``batch_dims`` names an argument or a dim that the batch does not have.
+    """
+    leaves = tree_leaves((tuple(args), dict(kwargs)))
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            if leaf.layout is not torch.strided or leaf.is_nested:
+                raise UnsupportedInput(index, f"{leaf.layout} tensor", "pass a dense tensor")
+            if has_values and leaf.is_meta:
+                raise UnsupportedInput(index, "tensor on the meta device", "pass one that has values")
+    for index, dim in batch_dims.items():
+        if index >= len(leaves):
+            given = f"arguments 0 to {len(leaves) - 1}" if leaves else "no argument"
+            raise BadBatchDims(index, dim, f"there is no argument {index}; the batch has {given}, in flattened order")
+
+
 def split_batch(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -73,7 +98,8 @@ def split_batch(
     maps the index of a flattened argument to the dim to split instead, or to None to repeat it.
 
     Raises:
-        BatchDoesNotSplit: a split dim is not a multiple of ``ranks * microbatches``.
+        BatchDoesNotSplit: a split dim is empty, or not a multiple of ``ranks * microbatches``.
+        BadBatchDims: a tensor does not have the dim that ``batch_dims`` names.
     """
     leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
     parts = ranks * microbatches
@@ -84,7 +110,7 @@ def split_batch(
         if dim is None:
             pieces.append([leaf] * parts)
             continue
-        if leaf.shape[dim] % parts:
+        if leaf.shape[dim] % parts or (parts > 1 and not leaf.shape[dim]):
             raise BatchDoesNotSplit(index, tuple(leaf.shape), dim, ranks, microbatches)
         pieces.append(list(leaf.split(leaf.shape[dim] // parts, dim)))
     flat = [MicroBatch(tuple(piece[i] for piece in pieces), spec, tuple(dims)) for i in range(parts)]
@@ -95,5 +121,9 @@ def _dim(index: int, leaf: Any, size: int | None, batch_dims: Mapping[int, int |
     if not isinstance(leaf, torch.Tensor):
         return None
     if index in batch_dims:
-        return batch_dims[index]
+        dim = batch_dims[index]
+        if dim is not None and dim >= leaf.dim():
+            dims = f"dims 0 to {leaf.dim() - 1}" if leaf.dim() else "no dim"
+            raise BadBatchDims(index, dim, f"argument {index}, of shape {list(leaf.shape)}, has {dims}")
+        return dim
     return 0 if leaf.dim() > 0 and leaf.shape[0] == size else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from graphshard import fake, trace
+from graphshard import ambient, fake, trace
 from graphshard.autocast import HALVES
 from graphshard.batch import MicroBatch
 from graphshard.built import Asked, Built
 from graphshard.codegen import schedule as schedules
 from graphshard.codegen.lower import lower
-from graphshard.errors import NotHashable, RanksError
+from graphshard.errors import NotHashable, RanksError, TrainedParametersChanged
 from graphshard.execution import ExecutionPlan
 from graphshard.fingerprints import collectives_of
 from graphshard.mesh import Mesh
@@ -29,7 +29,7 @@ from graphshard.plan import Plan
 from graphshard.plan_cache import PlanCache
 from graphshard.plan_key import digest, of_optimizer, of_passes, versions
 from graphshard.planner import fit
-from graphshard.program import Program
+from graphshard.program import Param, Program
 from graphshard.rewrite import copied
 from graphshard.text_spelling import first_line
 from graphshard.trace import Captured, Mode
@@ -152,7 +152,7 @@ class Builder:
             plan=plan,
             mode=mode,
             inputs=trace.spell_signature(*asked.example.arguments()),
-            training=asked.training,
+            flags=asked.named_flags(),
             options=asked.spelled_options(),
             out_spec=output.spec,
             output_leaves=output.leaves,
@@ -175,6 +175,7 @@ class Builder:
                 program = self.capture(build.mode, build.asked.example, build.plan.microbatches).program
         return program, graphs.passes, Context(self.mesh)
 
+    @ambient.off()
     def capture(self, mode: Mode, example: MicroBatch, microbatches: int) -> Captured:
         """The program before the first pass."""
         args, kwargs = example.arguments()
@@ -216,16 +217,24 @@ class Builder:
             return schedules.make(self.plan.schedule, stages, microbatches)
         return schedules.forward_only(stages, microbatches)
 
+    def forget(self, build: Build) -> None:
+        """Let go of a build that is not the first one of its mode: nobody is going to run it."""
+        assert build is not self._builds[0] and build is not self._before(build.mode)
+        self._builds = [other for other in self._builds if other is not build]
+
     def _before(self, mode: Mode) -> Build | None:
         """The build whose passes the next one of a mode takes over: the first one of all, of training the first of
         these if there is one."""
         trained = [build for build in self._builds if build.mode == mode == "train"]
         return next(iter(trained or self._builds), None)
 
+    @ambient.off()
     @fake.default_device()
     def _graphs(self, asked: Asked, before: Build | None) -> Graphs:
         """Capture, and run the passes; ``before``: see :meth:`_before`; None: nothing else was built."""
         captured = self.capture(asked.mode, asked.example, asked.microbatches)
+        if before is not None and before.mode == asked.mode == "train":
+            _check_trained(before.plan.params, captured.program.params)
         source = copied(captured.program) if self.accounts else None
         # Where parameters and state live is settled by the first program: later ones share its storage.
         ctx = Context(self.mesh, None if before is None else self._builds[0].placement, asked.apart)
@@ -311,3 +320,16 @@ class Builder:
         names = trace.parameter_names(self.model)
         groups = enumerate(self.optimizer.param_groups)
         return {names[id(p)]: i for i, group in groups for p in group["params"] if id(p) in names}
+
+
+def _check_trained(before: Mapping[str, Param], now: Mapping[str, Param]) -> None:
+    """Whether a training program trains the parameters that the first one does.
+
+    Raises:
+        TrainedParametersChanged: it trains others.
+    """
+    first, later = ([p.name for p in each.values() if p.has_grad and p.group is not None] for each in (before, now))
+    if set(first) != set(later):
+        raise TrainedParametersChanged(
+            [name for name in first if name not in later], [name for name in later if name not in first]
+        )

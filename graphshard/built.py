@@ -4,7 +4,7 @@ give."""
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from graphshard.batch import MicroBatch
 from graphshard.errors import OutputNotJoined
 from graphshard.execution import ExecutionPlan, type_of
+from graphshard.model_flags import Flags, NamedFlags, Names, changed_flags, named
 from graphshard.optim import changed_options, spell_options
-from graphshard.trace import Mode
+from graphshard.trace import Mode, Signature
 
 
 @dataclass(frozen=True)
@@ -23,31 +24,56 @@ class Asked:
     """What is to run; equal if the same plan does."""
 
     mode: Mode
-    inputs: Hashable  # see trace.input_signature
+    inputs: Signature  # see trace.input_signature
     options: Hashable  # see CompiledOptimizer.hyperparameters_key; None where nothing is updated
-    training: bool  # model.training
-    hooks: Hashable  # see trace.gradient_hooks; () where nothing is differentiated
+    flags: Flags | None  # None where nothing is trained, which runs in evaluation mode
     apart: frozenset[str]  # of evaluation: buffers that training leaves different on data-parallel ranks
     example: MicroBatch = field(compare=False)
     microbatches: int = field(compare=False)
+    names: Names = field(compare=False, repr=False)  # of what the flags list
 
     def spelled_options(self) -> tuple[dict[str, str], ...]:
         """By group of the optimizer, as Python spells them."""
         return spell_options(self.options or ())
 
+    def named_flags(self) -> NamedFlags:
+        """Training flags and parameters by name."""
+        return NamedFlags(training=False) if self.flags is None else named(self.names, self.flags)
+
+    def but_options(self) -> Asked:
+        """The same whatever the options of the optimizer are."""
+        return replace(self, options=None)
+
     def news(self, before: Asked) -> str:
         """How it differs from what was asked before, in words."""
-        shapes = ", ".join(str(list(shape)) for shape in self.example.shapes() if shape is not None)
-        found = [f"new input shapes {shapes}"] if before.inputs != self.inputs else []
+        found = self._new_inputs(before)
         if before.options != self.options:
             found.append(f"{changed_options(before.options, self.options)} now")
-        if before.training != self.training:
-            found.append(f"model.training is {self.training} now")
-        if before.hooks != self.hooks:
-            found.append("other hooks on gradients of parameters now")
+        if before.flags is not None and self.flags is not None:
+            found += changed_flags(self.names, before.flags, self.flags)
         if before.apart != self.apart:
             found.append("training updates other buffers now")
-        return ", ".join(found)
+        return ", ".join(found) or "the same is asked for once more"
+
+    def _new_inputs(self, before: Asked) -> list[str]:
+        if before.inputs[0] != self.inputs[0]:
+            return ["arguments of another structure now"]
+        shapes = [shape for shape in self.example.shapes() if shape is not None]
+        new_shapes = before.example.shapes() != self.example.shapes()
+        found = [f"new input shapes {', '.join(str(list(shape)) for shape in shapes)}"] if new_shapes else []
+        leaves = zip(before.example.leaves, self.example.leaves, before.inputs[1], self.inputs[1], strict=True)
+        for index, (old, new, old_key, new_key) in enumerate(leaves):
+            tensors = isinstance(old, Tensor) and isinstance(new, Tensor)
+            if old.dtype != new.dtype if tensors else old_key != new_key:
+                found.append(f"argument {index} is {_spelled(new)} now")
+        return found
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, Tensor):
+        return str(type_of(value))
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 @dataclass(kw_only=True)
@@ -57,7 +83,7 @@ class Built:
     plan: ExecutionPlan
     mode: Mode
     inputs: tuple[str, ...]  # of a micro-batch: see trace.spell_signature
-    training: bool  # model.training
+    flags: NamedFlags  # of "train"
     options: tuple[dict[str, str], ...] = ()  # of "train": by group those of the optimizer, as Python spells them
     out_spec: TreeSpec | None = None  # of a call
     output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs

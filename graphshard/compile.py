@@ -12,7 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphshard import dump, fake, plan_directory, report
+from graphshard import ambient, dump, fake, plan_directory, report
+from graphshard.arguments import (
+    cache_of,
+    device_of,
+    function_of,
+    model_of,
+    norm_of,
+    passes_of,
+    plan_of,
+    seed_of,
+    timeout_of,
+)
 from graphshard.batch import MicroBatch, largest, split_batch
 from graphshard.bisect import Seen, Until, bisect
 from graphshard.builder import Build, Builder
@@ -21,7 +32,7 @@ from graphshard.check import require_fits
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS
 from graphshard.executable import Executable
 from graphshard.model_record import describe, unsaved_buffers
-from graphshard.optim import Steps
+from graphshard.optim import Steps, options_that_differ
 from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.fuse import Fuse
@@ -42,6 +53,11 @@ from graphshard.version import __version__
 
 logger = logging.getLogger("graphshard")
 
+_OPTIONS_TOLD = 3
+"""So many programs that differ in options of the optimizer alone are worth a warning."""
+_OPTIONS_KEPT = 4
+"""So many of them are kept."""
+
 
 def compile(
     model: nn.Module,
@@ -61,7 +77,7 @@ def compile(
     measure_memory: bool = False,
     init: Callable[[nn.Module], object] | None = None,
     seed: int = 0,
-    cache: bool | str | Path = True,
+    cache: bool | str | Path | None = True,
 ) -> Compiled:
     """Compile ``model`` for training by ``plan``.
 
@@ -92,12 +108,17 @@ def compile(
         seed: of dropout and other random operators.
         cache: take a plan from the cache on disk if it is there, and keep a new one there: in this folder, or for True
             in ``~/.cache/graphshard/plans`` unless GRAPHSHARD_CACHE=0 is in the environment. It is the plan that would
-            be compiled: its key holds all it depends on.
+            be compiled: its key holds all it depends on. False or None: neither.
 
     Raises:
         GraphshardError: a subclass that names the mistake.
     """
-    parsed = plan if isinstance(plan, Plan) else Plan.parse(plan)
+    model, passes, cache = model_of(model), passes_of(passes), cache_of(cache)
+    device, timeout_s = device_of(device), timeout_of(timeout_s)
+    seed, max_grad_norm = seed_of(seed), norm_of(max_grad_norm)
+    loss_fn = function_of("loss_fn", loss_fn, "a function of the model's output and targets")
+    init = function_of("init", init, "a function of the model")
+    parsed = plan_of(plan)
     kind = executor_kind(executor)
     folder = offload_folder(parsed)
     if kind != "none" and folder is not None:
@@ -118,7 +139,7 @@ def compile(
         loss_fn=loss_fn,
         optimizer=made,
         max_grad_norm=max_grad_norm,
-        passes=with_passes(_passes_of(parsed, debug_nan, on_gpu), passes or ()),
+        passes=with_passes(_passes_of(parsed, debug_nan, on_gpu), passes),
         on_gpu=on_gpu,
         debug_nan=debug_nan,
         cache=open_cache(cache) if dump_dir is None else None,
@@ -168,6 +189,7 @@ class Compiled(Executable):
 
     builder: Builder
     dump_dir: Path | None
+    _told_of_options: bool = False
 
     @property
     def passes(self) -> list[Pass]:
@@ -193,9 +215,34 @@ class Compiled(Executable):
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         known = len(self._builds)
         build = super()._build(mode, example, microbatches)
-        if len(self._builds) > known and self.dump_dir is not None and self.rank == 0:
-            self._write(self.dump_dir)
+        if len(self._builds) > known:
+            if mode == "train":
+                self._bound(next(reversed(self._builds)))
+            if self.dump_dir is not None and self.rank == 0:
+                self._write(self.dump_dir)
         return build
+
+    def _bound(self, latest: Asked) -> None:
+        """Keep a few of the programs that differ from ``latest`` in options of the optimizer alone: a schedule of an
+        option would add one at every step. The first one stays, since later ones take over its passes."""
+        alike = [asked for asked in self._builds if asked.but_options() == latest.but_options()]
+        if len(alike) == _OPTIONS_TOLD and not self._told_of_options:
+            self._told_of_options = True
+            names = options_that_differ([asked.options for asked in alike])
+            logger.warning(
+                "graphshard: %s had %d values so far, and each is compiled into a program of its own, of which %d are "
+                "kept: change no option of the optimizer but the learning rate; OneCycleLR and CyclicLR do not with "
+                "cycle_momentum=False",
+                names,
+                len(alike),
+                _OPTIONS_KEPT,
+            )
+        for asked in alike[1 : len(alike) - _OPTIONS_KEPT + 1]:
+            build = self._builds.pop(asked)
+            assert isinstance(build, Build)
+            self.builder.forget(build)
+            if self._runtime is not None:
+                self._runtime.forget(build.plan)
 
     def _observe(self, index: int, name: str, program: Program) -> None:
         """Write what a pass has made of the first program, where that is asked for."""
@@ -217,6 +264,7 @@ class Compiled(Executable):
 
     # Accounts
 
+    @ambient.off()
     @fake.default_device()
     def dump(self, path: str | Path) -> None:
         """Write every pass's graph and a picture of memory into folder ``path``, and the plans that were compiled so
@@ -231,13 +279,15 @@ class Compiled(Executable):
         passes = build.graphs.passes
         measured = {} if self._runtime is None else report.measured_timelines(build.plan, self._runtime)
         dump.write_memory(folder, build.plan, self._title(), measured)
+        with build.moment.again():
+            model = describe(self.model)
         manifest = Manifest(
             graphshard=__version__,
             torch=torch.__version__,
             plan=str(self.plan),
             mesh=self.mesh,
             seed=self.seed,
-            model=describe(self.model),
+            model=model,
             optimizer=None if self.optimizer is None else record_of(self.optimizer, self._scaler_factors()),
             program=dump.graph_file(len(passes), passes[-1].name if passes else "capture"),
         )
@@ -246,6 +296,7 @@ class Compiled(Executable):
     def _title(self) -> str:
         return f"{type(self.model).__name__}, plan {self.plan}: memory of a rank over a step"
 
+    @ambient.off()
     @fake.default_device()
     def verify(
         self, full_size: bool = False, limit_gb: float = CHECK_GB, report: Callable[[str], object] | None = None

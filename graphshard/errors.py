@@ -89,6 +89,20 @@ class NoLossGradient(GraphshardError):
         )
 
 
+class TrainedParametersChanged(GraphshardError):
+    """A later training program trains other parameters than the first one."""
+
+    def __init__(self, gone: Sequence[str], new: Sequence[str]) -> None:
+        changed, how = (new, "trained only now") if new else (gone, "trained no longer")
+        others = len(changed) - 1
+        named = f"{changed[0]!r} and {others} other{'s' * (others > 1)} are" if others else f"{changed[0]!r} is"
+        state = "a fresh optimizer" if new else "optimizer.state_dict()"
+        super().__init__(
+            f"parameter {named} {how}, and the first training step has settled which parameters have optimizer state; "
+            f"compile again, and give the new one this one's state_dict() and {state}"
+        )
+
+
 class NothingToLower(GraphshardError):
     """A plan in bf16 or fp16 of a model that has no float32 parameters to lower, or, in fp16, updates none."""
 
@@ -97,6 +111,17 @@ class NothingToLower(GraphshardError):
             f"{precision}: of the model's parameters that are updated none is float32, they are "
             f"{' and '.join(sorted(updated))}; give a float32 model, which the plan lowers itself, or leave "
             f"{precision} out of the plan, which then trains the model as it is"
+        )
+
+
+class AmbientAutocast(GraphshardError):
+    """torch.autocast is on around what is compiled, and not in the plan's precision. ``dtype``: the plan's."""
+
+    def __init__(self, device: str, given: object, dtype: object) -> None:
+        has = "has no precision" if dtype is None else f"computes in {dtype}"
+        super().__init__(
+            f"torch.autocast({device!r}, {given}) is on and the plan {has}: precision is the plan's; compile with "
+            "'+bf16' or '+fp16' in the plan, and call step outside of torch.autocast"
         )
 
 
@@ -290,8 +315,8 @@ class BatchDoesNotSplit(GraphshardError):
         super().__init__(
             f"batch tensor {index} of shape {list(shape)} does not split into "
             f"{counted(ranks, 'data-parallel rank', 'data-parallel ranks')} x "
-            f"{counted(microbatches, 'micro-batch', 'micro-batches')}: dim {dim} must be a multiple of {parts}, "
-            f"such as {' or '.join(map(str, nearest))}"
+            f"{counted(microbatches, 'micro-batch', 'micro-batches')}: dim {dim} must be a multiple of {parts} "
+            f"above 0, such as {' or '.join(map(str, nearest))}"
         )
 
 
@@ -304,6 +329,13 @@ class OutputNotJoined(GraphshardError):
             "no dim of it grows with the batch: data-parallel ranks have nothing to make the whole batch's of; return "
             "one row per sample, or call a model that was compiled with plan dp1"
         )
+
+
+class BadBatchDims(GraphshardError):
+    """``batch_dims`` of the plan names an argument or a dim that the batch does not have."""
+
+    def __init__(self, index: int, dim: int | None, problem: str) -> None:
+        super().__init__(f"plan token batch_dims:{index}={'none' if dim is None else dim}: {problem}")
 
 
 class PlanError(GraphshardError):
@@ -573,6 +605,16 @@ class NotAnOptimizer(GraphshardError):
         )
 
 
+class NothingToUpdate(GraphshardError):
+    """An optimizer is to be made for a model without parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model has no parameters, so that an optimizer has nothing to update; leave optimizer out, or register "
+            "what is to be trained as nn.Parameter"
+        )
+
+
 class OptimizerForeignParameter(GraphshardError):
     """The optimizer updates a tensor that is not a parameter of the model."""
 
@@ -725,6 +767,14 @@ class UnknownExecutor(GraphshardError):
 
     def __init__(self, executor: object) -> None:
         super().__init__(f"unknown executor {executor!r}; it is 'auto', 'distributed', 'local' or 'none'")
+
+
+class BadArgument(GraphshardError):
+    """An argument of ``compile`` or ``load`` of the wrong kind."""
+
+    def __init__(self, name: str, given: object, expected: str) -> None:
+        text = " ".join(repr(given).split())
+        super().__init__(f"{name} is {text if len(text) <= 80 else text[:79] + '…'}; expected {expected}")
 
 
 class ExecutorNone(GraphshardError):

@@ -15,12 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from graphshard import fake, report, trace
-from graphshard.batch import MicroBatch, split_batch
+from graphshard import ambient, fake, report, trace
+from graphshard.autocast import HALVES
+from graphshard.batch import MicroBatch, check_batch, split_batch
 from graphshard.built import Asked, Built, assemble
 from graphshard.errors import ExecutorNone, NeedsExampleInputs
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
+from graphshard.model_flags import flags_of, names_of
 from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
@@ -58,7 +60,10 @@ class Executable(ABC):
 
     def __post_init__(self) -> None:
         self._params = trace.describe_params(self.model)
-        self._parameters = list(self.model.parameters())  # every step asks them for hooks: the model is walked once
+        # Every step asks how these are set: the model is walked once.
+        self._parameters = list(self.model.parameters())
+        self._modules = list(self.model.modules())
+        self._names = names_of(self.model)
         self._user_optimizer: Optimizer | None = self.optimizer
         if self._user_optimizer is not None:
             self.optimizer = CompiledOptimizer(
@@ -132,31 +137,35 @@ class Executable(ABC):
             The loss, averaged over data-parallel ranks and micro-batches: a 0-d tensor.
 
         Raises:
-            BatchDoesNotSplit: the batch does not split into the plan's micro-batches.
+            BatchDoesNotSplit, BadBatchDims, UnsupportedInput: the batch does not split into the plan's micro-batches.
+            AmbientAutocast: torch.autocast is on, in another precision than the plan's.
+            TrainedParametersChanged: other parameters would be trained than by the first step.
             NonFiniteStep: with ``debug_nan``, the loss or a gradient is NaN or infinite; nothing was updated.
         """
-        with self._getting_ready():
-            parts = self._split(batch, kwargs, self.microbatches)
-            build = self._build("train", parts[0][0], self.microbatches)
-        lrs = [] if self.optimizer is None else self.optimizer.lrs()
-        loss: Tensor | None = self._run(build, parts, lrs).loss
-        self._check_peak(build.plan)
-        self._steps.taken += 1
-        if self.optimizer is not None:
-            self.optimizer.note_step()
-        assert loss is not None
-        return loss.clone()
+        with self._undisturbed():
+            with self._getting_ready():
+                parts = self._split(batch, kwargs, self.microbatches)
+                build = self._build("train", parts[0][0], self.microbatches)
+            lrs = [] if self.optimizer is None else self.optimizer.lrs()
+            loss: Tensor | None = self._run(build, parts, lrs).loss
+            self._check_peak(build.plan)
+            self._steps.taken += 1
+            if self.optimizer is not None:
+                self.optimizer.note_step()
+            assert loss is not None
+            return loss.clone()
 
     def evaluate(self, *batch: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch in evaluation mode, without an update; arguments and result as for :meth:`step`."""
-        with self._getting_ready():
-            parts = self._split(batch, kwargs, self.microbatches)
-            if self._main is None:
-                self._build("train", parts[0][0], self.microbatches)
-            build = self._build("evaluate", parts[0][0], self.microbatches)
-        loss: Tensor | None = self._run(build, parts, []).loss
-        assert loss is not None
-        return loss.clone()
+        with self._undisturbed():
+            with self._getting_ready():
+                parts = self._split(batch, kwargs, self.microbatches)
+                if self._main is None:
+                    self._build("train", parts[0][0], self.microbatches)
+                build = self._build("evaluate", parts[0][0], self.microbatches)
+            loss: Tensor | None = self._run(build, parts, []).loss
+            assert loss is not None
+            return loss.clone()
 
     def __call__(self, *batch: Any, **kwargs: Any) -> Any:
         """The model's output in evaluation mode, without the loss.
@@ -170,22 +179,37 @@ class Executable(ABC):
             OutputNotJoined: a tensor of the output is neither.
             NeedsExampleInputs: nothing was traced before that says where parameters live.
         """
-        with self._getting_ready():
-            if self._main is None and self._user_optimizer is not None:
-                raise NeedsExampleInputs()
-            parts = self._split(batch, kwargs, 1)
-            build = self._build("call", parts[0][0], 1)
-        outputs = self._run(build, parts, []).outputs
-        return assemble(build, outputs)
+        with self._undisturbed():
+            with self._getting_ready():
+                if self._main is None and self._user_optimizer is not None:
+                    raise NeedsExampleInputs()
+                parts = self._split(batch, kwargs, None)
+                build = self._build("call", parts[0][0], 1)
+            return assemble(build, self._run(build, parts, []).outputs)
 
     def trace(self, *batch: Any, **kwargs: Any) -> None:
         """Compile the training step for arguments like these without running it."""
-        parts = self._split(batch, kwargs, self.microbatches)
-        self._build("train", parts[0][0], self.microbatches)
+        with self._undisturbed():
+            parts = self._split(batch, kwargs, self.microbatches, has_values=False)
+            self._build("train", parts[0][0], self.microbatches)
 
-    def _split(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int) -> list[list[MicroBatch]]:
+    def _split(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int | None, has_values: bool = True
+    ) -> list[list[MicroBatch]]:
+        """The batch in parts. ``microbatches`` None: that of a call, which has no targets, and is one micro-batch;
+        ``has_values``: it is going to be run on."""
+        dims = dict(self.plan.batch_dims)
+        check_batch(args, kwargs, {} if microbatches is None else dims, has_values)
         ranks = 1 if self.executor == "distributed" else self.dp_size
-        return split_batch(args, kwargs, ranks, microbatches, dict(self.plan.batch_dims))
+        return split_batch(args, kwargs, ranks, microbatches or 1, dims)
+
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        """Around all that is done with a batch, whatever the caller has switched on."""
+        if not ambient.is_on():
+            return nullcontext()
+        with self._getting_ready():
+            ambient.check_precision(None if self.plan.precision is None else HALVES[self.plan.precision.dtype])
+        return ambient.off()
 
     def _getting_ready(self) -> AbstractContextManager[None]:
         """Around what may be refused on this rank alone: the others learn that it does not come."""
@@ -217,16 +241,17 @@ class Executable(ABC):
     def _build(self, mode: Mode, example: MicroBatch, microbatches: int) -> Built:
         inputs = trace.input_signature(*example.arguments())
         options = self.optimizer.hyperparameters_key() if self.optimizer is not None and mode == "train" else None
-        hooks = trace.gradient_hooks(self._parameters) if mode == "train" else ()
+        flags = flags_of(self._modules, self._parameters) if mode == "train" else None
         apart = self._apart() if mode != "train" else frozenset[str]()
-        asked = Asked(mode, inputs, options, self.model.training, hooks, apart, example, microbatches)
-        if asked not in self._builds:
+        asked = Asked(mode, inputs, options, flags, apart, example, microbatches, self._names)
+        build = self._builds.get(asked)
+        if build is None:
             build = self._make(asked)
             if self._storage is not None:
                 self._storage.learn(build.plan)  # there may be no room for it
             self._builds[asked] = build
             self._main = self._main or build
-        return self._builds[asked]
+        return build
 
     def _apart(self) -> frozenset[str]:
         """Buffers that training leaves different on data-parallel ranks."""
@@ -388,6 +413,7 @@ class Executable(ABC):
         """What each pass did, bytes per rank, collectives, bubble: one page of text."""
         return report.explain(self.report())
 
+    @ambient.off()
     @fake.default_device()
     def report(self) -> dict[str, Any]:
         """The same as data that json can write."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphshard import trace
+from graphshard.arguments import device_of, function_of, model_of, seed_of, timeout_of
 from graphshard.built import Asked, Built
 from graphshard.errors import (
     NeedsCompiling,
@@ -23,6 +24,7 @@ from graphshard.errors import (
 from graphshard.executable import Executable
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
+from graphshard.model_flags import other_flags, set_training
 from graphshard.model_record import describe, difference, skeleton
 from graphshard.optim import spell_options
 from graphshard.optimizer_record import other_optimizer, other_options, remade
@@ -69,6 +71,10 @@ def load(
         PlanDirectoryChanged: a file is not as it was written.
         PlanDirectoryMisfit: it is for other versions, ranks, another model or optimizer.
     """
+    model = None if model is None else model_of(model)
+    device, timeout_s = device_of(device), timeout_of(timeout_s)
+    init = function_of("init", init, "a function of the model")
+    seed = None if seed is None else seed_of(seed)
     folder = Path(directory)
     manifest = read_manifest(folder)
     kind = executor_kind(executor)
@@ -82,7 +88,7 @@ def load(
         raise NotAPlanDirectory(str(folder), "it has no plan")
     if model is None:
         model = skeleton(manifest.model)
-        model.train(builds[0].training)
+        set_training(model, next((built.flags for built in builds if built.mode == "train"), builds[0].flags))
     elif (other := difference(describe(model), manifest.model)) is not None:
         raise PlanDirectoryMisfit(str(folder), f"a {manifest.model.kind}", f"a model that differs: {other}")
     plan = Plan.parse(manifest.plan)
@@ -181,14 +187,15 @@ class Loaded(Executable):
         """The plan of the directory for that."""
         inputs, options = trace.spell_signature(*asked.example.arguments()), asked.spelled_options()
         fitting = [built for built in self.builds if built.mode == asked.mode and built.inputs == inputs]
+        flags = asked.named_flags()
         for built in fitting:
-            # Without training, nothing depends on the model's flag.
-            if built.options == options and (built.training == asked.training or asked.mode != "train"):
+            if built.options == options and built.flags == flags:
                 return built
         told = f"{_WORDS[asked.mode]} on {_spelled(inputs)}"
         if fitting:
-            other = other_options(fitting[0].options, options)
-            what, expected, given = other or ("model.training", fitting[0].training, asked.training)
+            other = other_options(fitting[0].options, options) or other_flags(fitting[0].flags, flags)
+            assert other is not None
+            what, expected, given = other
             told += f" with {what} = {given} instead of {expected}"
         raise NotInPlanDirectory(str(self.directory.path), told, sorted({_told(built) for built in self.builds}))
 

@@ -13,9 +13,11 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True)
 class Moment:
-    """Training flags by module, and options by parameter group of the optimizer."""
+    """Training flags by module, which parameters require a gradient by module and name there, and options by parameter
+    group of the optimizer."""
 
     flags: Sequence[tuple[nn.Module, bool]]
+    gradients: Sequence[tuple[nn.Module, str, bool]]  # a distributed run replaces the parameters themselves
     options: Sequence[tuple[dict[str, Any], Mapping[str, Any]]]
 
     @contextmanager
@@ -31,6 +33,10 @@ class Moment:
     def _set(self) -> None:
         for module, training in self.flags:
             module.training = training
+        for module, name, required in self.gradients:
+            parameter = module._parameters[name]
+            if parameter is not None and parameter.requires_grad != required:
+                parameter.requires_grad_(required)
         for group, options in self.options:
             group.update(options)
 
@@ -38,7 +44,8 @@ class Moment:
 def moment_of(modules: Sequence[nn.Module], groups: Sequence[dict[str, Any]]) -> Moment:
     """How these are set now."""
     options = [(group, {key: value for key, value in group.items() if key != "params"}) for group in groups]
-    return Moment([(module, module.training) for module in modules], options)
+    gradients = [(m, name, p.requires_grad) for m in modules for name, p in m._parameters.items() if p is not None]
+    return Moment([(module, module.training) for module in modules], gradients, options)
 
 
 def now(model: nn.Module, optimizer: Optimizer | None) -> Moment:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
@@ -254,6 +254,19 @@ def changed_options(before: Any, now: Any) -> str:
     0.1``."""
     changed = enumerate(sorted(set(new) - set(old)) for old, new in zip(before, now, strict=True))
     return ", ".join(f"{key} of group {index} is {value}" for index, found in changed for key, value in found)
+
+
+def options_that_differ(keys: Sequence[Any]) -> str:
+    """The options that are not the same in all of several :meth:`CompiledOptimizer.hyperparameters_key`: ``betas of
+    group 0``."""
+    groups = enumerate(zip(*keys, strict=True))
+    found = [
+        (name, index)
+        for index, group in groups
+        for name in sorted({n for n, _ in set().union(*group)})
+        if len({dict(options).get(name) for options in group}) > 1
+    ]
+    return ", ".join(f"{name} of group {index}" for name, index in found)
 
 
 def given_state(optimizer: Optimizer, param_names: Mapping[int, str]) -> NamedState:

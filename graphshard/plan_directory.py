@@ -27,6 +27,7 @@ from graphshard.dump_folder import BUFFERS, MANIFEST, finish, mark
 from graphshard.errors import NotAPlanDirectory, PlanDirectoryChanged, PlanDirectoryMisfit
 from graphshard.files import write_atomic
 from graphshard.mesh import Mesh
+from graphshard.model_flags import NamedFlags
 from graphshard.model_record import ModelRecord
 from graphshard.optimizer_record import OptimizerRecord
 from graphshard.program import Program
@@ -35,7 +36,7 @@ from graphshard.version import __version__
 
 logger = logging.getLogger("graphshard")
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PlanRecord:
     mode: str
     folder: str  # "": the plan directory itself
     inputs: tuple[str, ...]
-    training: bool
+    flags: NamedFlags
     options: tuple[dict[str, str], ...]
     out_spec: str = ""  # as torch's pytree spells it in JSON; "": None
     output_leaves: str = "[]"  # in JSON
@@ -93,7 +94,7 @@ class PlanDirectory:
             plan=emit.parse(inside),
             mode=record.mode,  # type: ignore[arg-type]
             inputs=record.inputs,
-            training=record.training,
+            flags=record.flags,
             options=record.options,
             out_spec=treespec_loads(record.out_spec) if record.out_spec else None,
             output_leaves=tuple(json.loads(record.output_leaves)),
@@ -204,7 +205,7 @@ def _json(folder: Path) -> dict[str, object]:
 def _record(built: Built, folder: str) -> PlanRecord:
     spec = "" if built.out_spec is None else treespec_dumps(built.out_spec)
     leaves, dims = json.dumps(built.output_leaves), json.dumps(built.output_dims)
-    return PlanRecord(built.mode, folder, built.inputs, built.training, built.options, spec, leaves, dims)
+    return PlanRecord(built.mode, folder, built.inputs, built.flags, built.options, spec, leaves, dims)
 
 
 def _prefix(folder: str) -> str:

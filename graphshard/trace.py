@@ -24,6 +24,7 @@ __all__ = [
     "Captured",
     "LossFn",
     "Mode",
+    "Signature",
     "capture",
     "describe_params",
     "gradient_hooks",
@@ -32,6 +33,9 @@ __all__ = [
     "parameter_names",
     "spell_signature",
 ]
+
+Signature = tuple[str, tuple[Hashable, ...]]
+"""Of arguments: their structure, and what counts of each in flattening order."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ def output_shapes(
     return {leaf: tuple(result.shape) for leaf, result in zip(step.output.tensors, results, strict=True)}
 
 
-def input_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+def input_signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Signature:
     """Equal for arguments that one captured program serves: structure, shapes, dtypes, and values of non-tensors."""
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     return str(spec), tuple(_key(leaf) for leaf in leaves)

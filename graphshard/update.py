@@ -20,6 +20,7 @@ import graphshard.ops  # noqa: F401 - defines graphshard::sq_norm
 from graphshard.dataflow import downstream, is_pointwise, is_pooled
 from graphshard.errors import (
     NotAnOptimizer,
+    NothingToUpdate,
     OptimizerForeignParameter,
     OptimizerNeedsClosure,
     OptimizerNotElementwise,
@@ -54,9 +55,12 @@ def make_optimizer(model: nn.Module, optimizer: OptimizerLike) -> Optimizer:
 
     Raises:
         NotAnOptimizer: it is neither.
+        NothingToUpdate: the model has no parameters to make one of.
         OptimizerNeedsClosure: it cannot be stepped without evaluating the loss (LBFGS).
     """
     factory = callable(optimizer) and not isinstance(optimizer, Optimizer)
+    if factory and next(model.parameters(), None) is None:
+        raise NothingToUpdate()
     made = optimizer(model.parameters()) if factory else optimizer  # type: ignore[operator]
     if not isinstance(made, Optimizer):
         raise NotAnOptimizer(optimizer)

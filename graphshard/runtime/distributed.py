@@ -138,6 +138,10 @@ class DistributedExecutor(Executor):
             self._fingerprints[id(plan)] = collectives_of(plan), transfers_of(plan)
         return loaded
 
+    def forget(self, plan: ExecutionPlan) -> None:
+        super().forget(plan)
+        self._fingerprints.pop(id(plan), None)
+
     def read(self, ref: Ref, stage: int, kind: TensorType, axis: str = "", everywhere: bool = True) -> Tensor | None:
         self._check_there(ref, stage)
         with self._together():

@@ -34,7 +34,7 @@ from graphshard.runtime.memory import keep_freed_memory, return_freed_memory
 from graphshard.runtime.meter import Measured, make_meter
 from graphshard.runtime.offload import Homes, Offloaded
 from graphshard.runtime.products import onednn_is_faster
-from graphshard.runtime.segments import SegmentFunction, compile_segments
+from graphshard.runtime.segments import SegmentFunction, compile_segments, forget_segments
 from graphshard.runtime.traffic import sent_bytes
 from graphshard.runtime.watch import Watch
 from graphshard.units import human
@@ -189,6 +189,12 @@ class Executor(ABC):
             }
             loaded = self._loaded[id(plan)] = Loaded(plan, machines, feeds, constants, plan.state_keys)
         return loaded
+
+    def forget(self, plan: ExecutionPlan) -> None:
+        """Let go of what :meth:`load` has prepared for ``plan``, which is not going to run any more."""
+        loaded = self._loaded.pop(id(plan), None)
+        if loaded is not None:
+            forget_segments(loaded.plan, [other.plan for other in self._loaded.values()])
 
     def _placing(self, plan: ExecutionPlan, rank: int, layouts: dict[tuple[int, bool], Layout]) -> dict[bool, Placing]:
         """Where the rank's values lie, in the first step and in later ones; ``layouts`` by stage, for other ranks."""

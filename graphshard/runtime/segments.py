@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import graphshard.ops  # noqa: F401  (segments call torch.ops.graphshard)
-from graphshard.execution import Kernel, Segment
+from graphshard.execution import ExecutionPlan, Kernel, Segment
 from graphshard.runtime import products
 from graphshard.source_files import KERNELS, imported
 
@@ -40,10 +40,26 @@ def _kernel(kernel: Kernel) -> Any:
 
 def _function(name: str, source: str, known: Mapping[str, object]) -> Any:
     """The function that ``source`` defines under ``name``."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:8]
-    filename = f"<{name} {digest}>"
+    filename = _filename(name, source)
     # No modification time: linecache keeps the lines for good instead of looking for a file.
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
     namespace: dict[str, object] = {"torch": torch, **known}
     exec(compile(source, filename, "exec"), namespace)
     return namespace[name]
+
+
+def _filename(name: str, source: str) -> str:
+    return f"<{name} {hashlib.sha256(source.encode()).hexdigest()[:8]}>"
+
+
+def forget_segments(plan: ExecutionPlan, kept: Iterable[ExecutionPlan]) -> None:
+    """Let go of the lines of ``plan`` that tracebacks show, but for those that ``kept`` plans have, too."""
+    for filename in _filenames(plan).difference(*map(_filenames, kept)):
+        linecache.cache.pop(filename, None)
+
+
+def _filenames(plan: ExecutionPlan) -> set[str]:
+    segments = (segment for stage in plan.stages for segment in stage.segments.items())
+    functions = [(name, segment.source) for name, segment in segments]
+    functions += [(kernel.name, kernel.source) for kernel in plan.kernels.values()]
+    return {_filename(name, source) for name, source in functions}

@@ -251,6 +251,37 @@ def test_a_changed_option_is_told(written: Path, two_layers: nn.Module) -> None:
         compiled.step(*BATCH)
 
 
+def test_a_changed_flag_of_a_part_of_the_model_is_told(written: Path, two_layers: nn.Module) -> None:
+    compiled = loaded(written, two_layers)
+    compiled.model[1].eval()  # type: ignore[index]
+    with pytest.raises(NotInPlanDirectory, match=r"with 1\.training = False instead of True"):
+        compiled.step(*BATCH)
+    compiled.model.train()
+    compiled.model[0].bias.requires_grad_(False)  # type: ignore[index]
+    with pytest.raises(NotInPlanDirectory, match=r"with 0\.bias\.requires_grad = False instead of True"):
+        compiled.step(*BATCH)
+    compiled.model.requires_grad_()
+    compiled.step(*BATCH)
+
+
+def test_flags_are_as_when_it_was_compiled(tmp_path: Path, two_layers: nn.Module) -> None:
+    model = copy.deepcopy(two_layers)
+    model[0].requires_grad_(False)  # type: ignore[index]
+    model[1].eval()  # type: ignore[index]
+    compiled = compiled_of(model)
+    compiled.model.train()
+    compiled.dump(tmp_path)
+    given = copy.deepcopy(two_layers)
+    given[0].requires_grad_(False)  # type: ignore[index]
+    with pytest.raises(NotInPlanDirectory, match=r"with 1\.training = True instead of False"):
+        loaded(tmp_path, given).step(*BATCH)
+    without_model = loaded(tmp_path)
+    without_model.load_state_dict(two_layers.state_dict())
+    assert not without_model.model.get_submodule("1").training
+    compiled.model[1].eval()  # type: ignore[index]
+    assert torch.equal(without_model.step(*BATCH), compiled.step(*BATCH))
+
+
 def test_a_dump_has_what_was_compiled_for_all_options_and_shapes(tmp_path: Path, two_layers: nn.Module) -> None:
     compiled = compiled_of(two_layers, dump_dir=tmp_path)
     larger = tuple(t.repeat(2, 1) for t in BATCH)
@@ -292,7 +323,7 @@ def test_a_missing_file_is_named(changed: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 0}', '{"format": 1, "torch": "2'])
 def test_a_manifest_that_is_none_is_told(changed: Path, content: str) -> None:
     (changed / "manifest.json").write_text(content)
-    with pytest.raises(NotAPlanDirectory, match=r"its manifest\.json is (not whole|none of format 1)"):
+    with pytest.raises(NotAPlanDirectory, match=r"its manifest\.json is (not whole|none of format 2)"):
         loaded(changed)
 
 

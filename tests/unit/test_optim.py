@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import linecache
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -539,6 +540,69 @@ def test_tracing_again_says_what_has_changed(caplog: pytest.LogCaptureFixture) -
         "graphshard: weight_decay of group 0 is 0.1 now: tracing train again",
         "graphshard: new input shapes [4, 3], [4, 3]: tracing train again",
     ]
+
+
+def stepped(plan: str, scheduler: Callable[[Optimizer], Any], steps: int) -> graphshard.Compiled:
+    torch.manual_seed(0)
+    compiled = graphshard.compile(
+        torch.nn.Linear(3, 3),
+        plan,
+        loss_fn=torch.nn.functional.mse_loss,
+        optimizer=functools.partial(O.AdamW, lr=0.1),
+        executor="local",
+        cache=False,
+    )
+    made = scheduler(compiled.optimizer)
+    for _ in range(steps):
+        compiled.step(torch.ones(4, 3), torch.zeros(4, 3))
+        made.step()
+    return compiled
+
+
+def test_options_that_change_at_every_step_are_told_once_and_kept_in_small_number(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def cycle(optimizer: Optimizer) -> Any:
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=30)
+
+    lines, plans = linecache.cache, list[Any]()
+
+    class Noting:
+        def __init__(self, optimizer: Optimizer) -> None:
+            self.inner = cycle(optimizer)
+
+        def step(self) -> None:
+            self.inner.step()
+            plans.append(sum(str(name).startswith("<s0_") for name in lines))
+
+    lines.clear()
+    compiled = stepped("dp2", Noting, 8)
+    told = [record.getMessage() for record in caplog.records if "kept" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("graphshard: betas of group 0 had 3 values so far, and each is compiled into a program")
+    assert "cycle_momentum=False" in told[0]
+    assert len(compiled._builds) == len(compiled.builder._builds) == 4
+    assert compiled._runtime is not None and len(compiled._runtime._loaded) == 4
+    assert plans[-1] == plans[3]  # the lines for tracebacks
+    assert compiled._builds[next(iter(compiled._builds))] is compiled._main
+
+
+def test_an_option_of_a_program_that_was_let_go_is_compiled_again() -> None:
+    compiled = stepped("dp2", lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0), 0)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 3)
+    eager = O.AdamW(model.parameters(), lr=0.1)
+    for decay in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.1, 0.0):
+        for group in (*compiled.optimizer.param_groups, *eager.param_groups):
+            group["weight_decay"] = decay
+        loss = torch.nn.functional.mse_loss(model(torch.ones(4, 3)), torch.zeros(4, 3))
+        torch.testing.assert_close(compiled.step(torch.ones(4, 3), torch.zeros(4, 3)), loss.detach())
+        eager.zero_grad()
+        loss.backward()
+        eager.step()
+    for name, value in compiled.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name])
+    assert len(compiled._builds) == 4
 
 
 def traces_of(make: Callable[..., Optimizer], monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
