@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from graphshard.program import Phase, Role, Slot, info
 from graphshard.trace import Captured, Mode, capture
@@ -258,6 +259,14 @@ class Seeded(Scaled):
         return torch.mul(y, rng.rand() * random.Random(0).random() * np.random.rand())
 
 
+class Checkpointed(Remembered):
+    """The backward runs it again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return result
+
+
 @functools.lru_cache
 def cached_table() -> Tensor:
     return torch.linspace(0, 1, 4)
@@ -307,7 +316,7 @@ def forget() -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
-@pytest.mark.parametrize("kind", [Hooked, Nested, Remembered, Seeded, Cached])
+@pytest.mark.parametrize("kind", [Hooked, Nested, Remembered, Checkpointed, Seeded, Cached])
 def test_each_run_sees_the_model_as_it_was(kind: type[Scaled], mode: Mode) -> None:
     model, x = kind(), torch.randn(2, 4)
     untouched = copy.deepcopy(model)
