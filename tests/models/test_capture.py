@@ -331,6 +331,17 @@ def test_each_run_sees_the_model_as_it_was(kind: type[Scaled], mode: Mode) -> No
     assert len(model.linear._forward_hooks) == len(untouched.linear._forward_hooks)
 
 
+def test_hooks_that_transformers_installs_run_once_and_are_not_left() -> None:
+    model, parts, _ = case("llama", torch.float32, depth=2)
+    _, kwargs = parts[0]
+    untouched = copy.deepcopy(model)
+    captured = capture(model, None, (), {**kwargs, "output_hidden_states": True}, mode="call")
+    assert not any(module._forward_hooks for module in model.modules())
+    outputs = [slot for slot in captured.program.body.outputs if slot.role is Role.OUTPUT]
+    result = untouched(**kwargs, output_hidden_states=True)
+    assert len(outputs) == len([result.loss, result.logits, *result.hidden_states])
+
+
 def test_a_cache_that_holds_real_values_is_kept() -> None:
     forget()
     table = cached_table()
