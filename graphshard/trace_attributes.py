@@ -54,7 +54,7 @@ def _keep(kept: dict[int, _Kept], container: Any, holder: _Kept | None, key: Any
     """Add a container, and those inside it."""
     if id(container) in kept:
         return
-    one = kept[id(container)] = _Kept(container, _copied(container), holder, key)
+    one = kept[id(container)] = _Kept(container, _copied(container) if container else (), holder, key)
     if depth and container:
         for inner, value in _items(one.content):
             if type(value) in _CONTAINERS or type(value) is tuple:
@@ -83,7 +83,7 @@ def _named(one: _Kept, key: Any) -> str:
 
 
 def _same(container: Any, content: Any) -> bool:
-    """Whether the very same objects are in it, in the same order."""
+    """Whether the very same objects are in it, in the same order if it has one."""
     if isinstance(content, set):
         return bool(container == content)
     if len(container) != len(content) or not all(map(is_, container, content)):
@@ -108,7 +108,7 @@ def _plain(value: Any) -> bool:
 
 def _put_back(one: _Kept) -> None:
     one.container.clear()
-    if isinstance(one.content, list):
+    if isinstance(one.container, (list, deque)):
         one.container.extend(one.content)
     else:
         one.container.update(one.content)

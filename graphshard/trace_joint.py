@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +59,12 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
     from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
     step = Step(request, tensors)
-    kept_layout = KeptLayout()  # type: ignore[no-untyped-call]
-    with capturing(request.model, request.train, request.lower), kept_layout, contextlib.ExitStack() as stack:
+    with (
+        capturing(request.model, request.train, request.lower),
+        step.left_alone(),
+        KeptLayout(),  # type: ignore[no-untyped-call]
+        contextlib.ExitStack() as stack,
+    ):
         try:
             traced = aot_export_joint_with_descriptors(stack, step, tuple(step.batch_values))
         except GraphshardError:
@@ -110,17 +115,22 @@ class Step(nn.Module):
         for i, value in zip(self.batch, batch, strict=True):
             leaves[i] = value
         values = [v for v in (*self._parameters.values(), *self._buffers.values()) if v is not None]
-        with (
-            unchanged(self.modules_run, self.changes),
-            kept_free(self.places, self.mode),
-            generators_kept(self.moved),
-            swapped(self.held, values, self.replaced) as shown,
-        ):
+        with self.left_alone(), swapped(self.held, values, self.replaced) as shown:
             casts = None if self.request.lower is None else Casts([*batch, *shown[len(self._parameters) :]])
             with watching(self.held, casts, self.unchecked):
                 results, self.output = call(self.request, leaves)
         # For a result that is a view or an input AOTAutograd would return something else in its place.
         return tuple(result.clone() for result in results)
+
+    @contextlib.contextmanager
+    def left_alone(self) -> Iterator[None]:
+        """What the model changes meanwhile is put back. A backward does that, too: checkpoints run the model again."""
+        with (
+            unchanged(self.modules_run, self.changes),
+            kept_free(self.places, self.mode),
+            generators_kept(self.moved),
+        ):
+            yield
 
 
 def check_draws(step: Step, tensors: ModelTensors) -> None:

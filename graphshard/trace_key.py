@@ -68,7 +68,7 @@ def _seen(request: Request, tensors: ModelTensors, replaced: set[str]) -> Seen:
     calls.note("model", _described(tensors), step.batch)
     for value in (*step.parameters(), *step.buffers(), *step.batch_values):
         calls.number(value)
-    with capturing(request.model, request.train, request.lower), step.mode, calls:
+    with capturing(request.model, request.train, request.lower), step.left_alone(), step.mode, calls:
         results = step(*step.batch_values)
         # What autograd has saved of them is overwritten now: once more, as capture runs the model twice, with copies.
         again = request.train and step.replaced != replaced

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 from graphshard.program import Phase, Role, Slot, info
 from graphshard.trace import Captured, Mode, capture
@@ -258,6 +259,14 @@ class Seeded(Scaled):
         return torch.mul(y, rng.rand() * random.Random(0).random() * np.random.rand())
 
 
+class Checkpointed(Remembered):
+    """The backward runs it again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return result
+
+
 @functools.lru_cache
 def cached_table() -> Tensor:
     return torch.linspace(0, 1, 4)
@@ -307,7 +316,7 @@ def forget() -> None:
 
 
 @pytest.mark.parametrize("mode", ["train", "evaluate"])
-@pytest.mark.parametrize("kind", [Hooked, Nested, Remembered, Seeded, Cached])
+@pytest.mark.parametrize("kind", [Hooked, Nested, Remembered, Checkpointed, Seeded, Cached])
 def test_each_run_sees_the_model_as_it_was(kind: type[Scaled], mode: Mode) -> None:
     model, x = kind(), torch.randn(2, 4)
     untouched = copy.deepcopy(model)
@@ -320,6 +329,17 @@ def test_each_run_sees_the_model_as_it_was(kind: type[Scaled], mode: Mode) -> No
         forget()
     torch.testing.assert_close(model(x), untouched(x))
     assert len(model.linear._forward_hooks) == len(untouched.linear._forward_hooks)
+
+
+def test_hooks_that_transformers_installs_run_once_and_are_not_left() -> None:
+    model, parts, _ = case("llama", torch.float32, depth=2)
+    _, kwargs = parts[0]
+    untouched = copy.deepcopy(model)
+    captured = capture(model, None, (), {**kwargs, "output_hidden_states": True}, mode="call")
+    assert not any(module._forward_hooks for module in model.modules())
+    outputs = [slot for slot in captured.program.body.outputs if slot.role is Role.OUTPUT]
+    result = untouched(**kwargs, output_hidden_states=True)
+    assert len(outputs) == len([result.loss, result.logits, *result.hidden_states])
 
 
 def test_a_cache_that_holds_real_values_is_kept() -> None:
