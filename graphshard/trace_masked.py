@@ -59,7 +59,8 @@ def selected(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         return func, args, kwargs
     if choice is None:
         return func, args, kwargs
-    return (torch.where, choice, {}) if func in _PUT else (Tensor.copy_, (choice[2], torch.where(*choice)), {})
+    written = choice[2].clone() if func in _PUT else choice[2]  # with its strides, which torch.where need not keep
+    return Tensor.copy_, (written, torch.where(*choice)), {}
 
 
 def _choice_of_put(
