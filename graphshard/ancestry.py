@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import linecache
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,10 +17,12 @@ from graphshard import text
 from graphshard.alignment import Alignment, Item
 from graphshard.diff import diff
 from graphshard.difference import Kind
-from graphshard.dump import SOURCES
+from graphshard.dump_folder import SOURCES, graphs_in, is_unfinished
 from graphshard.errors import AmbiguousNode, NotADump, UnknownNode
 from graphshard.program import Phase, Program, Section, info, source_line
 from graphshard.region import Region, is_region, results_of
+
+logger = logging.getLogger("graphshard")
 
 _BODY_FIRST = ("body", "prologue", "epilogue", "first_epilogue")
 _PREFIX = {"body": "", "prologue": "p.", "epilogue": "e.", "first_epilogue": "e1."}
@@ -92,9 +95,11 @@ def ancestry(folder: Path, name: str) -> Ancestry:
         UnknownNode: no graph has it.
         AmbiguousNode: several graphs of the program have it.
     """
-    paths = sorted(p for p in folder.iterdir() if re.fullmatch(r"\d+-.+\.graph", p.name)) if folder.is_dir() else []
+    paths = graphs_in(folder) if folder.is_dir() else []
     if not paths:
         raise NotADump(str(folder))
+    if is_unfinished(folder):
+        logger.warning("graphshard: %s: the dump has not come to its end; its last graph is %s", folder, paths[-1].name)
     sources = _sources(folder)
     return _Search(paths, sources, folder).run(name)
 

@@ -94,7 +94,7 @@ def _dump(options: argparse.Namespace) -> int:
 def _explain(options: argparse.Namespace) -> int:
     """The one-page account of a plan."""
     compiled = _compile(options)
-    print(json.dumps(compiled.report(), indent=2) if options.json else compiled.explain())
+    print(json.dumps(compiled.report(), indent=2) if options.json else compiled.explain().rstrip())
     return 0
 
 
@@ -190,6 +190,8 @@ def _opt(options: argparse.Namespace) -> int:
     from graphshard.pipeline import Context, parse_passes, run_passes
 
     passes = parse_passes(options.passes)
+    if Path(options.file).is_dir():
+        raise IsADirectoryError(21, "is a folder; expected a graph, such as 00-capture.graph of a dump", options.file)
     if not Path(options.file).is_file():
         raise MissingFile(options.file, "a graph")
     from graphshard import text
@@ -257,6 +259,12 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, not ''; the current folder is '.'")
+    return text
+
+
 def _gigabytes(text: str) -> float:
     try:
         value = float(text)
@@ -296,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments")
 
     dump = command("dump", _dump)
-    dump.add_argument("-o", "--output", required=True, metavar="DIR", help="directory to write to")
+    dump.add_argument("-o", "--output", type=_path, required=True, metavar="DIR", help="directory to write to")
     diff = command("diff", _diff)
     diff.add_argument("first", metavar="DIR|A.graph", help="a dump, or a graph")
     diff.add_argument(
@@ -307,7 +315,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a dump: a pass, or what lies between two; default: from the capture to the last pass. Else a graph",
     )
     diff.add_argument("--json", action="store_true", help="as JSON on stdout; schema: graphshard/diff_json.py")
-    diff.add_argument("--html", metavar="FILE", help="write a page with both graphs side by side")
+    diff.add_argument("--html", type=_path, metavar="FILE", help="write a page with both graphs side by side")
 
     blame = command("blame", _blame)
     blame.add_argument("directory", metavar="DIR", help="a dump")
@@ -316,7 +324,7 @@ def _parser() -> argparse.ArgumentParser:
 
     opt = command("opt", _opt)
     opt.add_argument("file", metavar="FILE.graph")
-    opt.add_argument("--passes", required=True, help='such as "zero:stage=3;bucket"')
+    opt.add_argument("--passes", required=True, help='such as "normalize;zero:stage=3;bucket"')
     ranks = opt.add_mutually_exclusive_group()
     ranks.add_argument("--world-size", type=_count, metavar="N", help="number of ranks; default: as the file says")
     ranks.add_argument("--mesh", type=_mesh, metavar="AXES", help="all axes, such as 'pp=2 dp=4'")

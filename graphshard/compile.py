@@ -67,7 +67,8 @@ def compile(
 
     Args:
         model: on CPU, GPU or the meta device. The compiled object copies its parameters, and in a distributed run takes
-            them over: the module is left on the meta device.
+            them over: the module is left on the meta device. Values must be the same on all ranks, or ValuesDiffer is
+            raised before any is stored. After the first step the module and the optimizer are not updated.
         plan: a plan string such as ``"zero3+pp4"``, or a Plan.
         loss_fn: ``loss = loss_fn(model(x), *targets)`` for ``step(x, *targets)``; a tuple x is ``model(*x)``, a dict
             ``model(**x)``. None: ``step(*args, **kwargs)`` is ``model(*args, **kwargs)``, which returns the loss or an

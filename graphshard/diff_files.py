@@ -9,7 +9,8 @@ from pathlib import Path
 from graphshard import text
 from graphshard.diff import diff
 from graphshard.difference import Diff
-from graphshard.errors import MissingFile, UnknownDump
+from graphshard.dump_folder import graphs_in, is_unfinished
+from graphshard.errors import MissingFile, UnfinishedDump, UnknownDump
 from graphshard.provenance import attribute
 
 
@@ -42,9 +43,12 @@ def dumped(directory: Path, span: str = "") -> list[Path]:
 
     Raises:
         UnknownDump: no such pass, none before it, or several.
+        UnfinishedDump: ``span`` goes to the last pass, and the dump has not come to it.
     """
-    graphs = sorted(path for path in directory.iterdir() if re.fullmatch(r"\d+-.+\.graph", path.name))
+    graphs = graphs_in(directory)
     first, dots, last = span.partition("..")
+    if graphs and not last and (dots or not span) and is_unfinished(directory):
+        raise UnfinishedDump(str(directory), map(pass_name, graphs))
     if not span or dots:
         begin = _position(graphs, directory, first) if first else 0
         end = _position(graphs, directory, last) if last else len(graphs) - 1

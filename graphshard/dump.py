@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from graphshard import text
+from graphshard import dump_folder, text
+from graphshard.dump_folder import MEMORY, PICTURE, SOURCES
 from graphshard.execution import ExecutionPlan
 from graphshard.files import write_atomic
 from graphshard.memory_picture import stage_memory, to_svg
@@ -15,16 +16,15 @@ from graphshard.pipeline import Observer
 from graphshard.program import Program
 from graphshard.timeline import Timeline
 
-SOURCES = "sources.json"
-
 
 def writer(folder: Path) -> Observer:
     """An observer for run_passes that writes ``00-capture.graph``, ``01-<pass>.graph``, … into ``folder``, and
-    ``sources.json``: by origin, the lines of the model's code that captured nodes come from."""
+    ``sources.json``: by origin, the lines of the model's code that captured nodes come from. What an earlier dump left
+    there is removed first. Until plan_directory.write has come to its end, the folder says that it is unfinished."""
 
     def observe(index: int, name: str, program: Program) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         if not index:
+            dump_folder.begin(folder)
             lines = {origin: _relative(line) for origin, line in program.sources.items()}
             write_atomic(folder / SOURCES, json.dumps(lines, indent=0) + "\n")
         text.write(program, folder / graph_file(index, name))
@@ -59,8 +59,8 @@ def write_memory(
         }
         for item in stages
     ]
-    write_atomic(folder / "memory.json", json.dumps({"stages": accounts}) + "\n")
-    write_atomic(folder / "memory.svg", to_svg(stages, title))
+    write_atomic(folder / MEMORY, json.dumps({"stages": accounts}) + "\n")
+    write_atomic(folder / PICTURE, to_svg(stages, title))
 
 
 def _relative(line: str) -> str:

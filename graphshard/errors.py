@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from graphshard.units import counted, human
+
 
 class GraphshardError(Exception):
     """Base of all errors caused by input. Our own bugs are assertions, never this."""
@@ -60,8 +62,9 @@ class TooLargeToCheck(GraphshardError):
 
     def __init__(self, gigabytes: float, limit: float) -> None:
         super().__init__(
-            f"checking runs all ranks in this process in float64, which takes {gigabytes:.1f} GB where the limit is "
-            f"{limit:g}; build a smaller model of the same structure, take fewer ranks, or raise --limit-gb"
+            f"checking runs all ranks in this process in float64, which takes {human(gigabytes * 1e9)} where the limit "
+            f"is {human(limit * 1e9)}; build a smaller model of the same structure, take fewer ranks, or raise "
+            "--limit-gb"
         )
 
 
@@ -115,7 +118,7 @@ class UnknownPass(GraphshardError):
 
 
 class PassOptionError(GraphshardError):
-    """An option a pass does not have, or a value of the wrong type."""
+    """An option a pass does not have, or a value of the wrong type or out of range."""
 
     def __init__(self, name: str, item: str, expected: str) -> None:
         super().__init__(f"pass {name!r} does not take {item!r}; expected {expected}")
@@ -184,7 +187,9 @@ class MissingFactory(GraphshardError):
     def __init__(self, reference: str, name: str, defined: Iterable[str]) -> None:
         names = sorted(defined)
         near = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"it defines {', '.join(names) or 'no functions'}"
+        public = [known for known in names if not known.startswith("_")]
+        shown = ", ".join(public[:8]) + (", ..." if len(public) > 8 else "")
+        hint = f"did you mean {near[0]!r}?" if near else f"it defines {shown or 'no functions'}"
         super().__init__(f"MODEL {reference!r}: there is no function {name!r}; {hint}")
 
 
@@ -206,6 +211,14 @@ class BadFactoryResult(GraphshardError):
         )
 
 
+class WrongFactoryEntry(GraphshardError):
+    """A factory returned something for an argument of compile that is of no use there."""
+
+    def __init__(self, reference: str, factory: str, key: str, value: object, expected: str) -> None:
+        given = repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
+        super().__init__(f"MODEL {reference!r}: {factory}() returned {given} as {key}; expected {expected}")
+
+
 class UnknownDump(GraphshardError):
     """``diff DIR PASS`` or ``diff DIR FROM..TO`` where DIR has no such graphs, or several."""
 
@@ -215,6 +228,16 @@ class UnknownDump(GraphshardError):
         hint = f"did you mean {near[0]!r}? " if near else ""
         listing = ", ".join(names) or "no graphs; expected a directory that `graphshard dump` wrote"
         super().__init__(f"{directory}: {name!r} is no one pass, nor FROM..TO in order; {hint}it holds {listing}")
+
+
+class UnfinishedDump(GraphshardError):
+    """``diff DIR`` up to the last pass where the dump into DIR failed, or is still being written."""
+
+    def __init__(self, directory: str, dumped: Iterable[str]) -> None:
+        super().__init__(
+            f"{directory}: the dump has not come to its end, so that its last pass is not there; it holds "
+            f"{', '.join(dumped)}; dump again, or name passes of these"
+        )
 
 
 class NothingToCompare(GraphshardError):
@@ -265,8 +288,9 @@ class BatchDoesNotSplit(GraphshardError):
         below = max(shape[dim] // parts, 1) * parts
         nearest = sorted({below, (shape[dim] // parts + 1) * parts})
         super().__init__(
-            f"batch tensor {index} of shape {list(shape)} does not split into {ranks} data-parallel ranks x "
-            f"{microbatches} micro-batches: dim {dim} must be a multiple of {parts}, "
+            f"batch tensor {index} of shape {list(shape)} does not split into "
+            f"{counted(ranks, 'data-parallel rank', 'data-parallel ranks')} x "
+            f"{counted(microbatches, 'micro-batch', 'micro-batches')}: dim {dim} must be a multiple of {parts}, "
             f"such as {' or '.join(map(str, nearest))}"
         )
 
@@ -308,6 +332,11 @@ class StuckPlan(GraphshardError):
         super().__init__("no rank can go on; a plan must not wait in a circle:\n" + "\n".join(f"  {w}" for w in waits))
 
 
+def _few(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8]))
+    return shown if len(ranks) <= 8 else f"{shown} and {len(ranks) - 8} more"
+
+
 class RanksError(GraphshardError):
     """What ranks do together fails: each of them knows it, by an error of its own."""
 
@@ -344,21 +373,49 @@ class RanksOutOfStep(RanksError):
 
 
 class PeerNotReady(RanksError):
-    """Other ranks cannot begin the step that this one begins."""
+    """Other ranks cannot begin the step, or take over the state, that this one begins with."""
 
     def __init__(self, ranks: list[int]) -> None:
         named = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-        super().__init__(f"{named} cannot begin the step that the others have; what {named} raised says why")
+        super().__init__(
+            f"{named} cannot begin the step or the loading that the others have; what {named} raised says why"
+        )
 
 
 class PlanMismatch(RanksError):
     """Ranks that should run one plan have different ones."""
 
+    cure = "be given the same model, plan and options, and the ranks of one pipeline the same input shapes"
+
     def __init__(self, what: str, by_plan: dict[str, list[int]]) -> None:
         groups = "; ".join(f"ranks {', '.join(map(str, ranks))} have {plan}" for plan, ranks in by_plan.items())
+        super().__init__(f"ranks disagree on the {what}: {groups}; every rank must {self.cure}")
+
+
+class CallMismatch(PlanMismatch):
+    """Ranks do different things at a time."""
+
+    cure = (
+        "call step, evaluate, state_dict and load_state_dict equally often and in one order: as many batches on each "
+        "(drop_last=True), and state_dict on all of them (rank0_only=True gives it to rank 0 alone)"
+    )
+
+    def __init__(self, by_call: dict[str, list[int]]) -> None:
+        super().__init__("call", by_call)
+
+
+class ValuesDiffer(RanksError):
+    """Ranks begin with different parameters, buffers or optimizer state. ``found``: by rank a checksum of those under
+    ``name``; None: that rank has none."""
+
+    def __init__(self, name: str, found: Sequence[int | None]) -> None:
+        lacking = [rank for rank, value in enumerate(found) if value is None]
+        others = lacking or [rank for rank, value in enumerate(found) if value != found[0]]
+        has = f"rank {others[0]} has" if len(others) == 1 else f"ranks {_few(others)} have"
+        what = f"no values of {name!r}, which others have" if lacking else f"other values of {name!r} than rank 0"
         super().__init__(
-            f"ranks disagree on the {what}: {groups}; every rank must be given the same model, plan and options, and "
-            "the ranks of one pipeline the same input shapes"
+            f"{has} {what}; every rank must begin with the same values: call torch.manual_seed with the same number "
+            "before the model is made (or in init), or load the same state dict, on every rank"
         )
 
 
@@ -470,7 +527,7 @@ class UnexpectedTensor(StateMismatch):
     """A state dict holds a name that is none of the model's."""
 
     def __init__(self, name: str, known: Iterable[str]) -> None:
-        near = difflib.get_close_matches(name, list(known), n=1)
+        near = difflib.get_close_matches(str(name), list(known), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         super().__init__(name, "a tensor", f"only names of the model's state_dict(){hint}")
 
@@ -531,6 +588,30 @@ class OptimizerStateMismatch(GraphshardError):
 
     def __init__(self, what: str, given: object, expected: object) -> None:
         super().__init__(f"optimizer state dict: {what}: given {given}; expected {expected}")
+
+
+class OptimizerStateMissing(StateMismatch):
+    """Optimizer state for some of the parameters that are trained alone. ``name``: whose is missing."""
+
+    def __init__(self, key: str, name: str, shape: Sequence[int]) -> None:
+        super().__init__(
+            f"state {key} of {name}",
+            "nothing",
+            f"a tensor of shape {list(shape)}, as all parameters that are trained need state; give it for all of them, "
+            "or begin with a fresh optimizer: do not load its state (of what was frozen before, none was saved)",
+        )
+
+
+class OptimizerStateTogether(StateMismatch):
+    """Optimizer state of one number that is another for parameters which share it here."""
+
+    def __init__(self, key: str, names: Iterable[str]) -> None:
+        super().__init__(
+            f"state {key} of {', '.join(names)}",
+            "different values",
+            "one value, as they are updated together; give state of parameters that have always been trained together, "
+            "or begin with a fresh optimizer: do not load its state",
+        )
 
 
 class UpdateIsPartOfStep(GraphshardError):
@@ -771,6 +852,28 @@ class UnknownRandomOperator(GraphshardError):
         super().__init__(
             f"cannot capture the random operator {operator} in {where}: its numbers could not be drawn again; use "
             "torch.rand, randn, randint, bernoulli, normal, exponential, multinomial or dropout, without a generator"
+        )
+
+
+class RandomOutsideTorch(GraphshardError):
+    """The model draws random numbers from a generator of Python or numpy."""
+
+    def __init__(self, where: str, generator: str) -> None:
+        super().__init__(
+            f"cannot capture {where}: it draws from {generator}, and a compiled step would repeat the same numbers for "
+            "ever; draw with torch (torch.rand, torch.randint), or draw before step and pass the numbers as an argument"
+        )
+
+
+class TensorKeptOutside(GraphshardError):
+    """The forward pass keeps a tensor where capture cannot put back what was there, and reads it in the next one."""
+
+    def __init__(self, where: str, caches: Sequence[str]) -> None:
+        place = f"in the cache of {', '.join(caches)}" if caches else "in a global or an object"
+        process = "" if caches else ", in a new process, since this one now keeps a tensor without values"
+        super().__init__(
+            f"cannot capture {where}: it reads a tensor that an earlier forward pass made and kept outside the model's "
+            f"modules, {place}; register it as a buffer, or run the model once before compile{process}"
         )
 
 

@@ -18,14 +18,16 @@ from torch.optim import Optimizer
 from graphshard import fake, report, trace
 from graphshard.batch import MicroBatch, split_batch
 from graphshard.built import Asked, Built, assemble
-from graphshard.errors import ExecutorNone, NeedsExampleInputs, StateMismatch, UnexpectedTensor
+from graphshard.errors import ExecutorNone, NeedsExampleInputs
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
 from graphshard.plan import Plan
 from graphshard.program import Program, Role
 from graphshard.runtime.executor import Executor
+from graphshard.runtime.same_values import require_same
 from graphshard.runtime.storage import Storage
+from graphshard.state_entries import Entries, IncompatibleKeys, entries_of
 from graphshard.trace import Mode
 
 logger = logging.getLogger("graphshard")
@@ -51,6 +53,7 @@ class Executable(ABC):
     _runtime: Executor | None = None
     _storage: Storage | None = None
     _steps: Steps = field(default_factory=Steps)
+    _compared: bool = False  # whether all ranks have the same first values
     _over_peak: str = ""  # what was said of a step that held more than its plan states
 
     def __post_init__(self) -> None:
@@ -65,6 +68,7 @@ class Executable(ABC):
                 self._write_state,
                 self._scaler_state,
                 self._steps,
+                self._getting_ready,
             )
 
     # What a subclass knows
@@ -232,8 +236,13 @@ class Executable(ABC):
 
     # State
 
-    def _start(self) -> tuple[Executor, Storage]:
-        """The executor and what it stores: at first the model's parameters and buffers, if they have values."""
+    def _start(self, given: Mapping[str, Tensor] | None = None) -> tuple[Executor, Storage]:
+        """The executor and what it stores: at first ``given`` by the names they are stored under, and the model's other
+        parameters and buffers, if they have values.
+
+        Raises:
+            ValuesDiffer: they are not the same on all ranks; nothing is stored.
+        """
         if self._runtime is not None and self._storage is not None:
             return self._runtime, self._storage
         if self.executor == "none":
@@ -241,16 +250,26 @@ class Executable(ABC):
         self._built()
         runtime = self._made_executor()
         storage = Storage(runtime, *self._plans())
-        self._state_names = list(self.model.state_dict(keep_vars=True))
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
+        unsaved = self._unsaved_buffers()
         if self.init is not None:
             _move(self.model, holders, lambda t: torch.empty_like(t, device="cpu"))
             self.init(self.model)
-        params = {name: p.detach() for name, p in self.model.named_parameters()}
-        if not any(p.is_meta for p in params.values()):
-            storage.write_model(params, dict(self.model.named_buffers()))
+        first = dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | unsaved | dict(given or {})
+        first = {name: value.detach() for name, value in first.items() if not value.is_meta}
+        if not given and not self._params.keys() <= first.keys():
+            first = unsaved
         state = given_state(user, trace.parameter_names(self.model)) if user is not None else {}
+        if not self._compared:
+            require_same(runtime, first | _spelled(state))
+            self._compared = True
+        params = {name: value for name, value in first.items() if name in self._params}
+        buffers = {name: value for name, value in first.items() if name not in params}
+        if params or not self._params:
+            storage.write_model(params, buffers)
+        else:
+            storage.write_buffers(buffers)
         if state:
             storage.write_state(state)
         self._storage = storage  # nothing was refused
@@ -261,6 +280,10 @@ class Executable(ABC):
                 holder.state.clear()
         self._parameters = list(self.model.parameters())
         return runtime, storage
+
+    def _unsaved_buffers(self) -> dict[str, Tensor]:
+        """Values of buffers that the model lacks and no state dict has."""
+        return {}
 
     def _started(self) -> tuple[Executor, Storage]:
         """The same before what ranks do together: one that cannot start tells the others."""
@@ -291,10 +314,10 @@ class Executable(ABC):
 
         return LocalExecutor(self.mesh, self.device, **options)
 
-    def state_dict(self, rank0_only: bool = False) -> dict[str, Tensor]:
+    def state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with
-        bf16 or fp16 the float32 masters, and a parameter that is never updated as it was rounded. Collective: all ranks
-        call it.
+        bf16 or fp16 the float32 masters, and a parameter that is never updated as it was rounded. What else the model's
+        state_dict() has, such as extra state, is the module's own now. Collective: all ranks call it.
 
         Args:
             rank0_only: only rank 0 gets the tensors, the others an empty dict.
@@ -303,47 +326,50 @@ class Executable(ABC):
         values = storage.read_params(rank0_only) | storage.read_buffers(rank0_only)
         if rank0_only and self.rank != 0:
             return {}
-        stored = self._stored_names()
         dtypes = {name: param.dtype for name, param in self._params.items()}
         full = {name: value.to(dtypes.get(name, value.dtype)) for name, value in values.items()}
-        return {name: full[stored[name]] for name in self._state_names}
+        return self._entries().filled(full)
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them.
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them; of
+        names that are tied one is enough. Extra state goes to its modules. Collective: all ranks call it, with the same
+        state.
 
-        Of names that are tied one is enough.
+        Args:
+            strict: False: names that are missing keep their values, and what is unexpected is left out.
+
+        Returns:
+            The names that were missing and unexpected, as torch.nn.Module.load_state_dict does.
 
         Raises:
             StateMismatch: a tensor is missing, has another shape, or a name is none of the model's; nothing is changed.
+            ValuesDiffer: ranks are given different states; likewise.
         """
-        _, storage = self._start()
-        stored = self._stored_names()
-        expected = self.model.state_dict(keep_vars=True)
-        given: dict[str, Tensor] = {}
-        for name, value in state.items():
-            if name not in expected:
-                raise UnexpectedTensor(name, expected)
-            if value.shape != expected[name].shape:
-                raise StateMismatch(name, f"shape {list(value.shape)}", f"shape {list(expected[name].shape)}")
-            given[stored[name]] = value
-        for name, tensor in expected.items():
-            if stored[name] not in given:
-                raise StateMismatch(name, "nothing", f"a tensor of shape {list(tensor.shape)}")
-        params = {name: value for name, value in given.items() if name in self._params}
-        storage.write_model(params, {name: value for name, value in given.items() if name not in params})
+        entries = self._entries()
+        with self._getting_ready():
+            given = entries.fit(state, strict)
+            if self._compared:
+                require_same(self._made_executor(), given.values)
+            begun = self._storage is not None
+            _, storage = self._start(given.values)
+        entries.load_extra(given.extra)
+        if begun:
+            kept = storage.read_params() if self._params.keys() - given.values.keys() else {}
+            params = kept | {name: value for name, value in given.values.items() if name in self._params}
+            storage.write_model(params, {name: v for name, v in given.values.items() if name not in params})
+        return given.keys
 
-    def _stored_names(self) -> dict[str, str]:
-        """Every name of a parameter or buffer to the one that its value is stored under."""
-        first: dict[int, str] = {}
-        buffers = self.model.named_buffers(remove_duplicate=False)
-        names = {name: first.setdefault(id(buffer), name) for name, buffer in buffers}
-        return names | {alias: p.name for p in self._params.values() for alias in (p.name, *p.aliases)}
+    def _entries(self) -> Entries:
+        return entries_of(self.model, self._params)
 
     def _read_state(self) -> dict[str, dict[str, Tensor]]:
         return self._started()[1].read_state()
 
     def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._start()[1].write_state(state)
+        with self._getting_ready():
+            runtime, storage = self._start()
+            require_same(runtime, _spelled(state))
+        storage.write_state(state)
 
     def _scaler_state(self) -> ScalerState | None:
         """What there is of loss scaling between steps."""
@@ -367,6 +393,11 @@ class Executable(ABC):
         """The same as data that json can write."""
         build = self._built()
         return report.report(self.program, build.plan, self.plan, self._runtime, self._told())
+
+
+def _spelled(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Optimizer state by names for people."""
+    return {f"state {key} of {name}": value for name, found in state.items() for key, value in found.items()}
 
 
 def _move(model: nn.Module, optimizers: Sequence[Optimizer], make: Callable[[Tensor], Tensor]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphshard import trace
@@ -29,9 +29,7 @@ from graphshard.optimizer_record import other_optimizer, other_options, remade
 from graphshard.plan import Plan
 from graphshard.plan_directory import Manifest, PlanDirectory, read, read_manifest
 from graphshard.program import Program
-from graphshard.runtime.executor import Executor
 from graphshard.runtime.nvme import check_folder
-from graphshard.runtime.storage import Storage
 from graphshard.surroundings import device_for, distributed_world_size, executor_kind, offload_folder
 from graphshard.update import OptimizerLike, make_optimizer
 
@@ -201,14 +199,9 @@ class Loaded(Executable):
         record = self.directory.manifest.optimizer
         return {} if record is None else record.scaler
 
-    def _start(self) -> tuple[Executor, Storage]:
-        if self._runtime is not None and self._storage is not None:
-            return self._runtime, self._storage
+    def _unsaved_buffers(self) -> dict[str, Tensor]:
         empty = {name for name, buffer in self.model.named_buffers() if buffer.is_meta}
-        runtime, storage = super()._start()
-        # No state_dict() has these.
-        storage.write_buffers({name: value for name, value in self.directory.buffers().items() if name in empty})
-        return runtime, storage
+        return {name: value for name, value in self.directory.buffers().items() if name in empty}
 
 
 def _told(built: Built) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -15,6 +17,8 @@ from torch.optim import Optimizer
 from graphshard.errors import OptimizerForeignParameter, OptimizerStateMismatch, UpdateIsPartOfStep
 
 logger = logging.getLogger("graphshard")
+
+_ALL_GROUPS = "give all groups to the optimizer before graphshard.compile"
 
 NamedState = dict[str, dict[str, Tensor]]
 """Parameter name to state key to full tensor."""
@@ -66,10 +70,11 @@ class Steps:
 class CompiledOptimizer(Optimizer):
     """What schedulers and checkpoints see of the compiled update.
 
-    Its ``param_groups`` are the very dicts of the optimizer it was made from, so a scheduler over either drives the
-    step. The learning rate is read before every step; any other option is a constant of the graph, whose change
-    :meth:`hyperparameters_key` shows. State lives with the compiled model: ``read_state`` gathers it and
-    ``write_state`` distributes it, in whatever dtype the step keeps it; ``state`` of this object stays empty.
+    Its ``param_groups`` are those of the optimizer it was made from, also once that has loaded a state dict, which
+    gives it new dicts: a scheduler over either drives the step. The learning rate is read before every step; any other
+    option is a constant of the graph, whose change :meth:`hyperparameters_key` shows. State lives with the compiled
+    model: ``read_state`` gathers it and ``write_state`` distributes it, in whatever dtype the step keeps it; ``state``
+    of this object stays empty.
     """
 
     def __init__(
@@ -80,19 +85,22 @@ class CompiledOptimizer(Optimizer):
         write_state: Callable[[NamedState], None],
         scaler: Callable[[], ScalerState | None] = lambda: None,
         steps: Steps | None = None,
+        getting_ready: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """``param_names`` maps the id of each Parameter to its canonical name; ``scaler`` gives None where the compiled
-        step does not scale the loss; ``steps`` is saved and loaded with the state.
+        step does not scale the loss; ``steps`` is saved and loaded with the state; ``getting_ready`` is around what may
+        refuse a state dict on this rank alone, so that others need not wait.
 
         Raises:
             OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
         """
         self._complete = False
-        self.source = optimizer
+        self.source, self._groups = optimizer, len(optimizer.param_groups)
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._complete = True
         self._read_state, self._write_state, self._scaler = read_state, write_state, scaler
         self._steps = Steps() if steps is None else steps
+        self._getting_ready = getting_ready
         self._constants = [set(group) - {"params", "param_names", "lr", "initial_lr"} for group in self.param_groups]
         self._names: list[list[str]] = []
         for index, group in enumerate(self.param_groups):
@@ -100,6 +108,21 @@ class CompiledOptimizer(Optimizer):
                 if id(parameter) not in param_names:
                     raise OptimizerForeignParameter(index, position, parameter.shape)
             self._names.append([param_names[id(p)] for p in group["params"]])
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The very list of the optimizer that this one was made from.
+
+        Raises:
+            UpdateIsPartOfStep: groups were added to that one.
+        """
+        if len(self.source.param_groups) != self._groups:
+            raise UpdateIsPartOfStep("add_param_group()", _ALL_GROUPS)
+        return self.source.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: object) -> None:
+        """torch's constructor, and copying, set what the other one has."""
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:
@@ -134,14 +157,13 @@ class CompiledOptimizer(Optimizer):
         """Nothing to do: gradients do not outlive a compiled step."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only for the constructor.
+        """Only for torch's constructor: the group is there already.
 
         Raises:
             UpdateIsPartOfStep: the update of the given parameters has been compiled already.
         """
         if self._complete:
-            raise UpdateIsPartOfStep("add_param_group()", "give all groups to the optimizer before graphshard.compile")
-        self.param_groups.append(param_group)
+            raise UpdateIsPartOfStep("add_param_group()", _ALL_GROUPS)
 
     def state_dict(self) -> dict[str, Any]:
         """``{"state": {name: {key: tensor}}, "param_groups": [{"lr": …, "params": [name, …]}], "steps": …}`` with full
@@ -163,21 +185,43 @@ class CompiledOptimizer(Optimizer):
         A scaler's state that only one side has is left out with a warning.
 
         Raises:
-            OptimizerStateMismatch: other groups, other parameters, state that is no tensor or number, steps that are no
-                count, or a scaler with other factors. Nothing is changed then.
+            OptimizerStateMismatch: no dict, other groups, other parameters, state that is no tensor or number, a
+                learning rate that is no number, steps that are no count, or a scaler with other factors.
+            OptimizerStateMissing, OptimizerStateTogether: state that the step cannot go on from.
+
+        Nothing is changed then.
         """
+        with self._getting_ready():
+            state, steps = self._checked(state_dict)
+        scaler, scale = self._scaler(), state_dict.get("scaler")
+        self._write_state(state)
+        self._steps.taken = steps
+        if scaler is not None and scale is not None:
+            scaler.load_state_dict(scale)
+        elif scaler is not None:
+            logger.warning("graphshard: the optimizer state has no 'scaler': the loss scale stays what it is here")
+        elif scale is not None:
+            logger.warning("graphshard: the 'scaler' of the optimizer state is left out: this plan scales no loss")
+        for group, own_group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            own_group.update({key: value for key, value in group.items() if key != "params"})
+
+    def _checked(self, state_dict: Mapping[str, Any]) -> tuple[NamedState, int]:
+        """The state in ``state_dict`` by the model's names, and the steps taken; all of it can be taken over."""
+        _expect("the state dict", state_dict, Mapping)
         scaler, scale = self._scaler(), state_dict.get("scaler")
         if scaler is not None and scale is not None:
-            scaler.check(scale)
+            scaler.check(_expect("'scaler'", scale, Mapping))
         steps = state_dict.get("steps", self._steps.taken)
         if type(steps) is not int or steps < 0:
             raise OptimizerStateMismatch("'steps'", repr(steps), "the number of steps taken")
-        groups = _part(state_dict, "param_groups", list)
+        groups = _expect("'param_groups'", state_dict.get("param_groups"), list)
         if len(groups) != len(self._names):
             raise OptimizerStateMismatch("number of parameter groups", len(groups), len(self._names))
         names: dict[object, str] = {}
         for index, (group, own) in enumerate(zip(groups, self._names, strict=True)):
-            given = group["params"]
+            given = _expect(f"'params' of group {index}", _expect(f"group {index}", group, Mapping).get("params"), list)
+            if not _is_number(group.get("lr", 0.0)):
+                raise OptimizerStateMismatch(f"'lr' of group {index}", repr(group["lr"]), "a number")
             if len(given) != len(own):
                 raise OptimizerStateMismatch(f"number of parameters in group {index}", len(given), len(own))
             by_name = all(isinstance(item, str) for item in given)
@@ -188,22 +232,15 @@ class CompiledOptimizer(Optimizer):
                 )
             names |= {item: item if by_name else name for item, name in zip(given, own, strict=True)}
         state: NamedState = {}
-        for key, values in _part(state_dict, "state", dict).items():
+        for key, values in _expect("'state'", state_dict.get("state"), Mapping).items():
             if key not in names:
                 raise OptimizerStateMismatch("state of a parameter", repr(key), "one that is listed in param_groups")
             state[names[key]] = {
-                k: _tensor(f"state {k!r} of {names[key]!r}", v) for k, v in values.items() if _is_value(v)
+                k: _tensor(f"state {k!r} of {names[key]!r}", v)
+                for k, v in _expect(f"state of {names[key]!r}", values, Mapping).items()
+                if _is_value(v)
             }
-        self._write_state(state)
-        self._steps.taken = steps
-        if scaler is not None and scale is not None:
-            scaler.load_state_dict(scale)
-        elif scaler is not None:
-            logger.warning("graphshard: the optimizer state has no 'scaler': the loss scale stays what it is here")
-        elif scale is not None:
-            logger.warning("graphshard: the 'scaler' of the optimizer state is left out: this plan scales no loss")
-        for group, own_group in zip(groups, self.param_groups, strict=True):
-            own_group.update({key: value for key, value in group.items() if key != "params"})
+        return state, steps
 
 
 def spell_options(key: Any) -> tuple[dict[str, str], ...]:
@@ -241,11 +278,18 @@ def _is_value(value: object) -> bool:
     return value is not None and not isinstance(value, (bool, str))
 
 
-def _part(state_dict: Mapping[str, Any], key: str, kind: type) -> Any:
-    part = state_dict.get(key)
-    if not isinstance(part, kind):
-        raise OptimizerStateMismatch(f"{key!r}", type(part).__name__, f"a {kind.__name__}")
-    return part
+def _is_number(value: object) -> bool:
+    """Whether it can be a learning rate."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and not value.is_meta
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _expect(what: str, given: Any, kind: type) -> Any:
+    if not isinstance(given, kind):
+        expected = "a list" if kind is list else "a dict"
+        raise OptimizerStateMismatch(what, "nothing" if given is None else type(given).__name__, expected)
+    return given
 
 
 def _tensor(what: str, value: object) -> Tensor:

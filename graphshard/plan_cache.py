@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +64,7 @@ class PlanCache:
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
         logger.warning("graphshard: %s is no whole plan (%s); compiling anew", path, problem)
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
         return None
 
     def write(self, key: str, plan: ExecutionPlan) -> None:
@@ -80,7 +81,8 @@ class PlanCache:
                 (unfinished / name).write_bytes(data)
             hashes = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
             write_atomic(unfinished / _LIST, json.dumps(hashes))
-            if not self.path(key).exists():  # another rank may have been faster
+            if not self.path(key).is_dir():  # another rank may have been faster
+                _remove(self.path(key))
                 unfinished.rename(self.path(key))
         except OSError as error:
             logger.warning("graphshard: the plan is not kept for the next start: %s", error)
@@ -116,6 +118,15 @@ class PlanCache:
             shutil.rmtree(path, ignore_errors=True)
             logger.info("graphshard: removed %s (%s) from the cache", path, human(size))
             total -= size
+
+
+def _remove(path: Path) -> None:
+    """Remove what is in an entry's place, whatever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
 
 
 def open_cache(where: bool | str | Path) -> PlanCache | None:

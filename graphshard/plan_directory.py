@@ -23,6 +23,7 @@ from torch.utils._pytree import treespec_dumps, treespec_loads
 from graphshard import text
 from graphshard.built import Built
 from graphshard.codegen import emit
+from graphshard.dump_folder import BUFFERS, MANIFEST, finish, mark
 from graphshard.errors import NotAPlanDirectory, PlanDirectoryChanged, PlanDirectoryMisfit
 from graphshard.files import write_atomic
 from graphshard.mesh import Mesh
@@ -34,7 +35,6 @@ from graphshard.version import __version__
 
 logger = logging.getLogger("graphshard")
 
-MANIFEST, BUFFERS = "manifest.json", "buffers.safetensors"
 FORMAT = 1
 
 
@@ -120,6 +120,7 @@ def write(
     """Write ``builds`` beside the graphs that are in ``folder`` already, and then ``manifest`` with a list of them and
     the hashes. Until that is there, the folder cannot be loaded. A call that returns what JSON cannot say is left out,
     with a warning."""
+    mark(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
     contents: dict[str, bytes] = {}
     records = []
@@ -144,6 +145,7 @@ def write(
     items = {"format": FORMAT, **encode(complete)}.items()
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in items)
     write_atomic(folder / MANIFEST, f"{{\n{lines}\n}}\n")
+    finish(folder)
 
 
 def read_manifest(folder: Path) -> Manifest:

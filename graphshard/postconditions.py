@@ -70,6 +70,8 @@ def _gathered_is_released(program: Program) -> Iterator[Violation]:
                 wrong = (
                     f"gathered parameter %{node.name} is kept from forward to backward, where %{reader.name} reads it"
                 )
+                if all(record.name != "normalize" for record in program.history):
+                    wrong += "; run normalize before zero, which makes a view of a parameter for each phase"
                 yield wrong, f"%{node.name} = {node.target}, graph body"
 
 

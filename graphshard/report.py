@@ -20,7 +20,7 @@ from graphshard.runtime.traffic import moved_bytes, sent_bytes
 from graphshard.saved_activations import saved_activations
 from graphshard.simulate import simulate_memory
 from graphshard.timeline import Timeline, simulated_timeline, timeline
-from graphshard.units import human
+from graphshard.units import counted, human
 
 MOST_OFF = 1.05
 """A measured peak may be so many times the simulated one."""
@@ -289,7 +289,8 @@ def explain(data: dict[str, Any]) -> str:
     """One page of text from :func:`report`'s data."""
     mesh = " ".join(f"{k}={v}" for k, v in data["mesh"].items()) or "one rank"
     lines = [
-        f"plan {data['plan']}: {mesh}, {data['microbatches']} micro-batches per step and data-parallel rank, "
+        f"plan {data['plan']}: {mesh}, {counted(data['microbatches'], 'micro-batch', 'micro-batches')} per step "
+        "and data-parallel rank, "
         f"{data['parameters']:,} parameters",
         *filter(None, [data["cache"]]),
         "",
@@ -307,7 +308,7 @@ def explain(data: dict[str, Any]) -> str:
             continue
         seen.add(rank["stage"])
         sent = ", ".join(f"{axis} {human(n)}" for axis, n in rank["sent_bytes"].items()) or "nothing"
-        lines.append(f"  stage {rank['stage']}: {rank['flops'] / 1e9:.2f} GFLOP a step, sends {sent}")
+        lines.append(f"  stage {rank['stage']}: {human(rank['flops'], 'FLOP')} a step, sends {sent}")
         lines += _memory(rank, [r for r in data["ranks"] if r["stage"] == rank["stage"] and "measured_memory" in r])
         away = [f"{human(n)} in {home}" for home, n in rank["offloaded_bytes"].items()]
         away += [f"{human(n)} {way} a step" for way, n in rank["moved_bytes"].items()]

@@ -52,23 +52,37 @@ def call(request: Request, leaves: list[Any]) -> tuple[list[Tensor], Output]:
     """
     args, kwargs = pytree.tree_unflatten(leaves, request.spec)
     if request.loss_fn is None:
-        result = request.model(*args, **kwargs)
+        result = forward_of(request.model, args, kwargs)
         loss = None if request.mode == "call" else _loss_in(result)
     else:
         x, *targets = args
-        result = _apply(request.model, x)
-        loss = None if request.mode == "call" else request.loss_fn(result, *targets, **kwargs)
+        result = forward_of(request.model, *_arguments_of(x))
+        loss = None if request.mode == "call" else loss_of(request.loss_fn, (result, *targets), kwargs)
     if request.mode == "call":
         return _flattened(result)
     return [_checked(loss, request.train)], Output()
 
 
-def _apply(model: nn.Module, x: Any) -> Any:
+# Frames of these two say in a traceback what was running.
+
+
+def forward_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the model returns."""
+    return model(*args, **kwargs)
+
+
+def loss_of(loss_fn: LossFn, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the loss function returns."""
+    return loss_fn(*args, **kwargs)
+
+
+def _arguments_of(x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments, where a loss function takes those behind the first."""
     if isinstance(x, tuple):
-        return model(*x)
+        return x, {}
     if isinstance(x, dict):
-        return model(**x)
-    return model(x)
+        return (), x
+    return (x,), {}
 
 
 def _loss_in(result: Any) -> Any:

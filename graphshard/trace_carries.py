@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from graphshard import fake
 from graphshard.dataflow import owns_memory
 from graphshard.program import NodeInfo, Phase, Program, Role, Section, Slot
-from graphshard.rewrite import add_input, after, call, remove_input, set_outputs
+from graphshard.rewrite import add_input, after, call, remove_input, retype, set_outputs
 
 aten = torch.ops.aten
 
@@ -82,7 +82,13 @@ class Carries:
         record = replace(record, origin=f"accumulate.{name}")
         with after(value):  # so that the value is not kept until the end
             total = call(self.program.body.graph, aten.add.Tensor, (carry, value), record)
-        assert total.meta["val"].stride() == carry.meta["val"].stride(), f"the sum of {name} has other strides"
+        if total.meta["val"].stride() != carry.meta["val"].stride():  # by dims of size 1, as those of a 1x1 kernel
+            with after(value):
+                copy = replace(record, origin=f"contiguous.{name}")
+                layout = {"memory_format": torch.contiguous_format}
+                dense = call(self.program.body.graph, aten.clone.default, (value,), copy, **layout)
+            total.replace_input_with(value, dense)
+            retype([total])
         self.results[slot] = total
         return like
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -17,22 +18,24 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 from torch.utils._mode_utils import no_dispatch
 
 from graphshard import attention, fake
 from graphshard.errors import NeedsTensorValue, UncapturableOperator
 from graphshard.trace_autocast import Casts, autocast_on
+from graphshard.trace_batch_norm import BATCH_NORM, laid_out
 from graphshard.trace_checks import checks_left_out
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace_grouped import of_groups
+from graphshard.trace_marks import LINE, MODULE
 from graphshard.trace_masked import selected
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
-
-MODULE, LINE = "graphshard.module", "graphshard.line"
-"""Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""
+from graphshard.trace_turned import Turned
+from graphshard.trace_valueless import WITHOUT_VALUES, batch_norm_without_values
 
 
 @contextlib.contextmanager
@@ -61,7 +64,10 @@ def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> 
     one operator, and every device the CPU; ``casts``: what becomes of casts, where the plan has a precision;
     ``unchecked``: lines of the model whose checks were left out are added to it."""
     calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
-    replaced = _attention_replaced(), _no_higher_order(), checks_left_out(unchecked)
+    replaced = (
+        *(_attention_replaced(), batch_norm_without_values(), checks_left_out(unchecked)),
+        *(_no_reentrant(), _no_higher_order()),
+    )
     with torch.fx.traceback.annotate({MODULE: ""}), contextlib.ExitStack() as stack:
         for context in (*replaced, operators, calls):
             stack.enter_context(context)
@@ -138,13 +144,31 @@ def _no_higher_order() -> Iterator[None]:
         HigherOrderOperator.__call__ = before  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def _no_reentrant() -> Iterator[None]:
+    """A checkpoint that calls autograd within the backward is refused where the model calls it."""
+
+    def apply(function: Any, preserve: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in args):
+            instead = "say use_reentrant=False, or leave the checkpoint out and put recompute into the plan"
+            raise UncapturableOperator("a checkpoint with use_reentrant=True", describe(calling_line()), instead)
+        return before.apply(function, preserve, *args)
+
+    before = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = SimpleNamespace(apply=apply)  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = before  # type: ignore[misc]
+
+
 class _Calls(TorchFunctionMode):
     """Sees every torch function the model calls: notes the line, makes attention one operator, and has devices
     replaced and casts traced."""
 
     def __init__(self, devices: Devices, casts: Casts | None) -> None:
         super().__init__()
-        self._devices, self._casts = devices, casts
+        self._devices, self._casts, self._turned = devices, casts, Turned()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -161,14 +185,17 @@ class _Calls(TorchFunctionMode):
         if func in _TO_NUMPY:
             raise NeedsTensorValue(describe(calling_line()))
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
+        if func in BATCH_NORM:
+            func = laid_out(func)
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:
             func = written_out(func)
-        func, args, kwargs = selected(of_groups(func), args, kwargs)
-        if self._casts is None:
-            return func(*args, **kwargs)
-        return self._casts.call(func, args, kwargs)
+        func, args, kwargs = selected(of_groups(WITHOUT_VALUES.get(func, func)), args, kwargs)
+        self._turned.before(args, kwargs)
+        result = func(*args, **kwargs) if self._casts is None else self._casts.call(func, args, kwargs)
+        self._turned.after(func, args, kwargs, result)
+        return result
 
 
 _ATTENTION = F.scaled_dot_product_attention

@@ -18,6 +18,7 @@ from graphshard.dataflow import is_view, owns_memory
 from graphshard.errors import (
     ParameterOutsideModel,
     ParameterWritten,
+    TensorKeptOutside,
     TensorWithoutValue,
     UncapturableOperator,
     UnknownRandomOperator,
@@ -25,10 +26,11 @@ from graphshard.errors import (
 from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section
 from graphshard.rewrite import add_input, call, drop_dead
 from graphshard.trace_autocast import AS_GIVEN
+from graphshard.trace_caches import empty_everywhere
 from graphshard.trace_carries import Carries
-from graphshard.trace_context import LINE, MODULE
-from graphshard.trace_errors import NO_FUNCTIONS, Line, describe
+from graphshard.trace_errors import NO_FUNCTIONS
 from graphshard.trace_joint import Joint, Port
+from graphshard.trace_marks import line_of, module_of, where
 from graphshard.trace_model import HOOK, ModelTensors
 from graphshard.trace_random import Made, Sampler
 
@@ -136,16 +138,17 @@ class _Body:
 
     def _constant(self, node: fx.Node) -> fx.Node:
         value = getattr(self.joint.module, str(node.target))
-        where = _where(next(iter(node.users)))
+        read = next(iter(node.users))
         if isinstance(value, torch.Generator):
-            raise UnknownRandomOperator("that is given a generator", where)
+            raise UnknownRandomOperator("that is given a generator", where(read))
         if not isinstance(value, Tensor):
-            raise UncapturableOperator("a nested graph", where, NO_FUNCTIONS)
-        assert not isinstance(value, FakeTensor), f"{node.target} is a constant without a value"
+            raise UncapturableOperator("a nested graph", where(read), NO_FUNCTIONS)
+        if isinstance(value, FakeTensor):
+            raise TensorKeptOutside(where(read), empty_everywhere())
         if _memory(value) in self.known:
-            raise ParameterOutsideModel(self.known[_memory(value)].name, where)
+            raise ParameterOutsideModel(self.known[_memory(value)].name, where(read))
         if value.is_meta:
-            raise TensorWithoutValue(where)
+            raise TensorWithoutValue(where(read))
         for name, other in self.constants.items():
             if other is value:
                 return self.section.input_slots[Slot(Role.CONSTANT, name)]
@@ -166,7 +169,7 @@ class _Body:
             return target(*node.args).item()  # type: ignore[no-any-return]
         else:
             self._check(node)
-            random = self.sampler.replace(node, self.made, record, lambda: _where(node))
+            random = self.sampler.replace(node, self.made, record, lambda: where(node))
             if random is not None:
                 return random
         copy = self.section.graph.node_copy(node, self.made.__getitem__)
@@ -176,25 +179,25 @@ class _Body:
     def _check(self, node: fx.Node) -> None:
         target: Any = node.target
         if not isinstance(target, torch._ops.OpOverload):
-            raise UncapturableOperator(str(getattr(target, "name", lambda: target)()), _where(node), NO_FUNCTIONS)
+            raise UncapturableOperator(str(getattr(target, "name", lambda: target)()), where(node), NO_FUNCTIONS)
         if target.namespace not in ("aten", "prims", "graphshard"):
             instead = "only ATen operators can be part of a program; write it with them"
-            raise UncapturableOperator(str(target), _where(node), instead)
+            raise UncapturableOperator(str(target), where(node), instead)
         if target._schema.is_mutable:
-            raise UncapturableOperator(str(target), _where(node), "use an operator that returns its result")
+            raise UncapturableOperator(str(target), where(node), "use an operator that returns its result")
 
     def _record(self, node: fx.Node) -> NodeInfo:
         if node.meta.get("partitioner_tag") != "is_backward":
-            if (line := _line(node)) is not None:
+            if (line := line_of(node)) is not None:
                 self.sources[node.name] = f"{line[0]}:{line[1]}"
             as_given = bool(node.meta.get("custom", {}).get(AS_GIVEN))
-            return NodeInfo(module=_module(node), origin=node.name, as_given=as_given)
+            return NodeInfo(module=module_of(node), origin=node.name, as_given=as_given)
         if node.meta.get("custom", {}).get(HOOK):
-            return NodeInfo(Phase.BACKWARD, _module(node), node.name, as_given=True)
+            return NodeInfo(Phase.BACKWARD, module_of(node), node.name, as_given=True)
         forward = self.forward_of.get(node.meta.get("seq_nr"))
         if forward is None:
             return NodeInfo(phase=Phase.BACKWARD, origin=node.name)
-        return NodeInfo(Phase.BACKWARD, _module(forward), node.name, forward.name)
+        return NodeInfo(Phase.BACKWARD, module_of(forward), node.name, forward.name)
 
     def _result(self, result: fx.Node, others: set[fx.Node]) -> fx.Node:
         """The node to return: not the copy that capture makes of a result, if that is a value of its own."""
@@ -226,20 +229,6 @@ def _forward_nodes(nodes: list[fx.Node]) -> dict[int | None, fx.Node]:
 def _memory(tensor: Tensor) -> int:
     address: int = tensor.untyped_storage()._cdata
     return address
-
-
-def _module(node: fx.Node) -> str:
-    path: str = node.meta.get("custom", {}).get(MODULE, "")
-    return path
-
-
-def _where(node: fx.Node) -> str:
-    return describe(_line(node), _module(node))
-
-
-def _line(node: fx.Node) -> Line | None:
-    line: Line | None = node.meta.get("custom", {}).get(LINE)
-    return line
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ from graphshard.errors import (
     UncapturableOperator,
     UnknownRandomOperator,
 )
-from graphshard.trace_call import call
+from graphshard.trace_call import call, forward_of, loss_of
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
@@ -76,7 +76,7 @@ def translate(error: Exception, doing: str) -> GraphshardError:
     """The error to raise for what was raised while the model ran on fake tensors."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
     line = (frames[-1].filename, frames[-1].lineno or 0) if frames else None
-    where = describe(line) if line is not None else "the backward pass, or in torch itself"
+    where = describe(line) if line is not None else _running(error)
     match error:
         case DataDependentOutputException():
             return NeedsTensorValue(where)
@@ -86,11 +86,29 @@ def translate(error: Exception, doing: str) -> GraphshardError:
             return UncapturableOperator(str(error.func), where, "it has no rule for the shape of its result")
     if isinstance(error, NotImplementedError) and "torch._C.Generator" in str(error):  # torch 2.11
         return UnknownRandomOperator("that is given a torch.Generator", where)
+    if "mutation on a view chain" in str(error):
+        instead = "take it of a clone(), or, for fill_diagonal_, write x.diagonal().fill_(value)"
+        return UncapturableOperator("a write to an as_strided view of a view", where, instead)
     if "meta" in str(error) and "device" in str(error) and isinstance(error, RuntimeError):
         return TensorWithoutValue(where)
     if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):
         return NeedsTensorValue(where)
     return ModelFailed(doing, error, where)
+
+
+def _running(error: Exception) -> str:
+    """What raised ``error``, where no line of the user's code did: ``the call of the model, module '2' (Linear)``."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    codes = [frame.f_code for frame in frames]
+    if loss_of.__code__ in codes:
+        return "the call of loss_fn"
+    if forward_of.__code__ not in codes:
+        return "the backward pass, or in torch itself"
+    at = codes.index(forward_of.__code__)
+    names = {id(module): name for name, module in frames[at].f_locals["model"].named_modules()}
+    modules = [frame.f_locals.get("self") for frame in frames[at:] if frame.f_code.co_name == "forward"]
+    known = [(names[id(module)], type(module).__name__) for module in modules if names.get(id(module))]
+    return "the call of the model" + (f", module {known[-1][0]!r} ({known[-1][1]})" if known else "")
 
 
 _VALUE_SIGNS = (

@@ -11,11 +11,15 @@ from torch import Tensor, fx, nn
 
 from graphshard import fake
 from graphshard.errors import GraphshardError
+from graphshard.trace_attributes import unchanged
 from graphshard.trace_autocast import Casts
+from graphshard.trace_caches import kept_free, kept_tensor, places_of
 from graphshard.trace_call import Output, Request, call
 from graphshard.trace_context import capturing, watching
 from graphshard.trace_errors import translate
-from graphshard.trace_model import ModelTensors, fake_tensors, swapped, unchanged
+from graphshard.trace_generators import generators_kept, refuse_draws
+from graphshard.trace_layout import KeptLayout
+from graphshard.trace_model import ModelTensors, fake_tensors, swapped
 
 logger = logging.getLogger("graphshard")
 
@@ -54,13 +58,15 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
     from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
     step = Step(request, tensors)
-    with capturing(request.model, request.train, request.lower), contextlib.ExitStack() as stack:
+    kept_layout = KeptLayout()  # type: ignore[no-untyped-call]
+    with capturing(request.model, request.train, request.lower), kept_layout, contextlib.ExitStack() as stack:
         try:
             traced = aot_export_joint_with_descriptors(stack, step, tuple(step.batch_values))
         except GraphshardError:
             raise
         except Exception as error:
-            raise translate(error, "the model or its loss function") from error
+            raise kept_tensor(error) or translate(error, "the model or its loss function") from error
+    check_draws(step, tensors)
     graph = traced.graph_module.graph
     inputs = {node: _port(node.meta["desc"], step) for node in graph.nodes if node.op == "placeholder"}
     returned = graph.output_node()
@@ -81,8 +87,11 @@ class Step(nn.Module):
     def __init__(self, request: Request, tensors: ModelTensors) -> None:
         super().__init__()
         self.request = request
+        self.modules_run = tuple(m for m in (request.model, request.loss_fn) if isinstance(m, nn.Module))
+        self.places = places_of(self.modules_run, request.loss_fn)
         self.held = tensors.all()
         self.mode = fake.new_mode()
+        self.moved: set[str] = set()  # generators of Python and numpy
         self.changes: set[str] = set()
         self.unchecked: set[str] = set()  # lines of the model whose checks of values are left out
         self.replaced: set[str] = set()  # buffers; AOTAutograd runs this once to see what is written, then to trace it
@@ -102,7 +111,9 @@ class Step(nn.Module):
             leaves[i] = value
         values = [v for v in (*self._parameters.values(), *self._buffers.values()) if v is not None]
         with (
-            unchanged(self.request.model, self.changes),
+            unchanged(self.modules_run, self.changes),
+            kept_free(self.places, self.mode),
+            generators_kept(self.moved),
             swapped(self.held, values, self.replaced) as shown,
         ):
             casts = None if self.request.lower is None else Casts([*batch, *shown[len(self._parameters) :]])
@@ -110,6 +121,23 @@ class Step(nn.Module):
                 results, self.output = call(self.request, leaves)
         # For a result that is a view or an input AOTAutograd would return something else in its place.
         return tuple(result.clone() for result in results)
+
+
+def check_draws(step: Step, tensors: ModelTensors) -> None:
+    """To be called once ``step`` has run.
+
+    Raises:
+        RandomOutsideTorch: it has drawn random numbers without torch.
+    """
+
+    def again() -> None:
+        other = Step(step.request, tensors)
+        with other.mode:
+            other(*other.batch_values)
+
+    if step.moved:
+        with capturing(step.request.model, step.request.train, step.request.lower):
+            refuse_draws(step.moved, again)
 
 
 def _port(descriptor: Any, step: Step) -> Port:

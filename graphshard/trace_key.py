@@ -25,7 +25,7 @@ from graphshard.errors import NotHashable
 from graphshard.text_spelling import to_stored
 from graphshard.trace_call import LossFn, Mode, Output, Request
 from graphshard.trace_context import capturing
-from graphshard.trace_joint import Step
+from graphshard.trace_joint import Step, check_draws
 from graphshard.trace_model import ModelTensors, tensors_of
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -53,6 +53,7 @@ def seen(
 
     Raises:
         NotHashable: an operator is given something whose value cannot be written down.
+        RandomOutsideTorch: see :func:`graphshard.trace_joint.check_draws`.
         Exception: whatever the model raises; capture says it better.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -76,6 +77,7 @@ def _seen(request: Request, tensors: ModelTensors, replaced: set[str]) -> Seen:
             tangents = [torch.empty_like(result) for result in results]
             calls.note("backward")
             results += torch.autograd.grad(results, trained, tangents, allow_unused=True)
+    check_draws(step, tensors)
     if again:
         return _seen(request, tensors, step.replaced)
     calls.note("results", [None if value is None else calls.number(value) for value in results])

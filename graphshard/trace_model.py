@@ -1,8 +1,8 @@
-"""A model's tensors while it is captured: where each one is, fake ones in their place, and everything put back."""
+"""A model's tensors while it is captured: where each one is, and fake ones in their place."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -200,38 +200,6 @@ def _is_replaced(held: Held, given: Tensor, now: Any) -> bool:
 
 def _type(value: Any) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-@contextmanager
-def unchanged(model: nn.Module, changes: set[str]) -> Iterator[None]:
-    """Put back every attribute of the model's modules afterwards, so that no fake tensor stays behind and each of
-    capture's runs sees the same model. Numbers and strings that were changed are described in ``changes``."""
-    before = [
-        (
-            name,
-            module,
-            dict(module.__dict__),
-            [(d, dict(d)) for d in (module._parameters, module._buffers, module._modules)],
-        )
-        for name, module in model.named_modules()
-    ]
-    try:
-        yield
-    finally:
-        for name, module, attributes, registered in before:
-            for key, old in attributes.items():
-                new = module.__dict__.get(key)
-                if type(old) in (int, float, bool, str) and type(new) is type(old) and old != new:
-                    changes.add(f"{name}.{key}".lstrip(".") + f" from {old!r} to {new!r}")
-            _put_back(module.__dict__, attributes)
-            for values, original in registered:
-                _put_back(values, original)
-
-
-def _put_back(values: dict[str, Any], original: Mapping[str, Any]) -> None:
-    if values.keys() != original.keys() or any(values[k] is not original[k] for k in original):
-        values.clear()
-        values.update(original)
 
 
 @contextmanager

@@ -29,7 +29,8 @@ class Operators(TorchDispatchMode):
         unchecked: lines of the model whose checks were left out are added to it.
 
     Raises:
-        UncapturableOperator: one writes to a constant, which every step would have to begin with.
+        UncapturableOperator: one writes to a constant, which every step would have to begin with, or to elements that
+            share memory, as those of expand and unfold do.
     """
 
     def __init__(self, unchecked: set[str]) -> None:
@@ -44,8 +45,12 @@ class Operators(TorchDispatchMode):
             return None
         mode = torch._C._get_dispatch_mode(_FUNCTIONAL)
         known = FakeTensor if mode is None else FunctionalTensor
-        if any(not isinstance(value, known) for value in _written(func, args, kwargs or {})):
+        targets = written(func, args, kwargs or {})
+        if any(not isinstance(value, known) for value in targets):
             instead = "what it writes to has to be a buffer of the model, see register_buffer"
+            raise UncapturableOperator(str(func), describe(calling_line()), instead)
+        if torch.Tag.inplace_view not in func.tags and any(map(_overlaps, targets)):
+            instead = "elements of what it writes to have one place in memory: clone() it first"
             raise UncapturableOperator(str(func), describe(calling_line()), instead)
         result = func(*args, **(kwargs or {}))
         if mode is None or any(argument.alias_info for argument in func._schema.arguments):
@@ -59,10 +64,26 @@ def _is_check(func: Any) -> bool:
     return func.namespace == "aten" and not func._schema.returns and not func._schema.is_mutable
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that the call writes to."""
+def written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a call of an ATen operator writes to."""
     found: list[Any] = []
     for index, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append(args[index] if index < len(args) else kwargs.get(argument.name))
     return [value for value in tree_leaves(found) if isinstance(value, Tensor)]
+
+
+def _overlaps(value: Tensor) -> bool:
+    """Whether two elements have one place in memory."""
+    dims = sorted((stride, size) for size, stride in zip(value.shape, value.stride(), strict=True) if size > 1)
+    end = 0  # the last place of the dims so far
+    for stride, size in dims:
+        if stride <= end:
+            break
+        end += stride * (size - 1)
+    else:
+        return False
+    places = {0}
+    for stride, size in dims:
+        places = {place + stride * i for place in places for i in range(size)}
+    return len(places) < value.numel()

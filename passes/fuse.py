@@ -9,6 +9,7 @@ values is computed together, too, as both results of SwiGLU's backward are, and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +21,7 @@ from graphshard.analysis import has_products, is_random, nbytes
 from graphshard.communication import communicates
 from graphshard.dataflow import is_getitem, is_view, upstream
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, Group, repeat_cheap
+from graphshard.errors import PassOptionError
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Role, Section, info, val
 from graphshard.rewrite import clone, into_region
@@ -44,6 +46,12 @@ class Fuse:
 
     name: ClassVar[str] = "fuse"
     exact: ClassVar[bool] = True  # a region means its operations
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise PassOptionError(self.name, f"most={self.most}", "an integer of at least 1")
+        if not 0 <= self.function_flops < math.inf:
+            raise PassOptionError(self.name, f"function_flops={self.function_flops}", "a finite number of at least 0")
 
     def run(self, program: Program, ctx: Context) -> Program:
         for name, section in program.sections().items():

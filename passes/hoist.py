@@ -9,6 +9,7 @@ micro-batches before ranks instead of after: the same to rounding.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -16,6 +17,7 @@ import torch
 from torch import fx
 
 from graphshard import fake
+from graphshard.errors import PassOptionError
 from graphshard.pipeline import Context
 from graphshard.program import Bucket, Level, NodeInfo, Phase, Program, Role, Slot, info
 from graphshard.rewrite import add_input, arg, call, drop_dead, first_operation, remove_input, retype, set_outputs
@@ -33,6 +35,11 @@ class Hoist:
     budget_gb: tuple[float, ...] = ()
     name: ClassVar[str] = "hoist"
     exact: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for budget in self.budget_gb:
+            if not 0 <= budget < math.inf:
+                raise PassOptionError(self.name, f"budget_gb={budget}", "a finite number of at least 0")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if not self.budget_gb or program.level is not Level.SHARDED:

@@ -23,7 +23,7 @@ from graphshard.dataflow import is_getitem
 from graphshard.errors import NothingMatches, PassOptionError
 from graphshard.pipeline import Context
 from graphshard.program import Level, MemoryTag, Phase, Program, info, set_info, val
-from graphshard.saving import POLICIES, Ladder, Rung, can_repeat, divide, storages
+from graphshard.saving import POLICIES, PRICES, Ladder, Rung, can_repeat, divide, storages
 
 _T = TypeVar("_T")
 
@@ -63,6 +63,16 @@ class MemoryPolicy:
         for policy in self.instead:
             if policy not in ("cut", *POLICIES):
                 raise PassOptionError(self.name, f"instead={policy}", "cut, full, selective or all")
+        for level in self.levels:
+            if not 0 <= level <= len(PRICES):
+                raise PassOptionError(self.name, f"levels={level}", f"integers from 0 to {len(PRICES)}")
+        for option in ("blocks", "offload_blocks", "file_blocks"):
+            for count in getattr(self, option):
+                if count < 0:
+                    raise PassOptionError(self.name, f"{option}={count}", "integers of at least 0")
+        for option in ("modules", "ops"):
+            if "" in getattr(self, option):
+                raise PassOptionError(self.name, f"{option}={'/'.join(getattr(self, option))}", "patterns of names")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:

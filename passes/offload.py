@@ -55,6 +55,9 @@ class Offload:
                 raise PassOptionError(self.name, f"{option}={getattr(self, option)}", "cpu or nvme")
         if self.update not in ("device", "host", "cheaper"):
             raise PassOptionError(self.name, f"update={self.update}", "device, host or cheaper")
+        for option in ("optimizer_of", "params_of", "optimizer_in_file", "params_in_file"):
+            if "" in getattr(self, option):
+                raise PassOptionError(self.name, f"{option}={'/'.join(getattr(self, option))}", "names of buckets")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is not Level.SHARDED:

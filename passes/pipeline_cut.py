@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from graphshard.dataflow import is_getitem, upstream
-from graphshard.errors import StageCountMismatch, StageTooSmall, TooManyStages
+from graphshard.errors import PassOptionError, StageCountMismatch, StageTooSmall, TooManyStages
 from graphshard.partition import least_limit, most_stages, search
 from graphshard.pipeline import Context
 from graphshard.placing import Placer
@@ -43,6 +43,14 @@ class PipelineCut:
     limit_gb: float | None = None
     name: ClassVar[str] = "pipeline-cut"
     exact: ClassVar[bool] = False  # gradients of tied weights are added in another order
+
+    def __post_init__(self) -> None:
+        if "" in self.stages:
+            raise PassOptionError(self.name, f"stages={'/'.join(self.stages)}", "module paths")
+        if not 0 <= self.byte_flops < math.inf:
+            raise PassOptionError(self.name, f"byte_flops={self.byte_flops}", "a finite number of at least 0")
+        if self.limit_gb is not None and not self.limit_gb > 0:
+            raise PassOptionError(self.name, f"limit_gb={self.limit_gb}", "a number above 0")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is not Level.CAPTURED:

@@ -10,6 +10,7 @@ precision stay, unless there would be nothing to do: see NothingToLower.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -47,6 +48,16 @@ class Precision:
         for option, known in (("dtype", tuple(HALVES)), ("reduce", ("fp32", self.dtype))):
             if getattr(self, option) not in known:
                 raise PassOptionError(self.name, f"{option}={getattr(self, option)}", " or ".join(known))
+        for option, above, below in (
+            ("init_scale", 0.0, math.inf),
+            ("growth_factor", 1.0, math.inf),
+            ("backoff_factor", 0.0, 1.0),
+        ):
+            if not above < getattr(self, option) < below:
+                limit = f"above {above:g}" + (f" and below {below:g}" if math.isfinite(below) else "")
+                raise PassOptionError(self.name, f"{option}={getattr(self, option)}", f"a finite number {limit}")
+        if self.growth_interval < 1:
+            raise PassOptionError(self.name, f"growth_interval={self.growth_interval}", "an integer of at least 1")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is not Level.CAPTURED:

@@ -27,7 +27,7 @@ from torch import fx
 
 from graphshard import fake
 from graphshard.dataflow import downstream, is_pointwise, is_pooled
-from graphshard.errors import OptimizerNotElementwise, StagesNotCut
+from graphshard.errors import OptimizerNotElementwise, PassOptionError, StagesNotCut
 from graphshard.loss_gradient import share_loss
 from graphshard.mesh import DATA_AXES
 from graphshard.pipeline import Context
@@ -60,6 +60,10 @@ class Zero:
     stage: int = 3
     name: ClassVar[str] = "zero"
     exact: ClassVar[bool] = False  # sums over ranks associate differently
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise PassOptionError(self.name, f"stage={self.stage}", "1, 2 or 3, or 0 for plain replication")
 
     def run(self, program: Program, ctx: Context) -> Program:
         if program.level is Level.SHARDED:

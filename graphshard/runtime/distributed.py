@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from graphshard.errors import (
+    CallMismatch,
     NonFiniteStep,
     PeerFailed,
     PeerNotReady,
@@ -117,16 +118,18 @@ class DistributedExecutor(Executor):
         return super().choices() | {"exchange": exchange}
 
     def told(self, mine: T, at: str) -> list[T]:
-        given = [mine] * self.mesh.world_size
+        given = [(at, mine)] * self.mesh.world_size
         with self._together(PeerNotReady, PlanMismatch):
             agreement = _Agreement(self, _Doing.EXCHANGE)
             self._complete(agreement, at)
             self._agree(agreement)
             try:
-                dist.all_gather_object(given, mine, group=self._groups.control)
+                dist.all_gather_object(given, given[self.rank], group=self._groups.control)
             except RuntimeError as error:
                 raise PeerFailed(self.rank, at, "its peer", _line(error), self._give_up("its peer", at)) from error
-        return given
+            if len(calls := ranks_by([what for what, _ in given])) > 1:
+                raise CallMismatch(calls)
+        return [value for _, value in given]
 
     def load(self, plan: ExecutionPlan) -> Loaded:
         self._check_in_step()  # rather than that a value is lost, which no loading would mend
@@ -309,6 +312,9 @@ class _Doing(IntEnum):
     EXCHANGE = 1  # they tell each other something, or read what they store
 
 
+_CALLS = {_Doing.STEP: "a step or evaluation", _Doing.EXCHANGE: "state_dict, load_state_dict or a first step"}
+
+
 class _Said(NamedTuple):
     """What a rank says of what it is about to do; numbers."""
 
@@ -360,14 +366,14 @@ class _Agreement:
         optimizer state.
 
         Raises:
-            PlanMismatch: they differ.
+            PlanMismatch, CallMismatch: they differ.
             PeerNotReady: a rank cannot begin.
         """
         said = self._said()
         if late := [rank for rank, one in enumerate(said) if not one.ready]:
             raise PeerNotReady(late)
         if len({one.doing for one in said}) > 1:
-            raise PlanMismatch("call", ranks_by([_Doing(one.doing).name.lower() for one in said]))
+            raise CallMismatch(ranks_by([_CALLS[_Doing(one.doing)] for one in said]))
         if len({one.collectives for one in said}) > 1:
             raise PlanMismatch("plan (its collectives)", ranks_by([_short(one.collectives) for one in said]))
         for dp_rank in range(self._mesh.dp_size):

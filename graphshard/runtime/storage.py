@@ -9,7 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from graphshard.errors import OutOfRange, StateMismatch
+from graphshard.errors import OptimizerStateMissing, OptimizerStateTogether, OutOfRange, StateMismatch
 from graphshard.execution import ExecutionPlan, TensorType, slot_ref
 from graphshard.loss_scaling import SKIPPED, initial
 from graphshard.program import Bucket, Param, Role, Slot
@@ -184,8 +184,9 @@ class Storage:
         """Store optimizer state as :meth:`read_state` gives it; an empty mapping is a fresh optimizer.
 
         Raises:
-            StateMismatch: a parameter's state is missing, has another shape, or a scalar that differs within a bucket;
-                nothing is stored then.
+            OptimizerStateMissing: a parameter has none; nothing is stored then.
+            OptimizerStateTogether: a scalar differs within a bucket; likewise.
+            StateMismatch: state has another shape; likewise.
             OutOfRange: as for :meth:`write_model`.
         """
         places = list(self._sharded_places(Role.STATE))
@@ -195,10 +196,11 @@ class Storage:
             members = self._members(place)
             for name, at in members:
                 shape = () if scalar else place.kind.shape if at < 0 else self.params[name].shape
-                _expect(f"state {key} of {name}", tensors.get(name, {}).get(key), shape)
+                if (value := tensors.get(name, {}).get(key)) is None:
+                    raise OptimizerStateMissing(key, name, shape)
+                _expect(f"state {key} of {name}", value, shape)
             if scalar and any(tensors[n][key].item() != tensors[members[0][0]][key].item() for n, _ in members):
-                names = ", ".join(name for name, _ in members)
-                raise StateMismatch(f"state {key} of {names}", "different values", "one: they are stored together")
+                raise OptimizerStateTogether(key, [name for name, _ in members])
         fresh = [(place, self._members(place)) for place in places] if tensors else []
         pieces = _fitting((at, on, {name: tensors[name][at.slot.key] for name, _ in on}) for at, on in fresh)
         self._idle = {

@@ -90,6 +90,32 @@ def test_ranks_with_different_plans_say_so_and_do_not_hang() -> None:
         assert "ranks disagree on the plan" in result["message"]
 
 
+def test_ranks_with_different_values_or_calls_say_so_and_go_on() -> None:
+    cure = "; every rank must begin with the same values: call torch.manual_seed with the same number"
+    weight = f"ValuesDiffer: rank 1 has other values of 'layers.0.weight' than rank 0{cure}"
+    peer, own = "PeerNotReady: rank 1 cannot begin", "StateMismatch: centre: given nothing"
+    results = launch("train_rank.py", 2, "differing", "zero3", "pp2:schedule=1f1b")
+    for rank, plan in itertools.product(range(2), ("zero3", "pp2:schedule=1f1b")):
+        assert "error" not in results[rank], results[rank]
+        found = results[rank][plan]
+        assert found["far"] < 1e-10
+        said = found["said"]
+        assert said["seed"].startswith(weight) and said["load before"].startswith(weight), said
+        assert said["load after"].startswith("ValuesDiffer: rank 1 has other values of 'centre' than rank 0"), said
+        assert said["optimizer"].startswith("ValuesDiffer: rank 1 has other values of 'state "), said
+        assert said["one refuses"].startswith((peer, own)[rank]), said
+        assert said["optimizer of one refuses"].startswith((peer, "OptimizerStateMismatch: ")[rank]), said
+        assert said["reading and loading"].startswith(
+            "CallMismatch: ranks disagree on the call: ranks 0 have comparing"
+        )
+        if plan == "zero3":
+            assert "rank 1 has no values of 'layers.0.weight', which others have" in said["none"], said
+            assert "rank 1 has other values of 'centre' than rank 0" in said["init"], said
+        else:
+            assert "ranks 0 have state_dict, load_state_dict or a first step; ranks 1 have a step" in said["one reads"]
+            assert "rank0_only=True" in said["one reads"] and "drop_last=True" in said["one reads"]
+
+
 def test_a_disk_that_fails_on_one_rank_ends_all_and_is_named() -> None:
     plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
     peer, failed = launch("train_rank.py", 2, "given_up", plan, "short read")

@@ -340,6 +340,63 @@ def uneven(budget_gb: str) -> dict[str, Any]:
     return {"free": free["losses"], "far": far, **{key: kept[key] for key in ("losses", "peaks", "repeated")}}
 
 
+class Centred(nn.Module):
+    """:func:`model` with a buffer."""
+
+    def __init__(self, centre: float = 0.5, seed: int = 0) -> None:
+        super().__init__()
+        self.layers = model(seed)
+        self.centre: Tensor
+        self.register_buffer("centre", torch.tensor(centre, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x - self.centre)
+        return result
+
+
+def differing(*plans: str) -> dict[str, Any]:
+    """What each rank raises where others have other values, and the losses once all have the same, by plan; then what
+    it raises where ranks do different things."""
+    found: dict[str, Any] = {}
+    for plan in plans:
+        said: dict[str, str] = {}
+
+        def attempt(what: str, call: Callable[..., Any], *given: Any, said: dict[str, str] = said) -> None:
+            try:
+                call(*given)
+            except GraphshardError as error:
+                said[what] = f"{type(error).__name__}: {error}"
+
+        same, x, y = Centred().state_dict(), *batch()
+        local = compiled(plan, "local", model=Centred())
+        c = compiled(plan, "distributed", model=Centred(seed=RANK))
+        mine = part(c, (x, y))
+        attempt("seed", c.step, *mine)
+        attempt("load before", c.load_state_dict, Centred(seed=RANK).state_dict())
+        c.load_state_dict(same)
+        losses = [c.step(*mine).item() - local.step(x, y).item()]
+        attempt("load after", c.load_state_dict, Centred(centre=RANK).state_dict())
+        state = c.optimizer.state_dict()
+        moved = {name: {k: v + RANK for k, v in values.items()} for name, values in state["state"].items()}
+        attempt("optimizer", c.optimizer.load_state_dict, state | {"state": moved})
+        attempt("one refuses", c.load_state_dict, {} if RANK else same)
+        attempt("optimizer of one refuses", c.optimizer.load_state_dict, {} if RANK else state)
+        attempt("reading and loading", *([c.state_dict] if RANK else [c.load_state_dict, same]))
+        losses.append(c.step(*mine).item() - local.step(x, y).item())
+        if plan == plans[0]:
+            with torch.device("meta"):
+                empty, buffer = Centred(), Centred()
+            some = compiled(plan, "distributed", model=empty if RANK else Centred())
+            attempt("none", some.step, *mine)
+            random = compiled(
+                plan, "distributed", model=buffer, init=lambda m: m.load_state_dict(Centred(centre=RANK).state_dict())
+            )
+            attempt("init", random.step, *mine)
+        found[plan] = {"said": said, "far": max(map(abs, losses))}
+    attempt("one reads", *([c.step, *mine] if RANK else [c.state_dict]))
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     scenario, *arguments = sys.argv[1:]
@@ -356,6 +413,7 @@ def main() -> None:
         "killed_writing": killed_writing,
         "against_resident": against_resident,
         "uneven": uneven,
+        "differing": differing,
     }
     report(lambda given: scenarios[scenario](*given), arguments)
 

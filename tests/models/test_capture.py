@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+import functools
+import random
+from collections import deque
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from graphshard.program import Phase, Role, Slot, info
 from graphshard.trace import Captured, Mode, capture
+from graphshard.trace_key import seen
 from graphshard.verify import verify
 from models import interpret, zoo
 
@@ -187,6 +193,146 @@ def test_model_is_left_as_it_was() -> None:
     assert not model._forward_hooks
     assert torch.backends.mha.get_fastpath_enabled()
     assert not torch.compiler.is_compiling()
+
+
+class Scaled(nn.Module):
+    """A linear layer, then ``scaled``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.linear(x)).square().mean()
+
+    def scaled(self, y: Tensor) -> Tensor:
+        return y
+
+
+class Hooked(Scaled):
+    """The first forward pass installs a hook."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not getattr(self, "hooked", False):
+            self.linear.register_forward_hook(lambda module, given, y: y * 2)
+            self.hooked = True
+        return super().forward(x)
+
+
+class Nested(Scaled):
+    """Numbers in containers of containers, changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state: dict[str, Any] = {"scales": [1.0, deque([3.0])], "seen": {1}}
+
+    def scaled(self, y: Tensor) -> Tensor:
+        scales = self.state["scales"]
+        scales[0] *= 2
+        scales[1].append(scales[0])
+        self.state["seen"].add(len(self.state["seen"]) + 1)
+        return torch.mul(y, scales[0] * scales[1][-1] * max(self.state["seen"]))
+
+
+class Remembered(Scaled):
+    """Results are kept in a list, and a table in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[int, Tensor] = {}
+        self.seen: list[Tensor] = []
+
+    def scaled(self, y: Tensor) -> Tensor:
+        self.seen.append(y)
+        if 4 not in self.tables:
+            self.tables[4] = torch.linspace(0, 1, 4)
+        return y * self.tables[4] * len(self.seen)
+
+
+class Seeded(Scaled):
+    """Random numbers that are the same each time."""
+
+    def scaled(self, y: Tensor) -> Tensor:
+        rng = np.random.RandomState(0)
+        np.random.seed(1)
+        return torch.mul(y, rng.rand() * random.Random(0).random() * np.random.rand())
+
+
+@functools.lru_cache
+def cached_table() -> Tensor:
+    return torch.linspace(0, 1, 4)
+
+
+@functools.cache
+def cached_pair() -> tuple[Tensor, int]:
+    return torch.linspace(0, 1, 4), 2
+
+
+TABLES: dict[int, Tensor] = {}
+
+
+class Cached(Scaled):
+    """Tables in functools caches, in a class, in a global and in an object."""
+
+    tables: ClassVar[dict[int, Tensor]] = {}
+
+    class Box:
+        table: Tensor | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.box = self.Box()
+
+    @staticmethod
+    @functools.lru_cache
+    def own_table() -> Tensor:
+        return torch.linspace(0, 1, 4)
+
+    def scaled(self, y: Tensor) -> Tensor:
+        for tables in (TABLES, self.tables):
+            if 4 not in tables:
+                tables[4] = torch.linspace(0, 1, 4)
+            y = y + tables[4]
+        if self.box.table is None:
+            self.box.table = torch.linspace(0, 1, 4)
+        pair = cached_pair()
+        return (y + self.box.table) * cached_table() * pair[0] * pair[1] * self.own_table()
+
+
+def forget() -> None:
+    for cache in (cached_table, cached_pair, Cached.own_table):
+        cache.cache_clear()
+    TABLES.clear()
+    Cached.tables.clear()
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+@pytest.mark.parametrize("kind", [Hooked, Nested, Remembered, Seeded, Cached])
+def test_each_run_sees_the_model_as_it_was(kind: type[Scaled], mode: Mode) -> None:
+    model, x = kind(), torch.randn(2, 4)
+    untouched = copy.deepcopy(model)
+    np.random.seed(1)
+    for _ in range(2):
+        seen(model, None, (x,), {}, mode)
+        program = capture(model, None, (x,), {}, mode=mode).program
+        results, _ = interpret.step(program, stored(model), [{Slot(Role.BATCH, "0"): x}])
+        torch.testing.assert_close(results[Slot(Role.LOSS, "loss")], copy.deepcopy(untouched)(x).detach())
+        forget()
+    torch.testing.assert_close(model(x), untouched(x))
+    assert len(model.linear._forward_hooks) == len(untouched.linear._forward_hooks)
+
+
+def test_a_cache_that_holds_real_values_is_kept() -> None:
+    forget()
+    table = cached_table()
+    model = Cached()
+    program = capture(model, None, (torch.randn(2, 4),), {}, mode="train").program
+    assert cached_table() is table
+    assert any(value is table or torch.equal(value, table) for value in program.constants.values())
+    assert cached_pair.cache_info().currsize == 0
+    assert not TABLES
+    assert not Cached.tables
+    assert model.box.table is None
 
 
 def test_dropout_differs_between_microbatches_and_repeats_with_the_key() -> None:

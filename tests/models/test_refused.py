@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import pickle
+import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from graphshard import errors
 from graphshard.trace import capture, describe_params, input_signature
@@ -116,7 +121,40 @@ def assigned(_: Model, y: Tensor) -> Tensor:
     return y
 
 
+def draws(_: Model, y: Tensor) -> Tensor:
+    return torch.mul(y, random.uniform(1, 2))
+
+
+def draws_in_numpy(_: Model, y: Tensor) -> Tensor:
+    return y * torch.from_numpy(np.random.permutation(6))
+
+
+def expanded_and_written(_: Model, y: Tensor) -> Tensor:
+    y[:, :1].expand(4, 6).add_(1)
+    return y
+
+
+def unfolded_and_written(_: Model, y: Tensor) -> Tensor:
+    y.unfold(1, 3, 1).mul_(2)
+    return y
+
+
+def strided_and_written(_: Model, y: Tensor) -> Tensor:
+    y.sin().as_strided((3, 3), (2, 1)).mul_(2)
+    return y
+
+
+def diagonal_of_a_view(_: Model, y: Tensor) -> Tensor:
+    return y[:3].fill_diagonal_(0.0).sum() + y
+
+
 BY_LINE = [
+    (draws, errors.RandomOutsideTorch, "random.uniform(1, 2)"),
+    (draws_in_numpy, errors.RandomOutsideTorch, "np.random.permutation(6)"),
+    (expanded_and_written, errors.UncapturableOperator, "expand(4, 6).add_(1); elements of what it writes to"),
+    (unfolded_and_written, errors.UncapturableOperator, "mul_(2); elements of what it writes to"),
+    (strided_and_written, errors.UncapturableOperator, "mul_(2); elements of what it writes to"),
+    (diagonal_of_a_view, errors.UncapturableOperator, "write x.diagonal().fill_(value)"),
     (assigned, errors.UncapturableOperator, "y.data = torch.zeros(4, 6)"),
     (item, errors.NeedsTensorValue, "y.max().item()"),
     (branch, errors.NeedsTensorValue, "if y.sum() > 0"),
@@ -139,17 +177,69 @@ BY_LINE = [
 def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: Any) -> None:
     model = Model(after)
     weight = model.linear.weight
+    generators = random.getstate(), pickle.dumps(np.random.get_state())
     with pytest.raises(kind) as caught:
         capture(model, lambda y, t: (y - t).square().mean(), (torch.ones(4, 6), torch.ones(6)), {}, mode=mode)
     message = str(caught.value)
     assert f"test_refused.py:{after.__code__.co_firstlineno + 1}" in message
     assert code in message
     assert "\n" not in message
+    assert (random.getstate(), pickle.dumps(np.random.get_state())) == generators
     assert not COUNTER.any()
     assert model.linear.weight is weight
     assert model.training
     assert not torch.compiler.is_compiling()
     assert F.scaled_dot_product_attention.__module__ != "graphshard.trace_context"
+
+
+def turned_and_written(_: Model, y: Tensor) -> Tensor:
+    part = y[:, 2:5].t_()
+    y.mul_(0.5)
+    return y + part.sum()
+
+
+def turned_and_written_itself(_: Model, y: Tensor) -> Tensor:
+    y[:4, 1:5].t_().mul_(torch.arange(4.0))
+    return y
+
+
+def turned_and_a_view_of_it_written(_: Model, y: Tensor) -> Tensor:
+    part = y[:, :1].squeeze_(1)[1:]
+    y.mul_(0.5)
+    return y + part.sum()
+
+
+def turned_under_a_view(_: Model, y: Tensor) -> Tensor:
+    part = (y := y * 2)[:, 2:5]
+    y.unsqueeze_(0)
+    return y[0] + part.sum()
+
+
+@pytest.mark.parametrize(
+    ("after", "offset", "what"),
+    [
+        (turned_and_written, 1, "t_ and then a write to the same memory"),
+        (turned_and_written_itself, 1, "t_ and then a write to the same memory"),
+        (turned_and_a_view_of_it_written, 1, "squeeze_ and then a write to the same memory"),
+        (turned_under_a_view, 2, "unsqueeze_ and then a use of a view made before it"),
+    ],
+)
+def test_dims_changed_in_place(after: Any, offset: int, what: str) -> None:
+    message = str(refused(Model(after)))
+    assert f"{what} in " in message
+    assert f"test_refused.py:{after.__code__.co_firstlineno + offset}" in message
+    assert "use the view that " in message
+
+
+def test_reentrant_checkpoint() -> None:
+    def after(_: Model, y: Tensor) -> Any:
+        return checkpoint(torch.sin, y, use_reentrant=True)
+
+    before = torch.utils.checkpoint.CheckpointFunction
+    error = refused(Model(after))
+    assert isinstance(error, errors.UncapturableOperator)
+    assert "checkpoint(torch.sin, y, use_reentrant=True); say use_reentrant=False" in str(error)
+    assert torch.utils.checkpoint.CheckpointFunction is before
 
 
 def refused(model: nn.Module, loss_fn: Any = F.mse_loss, args: Any = None, **kwargs: Any) -> errors.GraphshardError:
@@ -305,6 +395,62 @@ def test_a_number_that_forward_changes_is_warned_of(caplog: pytest.LogCaptureFix
     ]
 
 
+def test_numbers_in_containers_that_forward_changes_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def count(model: Any, y: Tensor) -> Tensor:
+        model.linear.state["calls"] += 1
+        model.linear.state["history"][0].append(7)
+        model.linear.state["names"][:] = ["b"] * 5
+        return torch.mul(y, model.linear.state["calls"])
+
+    model = Model(count)
+    state = model.linear.state = {"calls": 0, "history": (deque([1, 2], maxlen=2),), "names": ["a"] * 5}  # type: ignore[assignment]
+    with caplog.at_level(logging.WARNING, "graphshard"):
+        capture(model, F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode="train")
+    assert state == {"calls": 0, "history": (deque([1, 2]),), "names": ["a"] * 5}
+    assert [record.getMessage().split("changes ")[1].split(";")[0] for record in caplog.records] == [
+        "2 more values of linear.state['names']",
+        "linear.state['calls'] from 0 to 1",
+        "linear.state['history'][0][0] from 1 to 2",
+        "linear.state['history'][0][1] from 2 to 7",
+        *(f"linear.state['names'][{i}] from 'a' to 'b'" for i in range(3)),
+    ]
+
+
+class Cell:
+    """An object that a function's closure keeps, where capture does not look."""
+
+    value: Any = None
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate", "call"])
+def test_a_tensor_kept_outside_the_model(mode: Any) -> None:
+    cell = Cell()
+
+    def table(_: Model, y: Tensor) -> Tensor:
+        if cell.value is None:
+            cell.value = torch.linspace(0, 1, 6)
+        return torch.mul(y, cell.value)
+
+    with pytest.raises(errors.TensorKeptOutside) as caught:
+        capture(Model(table), F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode=mode)
+    assert "return torch.mul(y, cell.value): it reads a tensor that an earlier forward pass made" in str(caught.value)
+    assert "in a new process" in str(caught.value)
+
+
+def test_a_cache_that_capture_does_not_find_is_named_and_emptied() -> None:
+    @functools.lru_cache
+    def table() -> Tensor:
+        return torch.linspace(0, 1, 6)
+
+    error = refused(model := Model(lambda m, y: y * table()))
+    assert isinstance(error, errors.TensorKeptOutside)
+    assert "in the cache of" in str(error)
+    assert "test_refused.test_a_cache" in str(error)
+    assert "in a new process" not in str(error)
+    model(torch.ones(4, 6)).sum().backward()
+    capture(model, F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode="train")
+
+
 def test_describe_params_lists_every_parameter_once() -> None:
     model = Model(lambda m, y: y)
     model.tied = nn.Linear(6, 6, bias=False)
@@ -326,3 +472,39 @@ def test_input_signature() -> None:
     assert hash(key({"a": [x]})) == hash(key({"a": [x]}))
     different = [key(x), key(x.double()), key(x[:1]), key((x,)), key(x, 1), key(x, 1.0), key(x, True), key(x=x)]
     assert len(set(different)) == len(different)
+
+
+def without_target(y: Tensor) -> Tensor:
+    return y.mean()
+
+
+class Twice(torch.autograd.Function):
+    """Of its gradient the backward makes one of another shape."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "loss_fn", "args", "says"),
+    [
+        (nn.Linear(6, 6), F.cross_entropy, (torch.ones(4, 6),), "the call of loss_fn: cross_entropy() missing 1"),
+        (nn.Linear(6, 6), without_target, None, "the call of loss_fn: without_target() takes 1 positional argument"),
+        (nn.Linear(6, 6), F.mse_loss, (torch.ones(4, 6), "y"), "the call of loss_fn: "),
+        (nn.Linear(6, 6), F.mse_loss, ("x", torch.ones(4, 6)), "the call of the model: linear(): argument 'input'"),
+        (nn.Linear(6, 6), F.mse_loss, (((torch.ones(4, 6),) * 2), torch.ones(4, 6)), "the call of the model: "),
+        (nn.Sequential(nn.Tanh(), nn.Linear(5, 6)), F.mse_loss, None, "the call of the model, module '1' (Linear): "),
+        (Model(lambda m, y: Twice.apply(y)), F.mse_loss, None, "the backward pass, or in torch itself: "),  # type: ignore[no-untyped-call]
+    ],
+)  # fmt: skip
+def test_without_a_line_of_the_users_it_says_what_was_running(
+    model: nn.Module, loss_fn: Any, args: Any, says: str
+) -> None:
+    error = refused(model, loss_fn, args)
+    assert isinstance(error, errors.ModelFailed)
+    assert f" at {says}" in str(error)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import graphshard
-from graphshard.errors import StateMismatch
+from graphshard.errors import OptimizerStateMissing, OptimizerStateTogether, StateMismatch
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import Eager, Make, assert_close, assert_same_training, rolled
 
@@ -82,6 +82,26 @@ def test_training_continues_from_an_eager_checkpoint() -> None:
     eager.step(rolled(args, 1), {})
     compiled.step(*rolled(args, 1))
     assert_same_training(compiled, eager, torch.float64)
+
+
+def test_optimizer_state_of_parameters_that_were_frozen_says_what_would_be_right() -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), torch.randn(8, 6), torch.randn(8, 3)
+    twin, make = copy.deepcopy(model), functools.partial(torch.optim.AdamW, lr=0.1)
+    compiled = graphshard.compile(
+        model, "zero3:size=2", loss_fn=F.mse_loss, optimizer=make, example_inputs=(x, y), executor="local"
+    )
+    eager = make(twin.parameters())
+    for frozen, error, message in (
+        (True, OptimizerStateMissing, r"given nothing; expected a tensor .*; give it for all of them, or begin with"),
+        (False, OptimizerStateTogether, r"step of .*: given different values; expected one value, .*, or begin with"),
+    ):
+        twin[0].bias.requires_grad_(not frozen)
+        F.mse_loss(twin(x), y).backward()
+        eager.step()
+        with pytest.raises(error, match=message):
+            compiled.optimizer.load_state_dict(eager.state_dict())
+    assert compiled.optimizer.state_dict()["state"] == {}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -201,9 +221,13 @@ def test_tied_names_have_one_value() -> None:
         ({"a.bias": torch.zeros(5)}, r"a.bias: given shape \[5\]; expected shape \[4\]"),
         ({"count": torch.zeros(2)}, r"count: given shape \[2\]; expected shape \[\]"),
         ({"a.bais": torch.zeros(4)}, r"a.bais: given a tensor; .* did you mean 'a.bias'\?"),
+        ({"a.bias": [0.0] * 4}, r"a.bias: given a value of type list; expected a tensor of shape \[4\]"),
+        ({"a.bias": torch.zeros(4, device="meta")}, "a.bias: given a tensor on the meta device; .* that has values"),
+        ({"a.bias": torch.zeros(4, dtype=torch.complex64)}, "a.bias: given values of torch.complex64; expected values"),
+        ({"a.bias": torch.zeros(4).to_sparse()}, "a.bias: given a tensor of layout torch.sparse_coo"),
     ],
 )
-def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Tensor | None], message: str) -> None:
+def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Any], message: str) -> None:
     compiled, _ = start(counting, SHARDED)
     compiled.trace(*(a.double() for a in counting()[1]))
     before = compiled.state_dict()
@@ -211,6 +235,71 @@ def test_a_state_dict_that_does_not_fit_changes_nothing(change: dict[str, Tensor
     with pytest.raises(StateMismatch, match=message):
         compiled.load_state_dict({name: value for name, value in changed.items() if value is not None})
     assert all(torch.equal(before[name], value) for name, value in compiled.state_dict().items())
+    with pytest.raises(StateMismatch, match="the state dict: given None; expected a dict of tensors"):
+        compiled.load_state_dict(None)  # type: ignore[arg-type]
+
+
+def test_without_strict_what_is_missing_stays_and_what_is_unexpected_is_listed() -> None:
+    compiled, _ = start(counting, SHARDED)
+    compiled.trace(*(a.double() for a in counting()[1]))
+    before = compiled.state_dict()
+    given = {"a.bias": before["a.bias"] + 1, "other": torch.zeros(1)}
+    keys = compiled.load_state_dict(given, strict=False)
+    missing, unexpected = keys
+    assert missing == ["count", "a.weight", "a.again", "b.weight", "b.bias"] and unexpected == ["other"]
+    assert keys == counting()[0].double().load_state_dict(given, strict=False)
+    after = compiled.state_dict()
+    assert all(torch.equal(after[name], before[name] + (name == "a.bias")) for name in before)
+    assert compiled.load_state_dict(before, strict=True) == ([], [])
+
+
+class Extra(nn.Module):
+    """Has extra state, and hooks that rename a parameter and add an entry."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.seen = nn.Linear(4, 4), 0
+        self.register_state_dict_post_hook(self._add)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _add(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+        state[f"{prefix}note"] = torch.ones(1)
+        state[f"{prefix}renamed"] = state.pop(f"{prefix}inner.bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x)
+        return result
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"seen": self.seen}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.seen = state["seen"]
+
+
+def extra() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, object], Callable[..., Tensor] | None]:
+    torch.manual_seed(0)
+    return nn.Sequential(Extra()), (torch.randn(8, 4), torch.randn(8, 4)), {}, F.mse_loss
+
+
+def test_what_is_neither_parameter_nor_buffer_is_of_the_module_itself() -> None:
+    args = [a.double() for a in extra()[1]]
+    compiled, _ = start(extra, SHARDED)
+    compiled.step(*args)
+    module: Any = compiled.model[0]  # type: ignore[index]
+    module.seen = 3
+    saved = compiled.state_dict()
+    assert list(saved) == list(compiled.model.state_dict())
+    assert saved["0._extra_state"] == {"seen": 3} and saved["0.note"].item() == 1
+    compiled.step(*args)
+    assert not torch.equal(compiled.state_dict()["0.renamed"], saved["0.renamed"])
+    with pytest.raises(StateMismatch, match=r"0.inner.weight: given shape \[5\]"):
+        compiled.load_state_dict(saved | {"0._extra_state": {"seen": 7}, "0.inner.weight": torch.zeros(5)})
+    with pytest.raises(StateMismatch, match=r"0._extra_state: given nothing; expected a value"):
+        compiled.load_state_dict({name: value for name, value in saved.items() if name != "0._extra_state"})
+    assert module.seen == 3
+    compiled.load_state_dict(saved | {"0._extra_state": {"seen": 7}})
+    assert module.seen == 7 and torch.equal(compiled.state_dict()["0.renamed"], saved["0.renamed"])
 
 
 def test_a_resumed_run_draws_the_numbers_of_the_uninterrupted_one() -> None:

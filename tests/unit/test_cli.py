@@ -1,5 +1,6 @@
 """The command line: what each command prints and writes, and that bad input is one line and exit status 2."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -10,9 +11,17 @@ import pytest
 
 from graphshard import factory
 from graphshard.cli import main
-from graphshard.errors import BadFactoryResult, BadModelReference, GraphshardError, MissingFactory, ModelCodeFailed
+from graphshard.compile import compile as compile_model
+from graphshard.errors import (
+    BadFactoryResult,
+    BadModelReference,
+    GraphshardError,
+    MissingFactory,
+    ModelCodeFailed,
+    WrongFactoryEntry,
+)
 
-KNOWN = ("model", "plan", "loss_fn", "optimizer", "example_inputs")
+KNOWN = inspect.signature(compile_model).parameters
 
 MODEL = """
 import functools
@@ -145,6 +154,8 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     [
         ("", "graphshard: the following arguments are required: COMMAND"),
         ("dmp", "graphshard: argument COMMAND: invalid choice: 'dmp'"),
+        ("dump x.py:f --output=", "argument -o/--output: expected a name, not ''; the current folder is '.'"),
+        ("diff a b --html=", "argument --html: expected a name, not ''"),
         ("dump", "graphshard dump: the following arguments are required: -o/--output, MODEL"),
         ("explain x.py:f --world-size none", "expected an integer of at least 1, not 'none'"),
         ("explain x.py:f --world-size 0", "expected an integer of at least 1, not '0'"),
@@ -165,6 +176,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         ("opt a.graph --passes zero --mesh dp=2 --world-size 2", "not allowed with argument"),
         ("opt a.graph --passes zreo", "unknown pass 'zreo'; did you mean 'zero'?"),
         ("opt a.graph --passes zero:stag=3", "pass 'zero' does not take 'stag=3'; expected options: stage"),
+        ("opt . --passes zero", "graphshard: .: is a folder; expected a graph, such as 00-capture.graph of a dump"),
         ("opt a.graph --passes zero:stage=3", "there is no file 'a.graph'; expected a graph"),
     ],
 )
@@ -184,7 +196,7 @@ def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argv: st
         ("unknown_key", BadFactoryResult, "unknown_key() returned a dict with 'optimiser', no argument of compile"),
         ("no_inputs", BadFactoryResult, "no_inputs() returned no example_inputs"),
         ("only_model", BadFactoryResult, "only_model() returned a Linear; expected a function without"),
-        ("no_model", BadFactoryResult, "no_model() returned a int as model, which is no torch.nn.Module"),
+        ("no_model", WrongFactoryEntry, "no_model() returned 3 as model; expected a torch.nn.Module"),
         ("four", BadFactoryResult, "four() returned a tuple of 4"),
     ],
 )
@@ -194,6 +206,46 @@ def test_a_wrong_factory_is_named(model: str, name: str, error: type[GraphshardE
     assert str(caught.value).startswith(f"MODEL '{model}:{name}': ")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("'plan': 3", "returned 3 as plan; expected a plan string such as 'zero3+pp4', or a Plan"),
+        ("'plan': None", "returned a NoneType as plan; expected a plan string"),
+        ("'loss_fn': 'mse'", "returned 'mse' as loss_fn; expected a function"),
+        ("'optimizer': 'adam'", "returned 'adam' as optimizer; expected an optimizer, or a function of parameters"),
+        ("'world_size': '4'", "returned '4' as world_size; expected an integer of at least 1"),
+        ("'world_size': 0", "returned 0 as world_size; expected an integer of at least 1"),
+        ("'device': 'gpu'", "returned 'gpu' as device; expected a device such as 'cpu' or 'cuda'"),
+        ("'max_grad_norm': -1.0", "returned -1.0 as max_grad_norm; expected a number above 0"),
+        ("'passes': nn.Linear(2, 2)", "returned a Linear as passes; expected a list of passes"),
+        ("'passes': [Forgets]", "returned a list as passes; expected a list of passes, such as [Fuse(most=1)]"),
+        ("'passes': ['zero']", "returned a list as passes; expected a list of passes"),
+        ("'debug_nan': 'yes'", "returned 'yes' as debug_nan; expected True or False"),
+        ("'timeout_s': None", "returned a NoneType as timeout_s; expected a number of seconds above 0"),
+        ("'seed': 0.5", "returned 0.5 as seed; expected an integer"),
+        ("'dump_dir': 3", "returned 3 as dump_dir; expected a folder"),
+        ("'cache': 3", "returned 3 as cache; expected True, False or a folder"),
+    ],
+)
+def test_a_wrong_entry_of_the_dict_is_one_line(
+    capsys: pytest.CaptureFixture[str], model: str, entry: str, says: str
+) -> None:
+    Path(model).write_text(f"{MODEL}\ndef wrong():\n    return as_dict() | {{{entry}}}\n")
+    assert says in refused(capsys, "explain", f"{model}:wrong")
+
+
+def test_entries_that_are_as_without_them(model: str) -> None:
+    none = ["loss_fn", "optimizer", "world_size", "device", "max_grad_norm", "passes", "dump_dir", "init"]
+    Path(model).write_text(f"{MODEL}\ndef empty():\n    return as_dict() | dict.fromkeys({none!r})\n")
+    assert factory.load(f"{model}:empty", KNOWN)["device"] is None
+
+
+def test_of_many_functions_eight_are_told(model: str) -> None:
+    Path(model).write_text("\n".join(f"def {name}(): pass" for name in ("_private", *(f"f{i}" for i in range(9)))))
+    with pytest.raises(MissingFactory, match=r"it defines f0, f1, f2, f3, f4, f5, f6, f7, \.\.\.$"):
+        factory.load(f"{model}:zzz", KNOWN)
 
 
 def test_what_the_users_code_raises_is_told_with_its_line(model: str) -> None:
@@ -292,6 +344,15 @@ def test_opt_runs_passes_over_text(capsys: pytest.CaptureFixture[str], graph: st
         assert "it is sharded already, for dp=4" in said
 
 
+def test_opt_on_what_dump_wrote(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    """As README has it."""
+    assert main(["dump", f"{model}:make", "--plan", "zero3", "--world-size", "2", "-o", str(tmp_path / "dump")]) == 0
+    captured = str(tmp_path / "dump" / "00-capture.graph")
+    assert main(["opt", captured, "--passes", "normalize;zero:stage=3;bucket"]) == 0
+    capsys.readouterr()
+    assert "; run normalize before zero, which makes" in refused(capsys, "opt", captured, "--passes", "zero:stage=3")
+
+
 def test_opt_takes_a_mesh(capsys: pytest.CaptureFixture[str], graph: str) -> None:
     passes = "pipeline-cut;zero:stage=3"
     assert main(["opt", graph, "--passes", passes, "--mesh", "pp=1 dp=2 shard=3"]) == 0
@@ -318,6 +379,21 @@ def test_diff_writes_a_page(capsys: pytest.CaptureFixture[str], graph: str, tmp_
     captured = capsys.readouterr()
     assert json.loads(captured.out)["changes"] == []
     assert captured.err == f"wrote {page}\n"
+
+
+@pytest.mark.parametrize(
+    ("page", "says"),
+    [
+        (".", ".: is a folder; expected the name of a file"),
+        ("nowhere/diff.html", "nowhere/diff.html: there is no folder 'nowhere' to write it to"),
+        ("captured.graph/diff.html", "captured.graph/diff.html: there is no folder 'captured.graph' to write it to"),
+    ],
+)
+def test_a_page_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, graph: str, page: str, says: str
+) -> None:
+    monkeypatch.chdir(Path(graph).parent)
+    assert refused(capsys, "diff", graph, graph, "--html", page) == f"graphshard: {says}"
 
 
 def test_diff_is_in_columns_on_a_wide_terminal_only(
@@ -347,7 +423,10 @@ def test_opt_refuses_edited_text_with_its_line(capsys: pytest.CaptureFixture[str
 
 def test_explain_prints_a_page_or_json(capsys: pytest.CaptureFixture[str], model: str) -> None:
     assert main(["explain", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "4"]) == 0
-    assert "zero3+pp2" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert page.startswith("plan zero3+pp2: pp=2 dp=2, 4 micro-batches per step and")
+    assert re.search(r"stage 0: \d+\.\d kFLOP a step, sends dp", page)
+    assert page[-1] == "\n" != page[-2]
     assert main(["explain", f"{model}:make", "--plan", "zero3+pp2", "--world-size", "4", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["ranks"]) == 4
@@ -423,4 +502,4 @@ def test_a_reader_that_has_enough(model: str) -> None:
 
 def test_verify_says_what_is_too_large(capsys: pytest.CaptureFixture[str], model: str) -> None:
     assert main(["verify", f"{model}:make", "--plan", "dp2", "--limit-gb", "1e-6", "--full-size"]) == 2
-    assert "build a smaller model of the same structure" in capsys.readouterr().err
+    assert re.search(r"takes \d+\.\d kB where the limit is 1\.0 kB; build a smaller model of", capsys.readouterr().err)

@@ -17,16 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphshard
-from graphshard import plan_directory
+from graphshard import dump_folder, plan_directory
+from graphshard.ancestry import ancestry
+from graphshard.diff_files import dumped
 from graphshard.errors import (
     NeedsCompiling,
     NotAPlanDirectory,
     NotInPlanDirectory,
     NoValue,
+    PassFailed,
     PlanDirectoryChanged,
     PlanDirectoryMisfit,
+    UnfinishedDump,
     UntrustedCode,
 )
+from graphshard.pipeline import Context
+from graphshard.program import Program
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import rolled
 from uncompiled import refuse_compiling
@@ -373,3 +379,73 @@ def test_a_dump_that_ends_early_leaves_nothing_to_load(
         compiled.dump(changed)
     with pytest.raises(NotAPlanDirectory, match=r"it has no manifest\.json"):
         loaded(changed)
+
+
+def listed(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("by_argument", [True, False])
+def test_a_dump_leaves_nothing_of_the_one_before_it(
+    finished: bool, by_argument: bool, tmp_path: Path, two_layers: nn.Module
+) -> None:
+    first = graphshard.compile(
+        two_layers, "zero3+pp2+bf16+recompute:policy=full", loss_fn=F.mse_loss, optimizer=adamw, executor="local"
+    )
+    first.trace(*BATCH)
+    first.evaluate(*BATCH)
+    first(BATCH[0])
+    first.dump(tmp_path / "both")
+    assert {"evaluate-1", "call-2", "stage1.py", "10-fuse.graph"} < listed(tmp_path / "both")
+    if not finished:
+        (tmp_path / "both" / dump_folder.MANIFEST).unlink()
+        dump_folder.mark(tmp_path / "both")
+    mine = {"notes.txt", "stage_of_mine.py", "call-2", "call-2/notes.txt", "10-fuse.txt", "train-1"}
+    (tmp_path / "both" / "train-1").mkdir()
+    for name in mine - {"call-2", "train-1"}:
+        (tmp_path / "both" / name).write_text("mine")
+
+    for name in ("alone", "both"):
+        given: dict[str, Any] = {"dump_dir": tmp_path / name} if by_argument else {}
+        second = graphshard.compile(
+            two_layers, "dp", loss_fn=F.mse_loss, optimizer=adamw, executor="none", example_inputs=BATCH, **given
+        )
+        if not by_argument:
+            second.dump(tmp_path / name)
+    assert listed(tmp_path / "both") == listed(tmp_path / "alone") | mine
+
+
+def test_a_dump_into_a_folder_of_something_else_removes_nothing(tmp_path: Path, two_layers: nn.Module) -> None:
+    kept = {"stage7.py", "constants.safetensors", "evaluate-1", "evaluate-1/plan.txt"}
+    (tmp_path / "evaluate-1").mkdir()
+    for name in kept - {"evaluate-1"}:
+        (tmp_path / name).write_text("mine")
+    compiled_of(two_layers).dump(tmp_path)
+    assert kept < listed(tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in kept - {"evaluate-1"})
+
+
+class Failing:
+    name, exact, after = "failing", True, "zero"
+
+    def run(self, program: Program, ctx: Context) -> Program:
+        raise ValueError("no")
+
+
+def test_a_dump_that_fails_does_not_look_whole(
+    tmp_path: Path, two_layers: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled_of(two_layers).dump(tmp_path)
+    with pytest.raises(PassFailed):
+        compiled_of(two_layers, dump_dir=tmp_path, passes=[Failing()])
+    assert not listed(tmp_path) & {"manifest.json", "stage0.py", "memory.svg", "04-bucket.graph"}
+    for span in ("", "normalize.."):
+        with pytest.raises(UnfinishedDump, match="it holds capture, normalize, pipeline-cut, zero; dump again, or"):
+            dumped(tmp_path, span)
+    assert [path.name for path in dumped(tmp_path, "zero")] == ["02-pipeline-cut.graph", "03-zero.graph"]
+    ancestry(tmp_path, "addmm")
+    assert "the dump has not come to its end; its last graph is 03-zero.graph" in caplog.text
+
+    compiled_of(two_layers).dump(tmp_path)
+    assert dumped(tmp_path)[-1].name == "07-fuse.graph"

@@ -430,6 +430,24 @@ def test_a_scheduler_over_the_original_optimizer_drives_it_too() -> None:
     assert optimizer.lrs() == [0.0005, 0.015]
 
 
+def test_what_the_original_optimizer_loads_drives_the_step() -> None:
+    params, store = parameters(torch.float32), Store()
+    original, other = (two_groups(params, MAKERS["adamw"]) for _ in range(2))
+    other.param_groups[0]["lr"], other.param_groups[1]["weight_decay"] = 0.25, 0.5
+    optimizer = CompiledOptimizer(original, names_of(params), store.read, store.write)
+    early, key = lr_scheduler.ExponentialLR(optimizer, 0.5), optimizer.hyperparameters_key()
+    original.load_state_dict(other.state_dict())  # gives the original other dicts
+    assert optimizer.lrs() == [0.25, 0.03]
+    assert optimizer.hyperparameters_key() != key
+    optimizer.note_step()
+    early.step()
+    lr_scheduler.ExponentialLR(original, 0.5).step()
+    assert optimizer.lrs() == [0.0625, 0.0075]
+    original.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    with pytest.raises(UpdateIsPartOfStep, match=r"before graphshard\.compile"):
+        optimizer.lrs()
+
+
 def test_hyperparameters_key_ignores_the_learning_rate_only() -> None:
     optimizer, _, _ = compiled()
     key = optimizer.hyperparameters_key()
@@ -481,12 +499,17 @@ def test_a_foreign_state_dict_is_refused_before_anything_changes() -> None:
         ({"state": {}, "param_groups": renamed}, "parameters of group 0"),
         ({"state": {"x": {}}, "param_groups": groups}, "'x'"),
         ({"state": {"scale": {"step": [1]}}, "param_groups": groups}, "state 'step' of 'scale': given list"),
-        ({"param_groups": groups}, "'state': given NoneType"),
+        ({"param_groups": groups}, "'state': given nothing; expected a dict"),
+        (None, "the state dict: given nothing; expected a dict"),
+        ({"state": {"scale": None}, "param_groups": groups}, "state of 'scale': given nothing; expected a dict"),
+        ({**good, "param_groups": [{"lr": 1.0}, groups[1]]}, "'params' of group 0: given nothing; expected a list"),
+        ({**good, "param_groups": [None, groups[1]]}, "group 0: given nothing; expected a dict"),
+        ({**good, "param_groups": [groups[0], groups[1] | {"lr": "1e-3"}]}, "'lr' of group 1: given '1e-3'; .* number"),
         ({**good, "steps": -1}, "'steps': given -1; expected the number of steps taken"),
     ]
     for state_dict, message in bad:
         with pytest.raises(OptimizerStateMismatch, match=message):
-            optimizer.load_state_dict(state_dict)
+            optimizer.load_state_dict(state_dict)  # type: ignore[arg-type]
     assert store.state == {} and optimizer.lrs() == [0.001, 0.03]
 
 

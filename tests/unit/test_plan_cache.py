@@ -270,6 +270,24 @@ def test_an_entry_that_is_not_whole_is_compiled_anew(
     assert is_cached(start(tmp_path))
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_no_folder_in_the_place_of_an_entry_is_replaced(
+    link: bool, filled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
+    (entry,) = tmp_path.iterdir()
+    shutil.rmtree(entry)
+    if link:
+        entry.symlink_to("nowhere")
+    else:
+        entry.write_text("no entry")
+    with caplog.at_level(logging.WARNING, "graphshard"):
+        assert not is_cached(start(tmp_path))
+        caplog.clear()
+        assert is_cached(start(tmp_path))
+    assert not warnings(caplog)
+
+
 def test_a_folder_that_others_can_write_to_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     start(tmp_path)
     tmp_path.chmod(0o777)

@@ -87,7 +87,7 @@ def captured(what: graphshard.Compiled) -> Program:
 def test_a_large_model_is_checked_in_a_small_one(plan: str) -> None:
     what = compiled(plan)
     assert what.verify(limit_gb=1.0) == what.passes
-    with pytest.raises(TooLargeToCheck, match=r"which takes \d\d+\.\d GB where the limit is 4;"):
+    with pytest.raises(TooLargeToCheck, match=r"which takes \d\d+\.\d GB where the limit is 4\.0 GB;"):
         what.verify(full_size=True)
 
 

@@ -131,7 +131,7 @@ GATHER = (
 def test_a_gathered_parameter_is_not_kept_for_backward() -> None:
     refused(
         program(*GATHER, header=SHARDED),
-        "gathered parameter %a is kept from forward to backward, where %d reads it",
+        "gathered parameter %a is kept from forward to backward, where %d reads it; run normalize before zero",
     )
 
 

@@ -1,4 +1,4 @@
-"""Where passes that a user gives go among those of a plan."""
+"""Where passes that a user gives go among those of a plan, and which options passes refuse."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import ClassVar
 
 import pytest
 
-from graphshard.errors import UnknownPass
+from graphshard.errors import PassOptionError, UnknownPass
 from graphshard.passes import default_passes, with_passes
-from graphshard.pipeline import Context, Pass
+from graphshard.pipeline import Context, Pass, parse_passes
 from graphshard.plan import Plan
 from graphshard.program import Program
 
@@ -46,3 +46,34 @@ def test_a_pass_of_a_name_that_is_there_takes_its_place() -> None:
 def test_a_place_that_does_not_exist_is_named() -> None:
     with pytest.raises(UnknownPass, match="unknown pass 'hoisted'; did you mean 'hoist'"):
         order(given("late", "hoisted"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("zero", "stage=9", "1, 2 or 3, or 0 for plain replication"),
+        ("zero", "stage=-1", "1, 2 or 3, or 0 for plain replication"),
+        ("hoist", "budget_gb=-1.0", "a finite number of at least 0"),
+        ("hoist", "budget_gb=nan", "a finite number of at least 0"),
+        ("fuse", "most=0", "an integer of at least 1"),
+        ("fuse", "function_flops=inf", "a finite number of at least 0"),
+        ("pipeline-cut", "stages=", "module paths"),
+        ("pipeline-cut", "byte_flops=-1.0", "a finite number of at least 0"),
+        ("pipeline-cut", "limit_gb=0.0", "a number above 0"),
+        ("memory-policy", "levels=-1", "integers from 0 to 35"),
+        ("memory-policy", "levels=36", "integers from 0 to 35"),
+        ("memory-policy", "blocks=-1", "integers of at least 0"),
+        ("memory-policy", "offload_blocks=-2", "integers of at least 0"),
+        ("memory-policy", "file_blocks=-2", "integers of at least 0"),
+        ("memory-policy", "ops=", "patterns of names"),
+        ("offload", "params_of=", "names of buckets"),
+        ("precision", "init_scale=0.0", "a finite number above 0"),
+        ("precision", "growth_factor=1.0", "a finite number above 1"),
+        ("precision", "backoff_factor=1.0", "a finite number above 0 and below 1"),
+        ("precision", "growth_interval=0", "an integer of at least 1"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(name: str, options: str, expected: str) -> None:
+    with pytest.raises(PassOptionError) as caught:
+        parse_passes(f"{name}:{options}")
+    assert str(caught.value) == f"pass {name!r} does not take {options!r}; expected {expected}"
