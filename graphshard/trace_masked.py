@@ -52,14 +52,14 @@ def selected(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """
     if func == _SET:
         target, index, value = args
-        choice = _choice(target, index if isinstance(index, tuple) else (index,), value)
-    elif func in _PUT or func in _PUT_IN_PLACE:
-        choice = _choice_of_put(*args, **kwargs)
-    else:
-        return func, args, kwargs
-    if choice is None:
-        return func, args, kwargs
-    return (torch.where, choice, {}) if func in _PUT else (Tensor.copy_, (choice[2], torch.where(*choice)), {})
+        index = index if isinstance(index, tuple) else (index,)
+        if (choice := _choice(target, index, value)) is not None:
+            return func, (target, _around(index), torch.where(*choice)), {}
+    elif (func in _PUT or func in _PUT_IN_PLACE) and (choice := _choice_of_put(*args, **kwargs)) is not None:
+        # A copy has the target's strides, which the result of torch.where need not have.
+        written = choice[2].clone() if func in _PUT else choice[2]
+        return Tensor.copy_, (written, torch.where(*choice)), {}
+    return func, args, kwargs
 
 
 def _choice_of_put(
@@ -91,15 +91,19 @@ def _place_of(target: Any, index: tuple[Any, ...]) -> _Place | None:
     mask, before, after = index[at], index[:at], index[at + 1 :]
     if mask.dtype is not torch.bool or not mask.dim():
         return None
-    others = (*before, *after)
-    if any(item != _ALL for item in others):
-        target = target[(*before, *(_ALL,) * mask.dim(), *after)]
+    if any(item != _ALL for item in (*before, *after)):
+        target = target[_around(index)]
     if any(item is ... for item in before):
         begin = target.dim() - mask.dim() - sum(not isinstance(item, int) for item in after)
     else:
         begin = sum(not isinstance(item, int) for item in before)
     fits = begin >= 0 and target.shape[begin : begin + mask.dim()] == mask.shape
     return _Place(target, mask, begin) if fits else None
+
+
+def _around(index: tuple[Any, ...]) -> tuple[Any, ...]:
+    """``index`` with all of the dims that its mask is for."""
+    return tuple(part for item in index for part in ((_ALL,) * item.dim() if isinstance(item, Tensor) else (item,)))
 
 
 def _is_plain(item: Any) -> bool:

@@ -23,6 +23,7 @@ ON_DEVICE = {
     "unit/test_attention.py": "kernels of attention against torch's",
     "unit/test_debug_nan.py": "what is looked at while a step runs",
     "unit/test_devices.py": "capture and default devices",
+    "unit/test_grouped.py": "products of groups against one for each",
     "unit/test_local_executor.py": "plans written by hand",
     "unit/test_random_ops.py": "what keys draw",
     "unit/test_whole_parameters.py": "optimizers that look at whole parameters",

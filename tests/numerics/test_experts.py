@@ -63,7 +63,7 @@ def test_mixtral_follows_autocast() -> None:
     assert F.cosine_similarity(moved, wanted, dim=0) > 0.9
 
 
-ENDS = torch.tensor([2, 2, 7, 12], dtype=torch.int32)  # of 16 rows
+ENDS = (2, 2, 7, 12)  # of 16 rows
 
 
 class Grouped(nn.Module):
@@ -76,7 +76,9 @@ class Grouped(nn.Module):
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         ends, all_rows = ends[0].to(torch.int32), self.first(x)
-        behind = torch.arange(len(x))[:, None] >= ends[-1]  # where torch leaves anything in results and gradients
+        behind = (
+            torch.arange(len(x), device=x.device)[:, None] >= ends[-1]
+        )  # where torch leaves anything in results and gradients
         x = all_rows.masked_fill(behind, 0.0)
         hidden = F.grouped_mm(x, self.up, offs=ends).masked_fill(behind, 0.0)
         by_rows = torch._grouped_mm(hidden.tanh(), self.down.mT, offs=ends)
@@ -91,7 +93,12 @@ def groups(plan: str) -> Make:
     def make() -> Any:
         torch.manual_seed(0)
         count = rows_of(plan, 16)
-        return Grouped(), ((torch.randn(count, 8), ENDS.expand(count, 4)), torch.randn(count, 8)), {}, F.mse_loss
+        return (
+            Grouped(),
+            ((torch.randn(count, 8), torch.tensor(ENDS).expand(count, 4)), torch.randn(count, 8)),
+            {},
+            F.mse_loss,
+        )
 
     return make
 

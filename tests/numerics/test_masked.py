@@ -14,13 +14,14 @@ from numerics.test_operators import PLANS, WIDTH, Model, trained
 
 
 def rows(model: Any, hidden: Tensor) -> Tensor:
-    """One row for all masked ones: absent and present dims of it, a function, and a second write."""
+    """One row for all masked ones: absent and present dims of it, and functions, which keep strides."""
     mask = hidden[:, 0] > 0
     hidden = hidden.clone()
     hidden[mask] = model.weight[0]
     hidden[~mask, :] = model.weight[1:2].tanh()
     hidden = torch.index_put(hidden, (mask,), model.weight[2])
-    return hidden.index_put((mask.roll(1),), model.weight[:1, :1])
+    turned = hidden.t().index_put((model.weight[3] > 0,), model.weight[3, 3])
+    return turned.t().view(-1).view(hidden.shape).index_put((mask.roll(1),), model.weight[:1, :1])
 
 
 def elements(model: Any, hidden: Tensor) -> Tensor:
