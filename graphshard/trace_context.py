@@ -26,6 +26,7 @@ from graphshard.errors import NeedsTensorValue, UncapturableOperator
 from graphshard.trace_autocast import Casts, autocast_on
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
+from graphshard.trace_foreach import one_by_one
 from graphshard.trace_model import Held, evaluating
 from graphshard.trace_operators import Operators
 from graphshard.trace_recurrent import RECURRENT, written_out
@@ -180,7 +181,7 @@ class _Calls(TorchFunctionMode):
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:
             func = written_out(func)
-        func = WITHOUT_VALUES.get(func, func)
+        func = one_by_one(WITHOUT_VALUES.get(func, func))
         self._turned.before(args, kwargs)
         result = func(*args, **kwargs) if self._casts is None else self._casts.call(func, args, kwargs)
         self._turned.after(func, args, kwargs, result)
