@@ -28,6 +28,7 @@ from graphshard.trace_batch_norm import BATCH_NORM, laid_out
 from graphshard.trace_checks import checks_left_out
 from graphshard.trace_devices import Devices
 from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
+from graphshard.trace_foreach import one_by_one
 from graphshard.trace_grouped import of_groups
 from graphshard.trace_marks import LINE, MODULE
 from graphshard.trace_masked import selected
@@ -191,7 +192,7 @@ class _Calls(TorchFunctionMode):
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
         if func in RECURRENT:
             func = written_out(func)
-        func, args, kwargs = selected(of_groups(WITHOUT_VALUES.get(func, func)), args, kwargs)
+        func, args, kwargs = selected(of_groups(one_by_one(WITHOUT_VALUES.get(func, func))), args, kwargs)
         self._turned.before(args, kwargs)
         result = func(*args, **kwargs) if self._casts is None else self._casts.call(func, args, kwargs)
         self._turned.after(func, args, kwargs, result)

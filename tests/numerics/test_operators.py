@@ -121,6 +121,14 @@ def turned_in_place(model: Any, hidden: Tensor) -> Tensor:
     return hidden.t() + part.t().repeat(1, 2)
 
 
+def written_in_lists(model: Any, hidden: Tensor) -> Tensor:
+    parts = (hidden * 2).unflatten(1, (2, 3))
+    torch._foreach_mul_([parts], 2.0)
+    torch._foreach_addcmul_([parts[:, 0]], [torch.sin(hidden[:, 3:])], [model.weight[:1, :3]], 0.5)
+    torch._foreach_zero_([parts[:, 1, :1], parts[:1]])
+    return torch.sin(parts).flatten(1)
+
+
 def correlated(model: Any, hidden: Tensor) -> Tensor:
     return hidden @ torch.corrcoef(hidden.t()) + torch.corrcoef(hidden[:, 0])
 
@@ -204,7 +212,11 @@ def test_written_through_a_transposed_view_in_the_backward() -> None:
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize(
-    "between", [filled, turned, inverse, cholesky, solved, transposed, read, turned_in_place, covariant, combined]
+    "between",
+    [
+        *(filled, turned, inverse, cholesky, solved, transposed, read),
+        *(turned_in_place, covariant, combined, written_in_lists),
+    ],
 )
 def test_layers(between: Any, plan: str) -> None:
     trained(between, plan)
