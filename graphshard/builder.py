@@ -33,8 +33,8 @@ from graphshard.program import Param, Program
 from graphshard.rewrite import copied
 from graphshard.text_spelling import first_line
 from graphshard.trace import Captured, Mode
-from graphshard.trace_call import LossFn, Output
-from graphshard.trace_key import seen
+from graphshard.trace.call import LossFn, Output
+from graphshard.trace.key import seen
 from graphshard.update import add_update, check_elementwise
 
 logger = logging.getLogger("graphshard")

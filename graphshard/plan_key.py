@@ -1,6 +1,6 @@
 """The key of a plan in the cache: a hash of everything that the plan is made from.
 
-The model counts by what it computes (trace_key.py), not by its code. The rest is text: the plan, the mesh, the passes,
+The model counts by what it computes (trace/key.py), not by its code. The rest is text: the plan, the mesh, the passes,
 the optimizer and its options, the versions of what compiles, graphshard's own sources among them.
 """
 

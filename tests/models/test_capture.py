@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from graphshard.program import Phase, Role, Slot, info
 from graphshard.trace import Captured, Mode, capture
-from graphshard.trace_key import seen
+from graphshard.trace.key import seen
 from graphshard.verify import verify
 from models import interpret, zoo
 

@@ -189,7 +189,7 @@ def test_the_line_is_named(after: Any, kind: type[Exception], code: str, mode: A
     assert model.linear.weight is weight
     assert model.training
     assert not torch.compiler.is_compiling()
-    assert F.scaled_dot_product_attention.__module__ != "graphshard.trace_context"
+    assert F.scaled_dot_product_attention.__module__ != "graphshard.trace.context"
 
 
 def turned_and_written(_: Model, y: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from graphshard.testing.random_model import ModelSpec, RandomModel
 from graphshard.testing.strategies import model_specs
 from graphshard.text import to_text
 from graphshard.trace import capture
-from graphshard.trace_key import seen
+from graphshard.trace.key import seen
 from models.zoo import MODELS
 
 

@@ -26,9 +26,9 @@ from graphshard.errors import (
     UncapturableOperator,
     UnknownRandomOperator,
 )
-from graphshard.trace_call import call, forward_of, loss_of
+from graphshard.trace.call import call, forward_of, loss_of
 
-_PACKAGE = str(Path(__file__).parent) + os.sep
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 _OURS = (str(Path(torch.__file__).parent) + os.sep, _PACKAGE)
 

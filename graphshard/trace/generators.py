@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 from graphshard.errors import RandomOutsideTorch
-from graphshard.trace_errors import Line, describe, is_users
+from graphshard.trace.errors import Line, describe, is_users
 
 _SEEDS = 0x243F6A88, 0x85A308D3
 """None that a model would use itself."""

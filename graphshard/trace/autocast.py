@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphshard.autocast import FLOAT32, HALVES, LOWER
 from graphshard.errors import UncapturableOperator
-from graphshard.trace_errors import calling_line, describe
+from graphshard.trace.errors import calling_line, describe
 
 AS_GIVEN = "graphshard.as_given"
 """Key of ``node.meta["custom"]`` in the joint graph: whether the plan's precision is not for the node."""

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphshard.errors import UncapturableOperator
-from graphshard.trace_errors import calling_line, describe
+from graphshard.trace.errors import calling_line, describe
 
 _FUNCTIONAL = torch._C._TorchDispatchModeKey.FUNCTIONAL
 

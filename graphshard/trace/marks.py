@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from graphshard.trace_errors import Line, describe
+from graphshard.trace.errors import Line, describe
 
 MODULE, LINE = "graphshard.module", "graphshard.line"
 """Keys of ``node.meta["custom"]`` in the joint graph: the module's path, and the user's (file, line)."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphshard.errors import ShapeNeedsValue
-from graphshard.trace_errors import calling_line, describe
+from graphshard.trace.errors import calling_line, describe
 
 _SET: Any = Tensor.__setitem__
 _PUT: Any = (Tensor.index_put, torch.index_put)

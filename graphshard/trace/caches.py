@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from graphshard.errors import TensorKeptOutside
-from graphshard.trace_errors import is_users
-from graphshard.trace_marks import where
+from graphshard.trace.errors import is_users
+from graphshard.trace.marks import where
 
 _CACHE: Any = functools._lru_cache_wrapper
 

@@ -14,8 +14,8 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map
 
 from graphshard.errors import ParameterOutsideModel, UncapturableOperator
-from graphshard.trace_errors import calling_line, describe
-from graphshard.trace_model import Held
+from graphshard.trace.errors import calling_line, describe
+from graphshard.trace.model import Held
 
 _CPU = torch.device("cpu")
 _HERE = ("cpu", "meta")  # a tensor on the meta device has no value, which is refused elsewhere

@@ -12,15 +12,15 @@ from torch import Tensor, fx, nn
 
 from graphshard import fake
 from graphshard.errors import GraphshardError
-from graphshard.trace_attributes import unchanged
-from graphshard.trace_autocast import Casts
-from graphshard.trace_caches import kept_free, kept_tensor, places_of
-from graphshard.trace_call import Output, Request, call
-from graphshard.trace_context import capturing, watching
-from graphshard.trace_errors import translate
-from graphshard.trace_generators import generators_kept, refuse_draws
-from graphshard.trace_layout import KeptLayout
-from graphshard.trace_model import ModelTensors, fake_tensors, swapped
+from graphshard.trace.attributes import unchanged
+from graphshard.trace.autocast import Casts
+from graphshard.trace.caches import kept_free, kept_tensor, places_of
+from graphshard.trace.call import Output, Request, call
+from graphshard.trace.context import capturing, watching
+from graphshard.trace.errors import translate
+from graphshard.trace.generators import generators_kept, refuse_draws
+from graphshard.trace.layout import KeptLayout
+from graphshard.trace.model import ModelTensors, fake_tensors, swapped
 
 logger = logging.getLogger("graphshard")
 

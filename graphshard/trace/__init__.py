@@ -14,11 +14,11 @@ from graphshard import fake
 from graphshard.errors import LossHasParameters, MissingInput, UnsupportedInput
 from graphshard.execution import type_of
 from graphshard.program import Program
-from graphshard.trace_call import LossFn, Mode, Request
-from graphshard.trace_context import capturing
-from graphshard.trace_convert import convert
-from graphshard.trace_joint import Step, trace_joint
-from graphshard.trace_model import describe_params, gradient_hooks, parameter_names, tensors_of
+from graphshard.trace.call import LossFn, Mode, Request
+from graphshard.trace.context import capturing
+from graphshard.trace.convert import convert
+from graphshard.trace.joint import Step, trace_joint
+from graphshard.trace.model import describe_params, gradient_hooks, parameter_names, tensors_of
 
 __all__ = [
     "Captured",

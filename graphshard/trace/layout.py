@@ -15,7 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from graphshard.trace_operators import written
+from graphshard.trace.operators import written
 
 aten = torch.ops.aten
 

@@ -1,6 +1,6 @@
 """Checks of values that Python code makes: left out while a model is captured, as nothing in a graph depends on them.
 
-Those that operators make are left out by :class:`graphshard.trace_operators.Operators`.
+Those that operators make are left out by :class:`graphshard.trace.operators.Operators`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributions import Distribution
 
-from graphshard.trace_errors import calling_line, describe
+from graphshard.trace.errors import calling_line, describe
 
 _NO_DIMS = torch.Size()
 

@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphshard import fake
 from graphshard.errors import NotHashable
 from graphshard.text_spelling import to_stored
-from graphshard.trace_call import LossFn, Mode, Output, Request
-from graphshard.trace_context import capturing
-from graphshard.trace_joint import Step, check_draws
-from graphshard.trace_model import ModelTensors, tensors_of
+from graphshard.trace.call import LossFn, Mode, Output, Request
+from graphshard.trace.context import capturing
+from graphshard.trace.joint import Step, check_draws
+from graphshard.trace.model import ModelTensors, tensors_of
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _LAST = 2**64 - 1  # of the nodes that write a parameter's gradient
@@ -53,7 +53,7 @@ def seen(
 
     Raises:
         NotHashable: an operator is given something whose value cannot be written down.
-        RandomOutsideTorch: see :func:`graphshard.trace_joint.check_draws`.
+        RandomOutsideTorch: see :func:`graphshard.trace.joint.check_draws`.
         Exception: whatever the model raises; capture says it better.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))

@@ -25,14 +25,14 @@ from graphshard.errors import (
 )
 from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section
 from graphshard.rewrite import add_input, call, drop_dead
-from graphshard.trace_autocast import AS_GIVEN
-from graphshard.trace_caches import empty_everywhere
-from graphshard.trace_carries import Carries
-from graphshard.trace_errors import NO_FUNCTIONS
-from graphshard.trace_joint import Joint, Port
-from graphshard.trace_marks import line_of, module_of, where
-from graphshard.trace_model import HOOK, ModelTensors
-from graphshard.trace_random import Made, Sampler
+from graphshard.trace.autocast import AS_GIVEN
+from graphshard.trace.caches import empty_everywhere
+from graphshard.trace.carries import Carries
+from graphshard.trace.errors import NO_FUNCTIONS
+from graphshard.trace.joint import Joint, Port
+from graphshard.trace.marks import line_of, module_of, where
+from graphshard.trace.model import HOOK, ModelTensors
+from graphshard.trace.random import Made, Sampler
 
 aten = torch.ops.aten
 

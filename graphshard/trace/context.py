@@ -23,20 +23,20 @@ from torch.utils._mode_utils import no_dispatch
 
 from graphshard import attention, fake
 from graphshard.errors import NeedsTensorValue, UncapturableOperator
-from graphshard.trace_autocast import Casts, autocast_on
-from graphshard.trace_batch_norm import BATCH_NORM, laid_out
-from graphshard.trace_checks import checks_left_out
-from graphshard.trace_devices import Devices
-from graphshard.trace_errors import NO_FUNCTIONS, calling_line, describe
-from graphshard.trace_foreach import one_by_one
-from graphshard.trace_grouped import of_groups
-from graphshard.trace_marks import LINE, MODULE
-from graphshard.trace_masked import selected
-from graphshard.trace_model import Held, evaluating
-from graphshard.trace_operators import Operators
-from graphshard.trace_recurrent import RECURRENT, written_out
-from graphshard.trace_turned import Turned
-from graphshard.trace_valueless import WITHOUT_VALUES, batch_norm_without_values
+from graphshard.trace.autocast import Casts, autocast_on
+from graphshard.trace.batch_norm import BATCH_NORM, laid_out
+from graphshard.trace.checks import checks_left_out
+from graphshard.trace.devices import Devices
+from graphshard.trace.errors import NO_FUNCTIONS, calling_line, describe
+from graphshard.trace.foreach import one_by_one
+from graphshard.trace.grouped import of_groups
+from graphshard.trace.marks import LINE, MODULE
+from graphshard.trace.masked import selected
+from graphshard.trace.model import Held, evaluating
+from graphshard.trace.operators import Operators
+from graphshard.trace.recurrent import RECURRENT, written_out
+from graphshard.trace.turned import Turned
+from graphshard.trace.valueless import WITHOUT_VALUES, batch_norm_without_values
 
 
 @contextlib.contextmanager

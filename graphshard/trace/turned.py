@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from graphshard.errors import UncapturableOperator
-from graphshard.trace_errors import calling_line, describe
+from graphshard.trace.errors import calling_line, describe
 
 _TURNS = ("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_")
 
