@@ -47,6 +47,11 @@ class MicroBatch:
         ]
         return replace(self, leaves=tuple(leaves))
 
+    def rows(self) -> int | None:
+        """How long the batch is; None where nothing of it was split."""
+        pairs = zip(self.shapes(), self.dims, strict=True)
+        return next((shape[dim] for shape, dim in pairs if shape is not None and dim is not None), None)
+
     def times(self, parts: int) -> Shapes:
         """The shapes of so many of these, joined."""
         return tuple(

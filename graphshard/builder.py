@@ -153,6 +153,7 @@ class Builder:
             mode=mode,
             inputs=trace.spell_signature(*asked.example.arguments()),
             flags=asked.named_flags(),
+            apart=asked.apart,
             options=asked.spelled_options(),
             out_spec=output.spec,
             output_leaves=output.leaves,
@@ -197,17 +198,21 @@ class Builder:
         return captured
 
     def _output_dims(self, asked: Asked, leaves: int) -> tuple[int | None, ...]:
-        """See :class:`Built`: what the model returns for the whole batch tells, on fake tensors."""
+        """See :class:`Built`: what the model returns for the whole batch tells, on fake tensors; of a model that takes
+        one batch size alone, its first dim where that is as long as the batch."""
         ranks = self.mesh.dp_size
         if asked.mode != "call" or ranks == 1:
             return (None,) * leaves
-        whole = asked.example.like(asked.example.times(ranks))
+        part = trace.output_shapes(self.model, self.loss_fn, *asked.example.arguments())
         try:
-            found = [trace.output_shapes(self.model, self.loss_fn, *of.arguments()) for of in (asked.example, whole)]
-        except Exception:  # of a model that takes one batch size alone
-            return (None,) * leaves
-        part, joined = found
-        dims = {leaf: _growing(shape, joined[leaf], ranks) for leaf, shape in part.items()}
+            whole = asked.example.like(asked.example.times(ranks))
+            joined = trace.output_shapes(self.model, self.loss_fn, *whole.arguments())
+        except Exception:
+            rows = asked.example.rows()
+            dims = {leaf: 0 for leaf, shape in part.items() if shape and shape[0] == rows}
+        else:
+            grown = ((leaf, _growing(shape, joined[leaf], ranks)) for leaf, shape in part.items())
+            dims = {leaf: dim for leaf, dim in grown if dim is not None}
         return tuple(dims.get(leaf) for leaf in range(leaves))
 
     def schedule(self, mode: Mode, microbatches: int) -> schedules.Schedule:

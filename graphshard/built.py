@@ -84,6 +84,7 @@ class Built:
     mode: Mode
     inputs: tuple[str, ...]  # of a micro-batch: see trace.spell_signature
     flags: NamedFlags  # of "train"
+    apart: frozenset[str] = frozenset()  # see Asked
     options: tuple[dict[str, str], ...] = ()  # of "train": by group those of the optimizer, as Python spells them
     out_spec: TreeSpec | None = None  # of a call
     output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs

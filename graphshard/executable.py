@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -255,9 +255,13 @@ class Executable(ABC):
 
     def _apart(self) -> frozenset[str]:
         """Buffers that training leaves different on data-parallel ranks."""
-        plans = [build.plan for build in self._builds.values() if build.mode == "train" and self.dp_size > 1]
+        plans = [built.plan for built in self._known() if built.mode == "train" and self.dp_size > 1]
         slots = (slot for plan in plans for results in plan.results for slot in results)
         return frozenset(slot.name for slot in slots if slot.role is Role.BUFFER)
+
+    def _known(self) -> Iterable[Built]:
+        """All plans that there are so far."""
+        return self._builds.values()
 
     # State
 
@@ -274,7 +278,7 @@ class Executable(ABC):
             raise ExecutorNone()
         self._built()
         runtime = self._made_executor()
-        storage = Storage(runtime, *self._plans())
+        storage = Storage(runtime, *(built.plan for built in self._known()))
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
         unsaved = self._unsaved_buffers()
@@ -314,10 +318,6 @@ class Executable(ABC):
         """The same before what ranks do together: one that cannot start tells the others."""
         with self._getting_ready():
             return self._start()
-
-    def _plans(self) -> list[ExecutionPlan]:
-        """All that there are."""
-        return [build.plan for build in self._builds.values()]
 
     def _made_executor(self) -> Executor:
         """The executor, which is made when it is first needed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -22,9 +22,8 @@ from graphshard.errors import (
     UntrustedCode,
 )
 from graphshard.executable import Executable
-from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
-from graphshard.model_flags import other_flags, set_training
+from graphshard.model_flags import other_flags, set_flags
 from graphshard.model_record import describe, difference, skeleton
 from graphshard.optim import spell_options
 from graphshard.optimizer_record import other_optimizer, other_options, remade
@@ -88,7 +87,7 @@ def load(
         raise NotAPlanDirectory(str(folder), "it has no plan")
     if model is None:
         model = skeleton(manifest.model)
-        set_training(model, next((built.flags for built in builds if built.mode == "train"), builds[0].flags))
+        set_flags(model, next((built.flags for built in builds if built.mode == "train"), builds[0].flags))
     elif (other := difference(describe(model), manifest.model)) is not None:
         raise PlanDirectoryMisfit(str(folder), f"a {manifest.model.kind}", f"a model that differs: {other}")
     plan = Plan.parse(manifest.plan)
@@ -189,18 +188,18 @@ class Loaded(Executable):
         fitting = [built for built in self.builds if built.mode == asked.mode and built.inputs == inputs]
         flags = asked.named_flags()
         for built in fitting:
-            if built.options == options and built.flags == flags:
+            if built.options == options and built.flags == flags and built.apart == asked.apart:
                 return built
         told = f"{_WORDS[asked.mode]} on {_spelled(inputs)}"
         if fitting:
             other = other_options(fitting[0].options, options) or other_flags(fitting[0].flags, flags)
-            assert other is not None
-            what, expected, given = other
+            updated = "the buffers that training updates", *_listed(fitting[0].apart, asked.apart)
+            what, expected, given = other or updated
             told += f" with {what} = {given} instead of {expected}"
         raise NotInPlanDirectory(str(self.directory.path), told, sorted({_told(built) for built in self.builds}))
 
-    def _plans(self) -> list[ExecutionPlan]:
-        return [built.plan for built in self.builds]
+    def _known(self) -> list[Built]:
+        return self.builds
 
     def _scaler_factors(self) -> dict[str, float]:
         record = self.directory.manifest.optimizer
@@ -209,6 +208,10 @@ class Loaded(Executable):
     def _unsaved_buffers(self) -> dict[str, Tensor]:
         empty = {name for name, buffer in self.model.named_buffers() if buffer.is_meta}
         return {name: value for name, value in self.directory.buffers().items() if name in empty}
+
+
+def _listed(*names: Iterable[str]) -> list[str]:
+    return [", ".join(sorted(given)) or "none" for given in names]
 
 
 def _told(built: Built) -> str:

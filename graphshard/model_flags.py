@@ -17,7 +17,7 @@ class Flags:
 
     training: tuple[bool, ...]  # by module, in the order of model.modules(): the model itself is the first
     gradients: tuple[bool, ...]  # by parameter, in the order of model.parameters(): whether it requires one
-    hooks: Hashable  # see trace.gradient_hooks
+    hooks: tuple[tuple[int, tuple[Hashable, ...]], ...]  # see trace.gradient_hooks
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class NamedFlags:
     training: bool  # of the model itself
     otherwise: tuple[str, ...] = ()  # modules whose flag is not the model's
     frozen: tuple[str, ...] = ()  # parameters that require no gradient
+    hooked: tuple[str, ...] = ()  # parameters with hooks on their gradients, of which the plan has the operations
 
 
 def names_of(model: nn.Module) -> Names:
@@ -59,6 +60,7 @@ def named(names: Names, flags: Flags) -> NamedFlags:
         flags.training[0],
         tuple(name for name, training in modules if training != flags.training[0]),
         tuple(name for name, required in parameters if not required),
+        tuple(names.parameters[at] for at, _ in flags.hooks),
     )
 
 
@@ -79,13 +81,17 @@ def other_flags(expected: NamedFlags, given: NamedFlags) -> tuple[str, object, o
         return f"{name}.training", *_swapped(expected.training, name in expected.otherwise)
     for name in sorted({*expected.frozen} ^ {*given.frozen}):
         return f"{name}.requires_grad", *_swapped(True, name in expected.frozen)
+    for name in sorted({*expected.hooked} ^ {*given.hooked}):
+        return f"a hook on the gradient of {name}", *_swapped(False, name in expected.hooked)
     return None
 
 
-def set_training(model: nn.Module, flags: NamedFlags) -> None:
-    """Give the modules of ``model`` their training flags."""
+def set_flags(model: nn.Module, flags: NamedFlags) -> None:
+    """Set ``model``, whose parameters require gradients as they are to, as the flags say; hooks do nothing."""
     for name, module in model.named_modules():
         module.training = flags.training != (name in flags.otherwise)
+    for name in flags.hooked:
+        model.get_parameter(name).register_hook(lambda gradient: None)
 
 
 def _swapped(usual: bool, differs: bool) -> tuple[bool, bool]:

@@ -51,6 +51,7 @@ class PlanRecord:
     out_spec: str = ""  # as torch's pytree spells it in JSON; "": None
     output_leaves: str = "[]"  # in JSON
     output_dims: str = "[]"  # likewise
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class PlanDirectory:
             mode=record.mode,  # type: ignore[arg-type]
             inputs=record.inputs,
             flags=record.flags,
+            apart=frozenset(record.apart),
             options=record.options,
             out_spec=treespec_loads(record.out_spec) if record.out_spec else None,
             output_leaves=tuple(json.loads(record.output_leaves)),
@@ -205,7 +207,8 @@ def _json(folder: Path) -> dict[str, object]:
 def _record(built: Built, folder: str) -> PlanRecord:
     spec = "" if built.out_spec is None else treespec_dumps(built.out_spec)
     leaves, dims = json.dumps(built.output_leaves), json.dumps(built.output_dims)
-    return PlanRecord(built.mode, folder, built.inputs, built.flags, built.options, spec, leaves, dims)
+    apart = tuple(sorted(built.apart))
+    return PlanRecord(built.mode, folder, built.inputs, built.flags, built.options, spec, leaves, dims, apart)
 
 
 def _prefix(folder: str) -> str:

@@ -178,6 +178,25 @@ def test_calling_a_model_whose_batch_is_not_dim_0() -> None:
         assert_close("output", ours, theirs.detach(), torch.float32)
 
 
+class OneSize(nn.Module):
+    """It takes four rows, whatever it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.a(x.view(4, 8))
+        return result
+
+
+def test_calling_a_model_that_takes_one_batch_size() -> None:
+    torch.manual_seed(0)
+    model, x = OneSize(), torch.randn(8, 8)
+    compiled = graphshard.compile(copy.deepcopy(model), "dp2", loss_fn=F.mse_loss, executor="local")
+    assert_close("output", compiled(x), model.a(x).detach(), torch.float32)
+
+
 def test_what_no_rank_can_say_of_the_whole_batch_is_refused() -> None:
     x = torch.randn(8, 8)
     with pytest.raises(

@@ -145,6 +145,47 @@ def test_a_call_gives_the_output(written: Path, two_layers: nn.Module) -> None:
     assert torch.equal(loaded(written, two_layers)(BATCH[0]), compiled_of(two_layers)(BATCH[0]))
 
 
+def test_hooks_on_gradients_are_those_that_the_plan_has(two_layers: nn.Module, tmp_path: Path) -> None:
+    def model(hooked: bool) -> nn.Module:
+        made = copy.deepcopy(two_layers)
+        if hooked:
+            next(made.parameters()).register_hook(torch.zeros_like)
+        return made
+
+    options: dict[str, Any] = {"loss_fn": F.mse_loss, "optimizer": adamw, "executor": "local"}
+    for hooked in (True, False):
+        compiled = graphshard.compile(model(hooked), "zero3+pp2:microbatches=2", **options)
+        loss, folder = compiled.step(*BATCH), tmp_path / str(hooked)
+        compiled.dump(folder)
+        given: Any = {"optimizer": adamw, "trust_code": True, "executor": "local"}
+        with pytest.raises(NotInPlanDirectory, match="a hook on the gradient of"):
+            graphshard.load(folder, model(not hooked), **given).step(*BATCH)
+        empty = graphshard.load(folder, **given)
+        empty.load_state_dict(two_layers.state_dict())
+        assert equal(empty.step(*BATCH), loss)
+        assert equal(empty.state_dict(), compiled.state_dict())
+
+
+def test_evaluation_is_what_was_compiled_for_the_training_that_there_is(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+    options: dict[str, Any] = {"loss_fn": nn.functional.mse_loss, "optimizer": adamw, "executor": "local"}
+    x, y = torch.randn(8, 4), torch.randn(8, 4)
+    model = make().eval()
+    compiled = graphshard.compile(model, "dp2", **options)
+    compiled.evaluate(x, y)  # of a training that leaves statistics as they are
+    model.train()
+    compiled.step(x * torch.arange(8)[:, None], y)
+    evaluated, output = compiled.evaluate(x, y), compiled(x)
+    compiled.dump(tmp_path)
+    other = graphshard.load(tmp_path, make(), optimizer=adamw, trust_code=True, executor="local")
+    other.step(x * torch.arange(8)[:, None], y)
+    assert torch.equal(other.evaluate(x, y), evaluated)
+    assert torch.equal(other(x), output)
+
+
 def test_state_goes_from_one_to_the_other(written: Path, two_layers: nn.Module) -> None:
     first = loaded(written, two_layers)
     first.step(*BATCH)
