@@ -1,29 +1,36 @@
-"""Operators whose kernels lay out results otherwise than torch's fake ones say, for inputs that are not dense in order.
+"""Batch norm while a model is captured.
 
-Batch norm's make their input contiguous, or channels last, first; fake ones give results the strides of the input, and
-the backward's those of the gradient, and views that are right for those fail on the real ones.
+Its kernels make their input contiguous, or channels last, first; torch's fake ones give results the strides of the
+input, and the backward's those of the gradient, and views that are right for those fail on the real ones. And with
+``momentum=None`` torch reads the value of its count of batches.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
+from torch.nn.modules.batchnorm import _BatchNorm
 
-BATCH_NORM = (F.batch_norm, torch.batch_norm)
+from graphshard.trace.meanwhile import meanwhile
+
+_batch_norm: Any = _BatchNorm.forward
 
 
-def laid_out(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``batch_norm`` on an input and of a gradient that are laid out as the kernels would."""
+def laid_out(func: Any) -> Any:
+    """What to call instead of a torch function: batch norm on an input and of a gradient that are laid out as the
+    kernels would, else the function itself."""
+    if func not in (F.batch_norm, torch.batch_norm):
+        return func
 
-    @functools.wraps(batch_norm)
+    @functools.wraps(func)
     def run(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result = batch_norm(_dense(input), *args, **kwargs)
+        result: Tensor = func(_dense(input), *args, **kwargs)
         if result.requires_grad:
             result.register_hook(_dense)
         return result
@@ -33,3 +40,24 @@ def laid_out(batch_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _dense(value: Tensor) -> Tensor:
     return value.contiguous(memory_format=suggest_memory_format(value))
+
+
+def batches_counted() -> AbstractContextManager[None]:
+    """Meanwhile modules with ``momentum=None``, whose statistics are those of all batches, count them as a tensor."""
+    return meanwhile((_BatchNorm, "forward", _averaged))
+
+
+def _averaged(self: _BatchNorm, input: Tensor) -> Tensor:
+    mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+    counts = self.momentum is None and self.training and self.track_running_stats
+    if not counts or mean is None or var is None or count is None:
+        result: Tensor = _batch_norm(self, input)
+        return result
+    self._check_input_dim(input)
+    count.add_(1)
+    of_batch = torch.zeros_like(mean), torch.zeros_like(var)
+    result = F.batch_norm(input, *of_batch, self.weight, self.bias, True, 1.0, self.eps)
+    share = 1 / count.double()
+    for running, statistic in zip((mean, var), of_batch, strict=True):
+        running.copy_((1 - share) * running + share * statistic)
+    return result

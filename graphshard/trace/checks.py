@@ -15,6 +15,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.distributions import Distribution
 
 from graphshard.trace.errors import calling_line, describe
+from graphshard.trace.meanwhile import meanwhile
 
 _NO_DIMS = torch.Size()
 
@@ -23,16 +24,12 @@ _NO_DIMS = torch.Size()
 def checks_left_out(unchecked: set[str]) -> Iterator[None]:
     """Meanwhile torch checks of no fake tensor that all of it is true, nor arguments and samples of distributions;
     lines of the model that have it do so are added to ``unchecked``."""
-    replacements: list[tuple[Any, str, Any]] = [
+    with meanwhile(
         (torch, "_assert", _unless_fake(0, torch._assert, unchecked)),
         (torch, "_check_tensor_all_with", _unless_fake(1, torch._check_tensor_all_with, unchecked)),
         (Distribution, "_validate_args", False),
         (Distribution, "__init__", _unvalidated(Distribution.__init__, Distribution._validate_args, unchecked)),
-    ]
-    with contextlib.ExitStack() as stack:
-        for owner, name, replacement in replacements:
-            stack.callback(setattr, owner, name, getattr(owner, name))
-            setattr(owner, name, replacement)
+    ):
         yield
 
 

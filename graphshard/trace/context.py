@@ -6,6 +6,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -24,7 +25,7 @@ from torch.utils._mode_utils import no_dispatch
 from graphshard import attention, fake
 from graphshard.errors import NeedsTensorValue, UncapturableOperator
 from graphshard.trace.autocast import Casts, autocast_on
-from graphshard.trace.batch_norm import BATCH_NORM, laid_out
+from graphshard.trace.batch_norm import batches_counted, laid_out
 from graphshard.trace.checks import checks_left_out
 from graphshard.trace.devices import Devices
 from graphshard.trace.errors import NO_FUNCTIONS, calling_line, describe
@@ -32,11 +33,12 @@ from graphshard.trace.foreach import one_by_one
 from graphshard.trace.grouped import of_groups
 from graphshard.trace.marks import LINE, MODULE
 from graphshard.trace.masked import selected
+from graphshard.trace.meanwhile import meanwhile
 from graphshard.trace.model import Held, evaluating
 from graphshard.trace.operators import Operators
-from graphshard.trace.recurrent import RECURRENT, written_out
+from graphshard.trace.recurrent import written_out
 from graphshard.trace.turned import Turned
-from graphshard.trace.valueless import WITHOUT_VALUES, batch_norm_without_values
+from graphshard.trace.valueless import without_values
 
 
 @contextlib.contextmanager
@@ -66,7 +68,7 @@ def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> 
     ``unchecked``: lines of the model whose checks were left out are added to it."""
     calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
     replaced = (
-        *(_attention_replaced(), batch_norm_without_values(), checks_left_out(unchecked)),
+        *(_attention_replaced(), batches_counted(), checks_left_out(unchecked)),
         *(_no_reentrant(), _no_higher_order()),
     )
     with torch.fx.traceback.annotate({MODULE: ""}), contextlib.ExitStack() as stack:
@@ -130,23 +132,16 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
             entered.pop().__exit__(None, None, None)
 
 
-@contextlib.contextmanager
-def _no_higher_order() -> Iterator[None]:
+def _no_higher_order() -> AbstractContextManager[None]:
     """Operators on functions (torch.cond, flex_attention) are refused where the model calls them."""
 
     def refuse(operator: HigherOrderOperator, *args: object, **kwargs: object) -> NoReturn:
         raise UncapturableOperator(operator.name(), describe(calling_line()), NO_FUNCTIONS)
 
-    before = HigherOrderOperator.__call__
-    HigherOrderOperator.__call__ = refuse  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        HigherOrderOperator.__call__ = before  # type: ignore[method-assign]
+    return meanwhile((HigherOrderOperator, "__call__", refuse))
 
 
-@contextlib.contextmanager
-def _no_reentrant() -> Iterator[None]:
+def _no_reentrant() -> AbstractContextManager[None]:
     """A checkpoint that calls autograd within the backward is refused where the model calls it."""
 
     def apply(function: Any, preserve: Any, *args: Any) -> Any:
@@ -156,11 +151,7 @@ def _no_reentrant() -> Iterator[None]:
         return before.apply(function, preserve, *args)
 
     before = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = SimpleNamespace(apply=apply)  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        checkpoint.CheckpointFunction = before  # type: ignore[misc]
+    return meanwhile((checkpoint, "CheckpointFunction", SimpleNamespace(apply=apply)))
 
 
 class _Calls(TorchFunctionMode):
@@ -186,18 +177,19 @@ class _Calls(TorchFunctionMode):
         if func in _TO_NUMPY:
             raise NeedsTensorValue(describe(calling_line()))
         func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
-        if func in BATCH_NORM:
-            func = laid_out(func)
         if func is _ATTENTION:
             return attention.scaled_dot_product_attention(func, *args, **kwargs)
-        if func in RECURRENT:
-            func = written_out(func)
-        func, args, kwargs = selected(of_groups(one_by_one(WITHOUT_VALUES.get(func, func))), args, kwargs)
+        for instead_of in _REPLACEMENTS:
+            func = instead_of(func)
+        func, args, kwargs = selected(func, args, kwargs)
         self._turned.before(args, kwargs)
         result = func(*args, **kwargs) if self._casts is None else self._casts.call(func, args, kwargs)
         self._turned.after(func, args, kwargs, result)
         return result
 
+
+_REPLACEMENTS = (laid_out, written_out, without_values, one_by_one, of_groups)
+"""Each gives what to call instead of a torch function: itself, unless it is one of its own."""
 
 _ATTENTION = F.scaled_dot_product_attention
 _TO_NUMPY = (Tensor.numpy, Tensor.__array__)
@@ -208,15 +200,10 @@ _TO_PYTHON: Any = (
 _SET_DATA: Any = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-@contextlib.contextmanager
-def _attention_replaced() -> Iterator[None]:
+def _attention_replaced() -> AbstractContextManager[None]:
     """torch's own Python code (nn.MultiheadAttention) calls attention where the mode above does not see it."""
 
     def replacement(*args: Any, **kwargs: Any) -> Tensor:
         return attention.scaled_dot_product_attention(_ATTENTION, *args, **kwargs)
 
-    F.scaled_dot_product_attention = replacement
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = _ATTENTION
+    return meanwhile((F, "scaled_dot_product_attention", replacement))

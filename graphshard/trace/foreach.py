@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 _PREFIX = "_foreach_"
-_SCALED = ("addcmul_", "addcdiv_")
 _OTHER_NAMES = {"maximum_": "clamp_min_", "minimum_": "clamp_max_"}
 
 
@@ -27,22 +26,12 @@ def one_by_one(function: Any) -> Any:
         for i, value in enumerate(self):
             own = [_own(argument, i) for argument in args]
             options = {key: _own(argument, i) for key, argument in kwargs.items()}
-            if name in _SCALED and len(own) > 2:
-                first, second, scale = own
-                _add_scaled(value, first, second, scale[i] if isinstance(scale, Tensor) else scale, method)
-            else:
-                method(value, *own, **options)
+            if name in ("addcmul_", "addcdiv_") and len(own) > 2:
+                options["value"] = own.pop()
+            method(value, *own, **options)
         return self
 
     return run
-
-
-def _add_scaled(value: Tensor, first: Tensor, second: Tensor, scale: Any, method: Any) -> None:
-    """``addcmul_`` or ``addcdiv_``, which take no tensor as a scale."""
-    if isinstance(scale, Tensor):
-        value.add_(scale * (first * second if method is Tensor.addcmul_ else first / second))
-    else:
-        method(value, first, second, value=scale)
 
 
 def _own(argument: Any, i: int) -> Any:

@@ -9,24 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 
-def written_out(function: Callable[..., Any]) -> Callable[..., Any]:
-    """What to call instead of one of ``RECURRENT``.
+def written_out(func: Any) -> Any:
+    """What to call instead of a torch function: the function itself, unless it is a recurrent layer.
 
     An LSTM is written out only where oneDNN is off: its one operator keeps what its backward needs where autograd is
     on, which it is not while a graph runs. Other operators choose their backend when they run.
     """
+    if func not in _RECURRENT:
+        return func
 
-    @functools.wraps(function)
+    @functools.wraps(func)
     def run(*args: Any, **kwargs: Any) -> Any:
         before = torch._C._get_mkldnn_enabled()
         torch._C._set_mkldnn_enabled(False)
         try:
             # A packed sequence comes with two tensors, and its parameters one place later.
             packed = len(args) > 3 and not isinstance(args[3], bool)
-            return function(*args, **kwargs) if packed else _by_layer(function, *args, **kwargs)
+            return func(*args, **kwargs) if packed else _by_layer(func, *args, **kwargs)
         finally:
             torch._C._set_mkldnn_enabled(before)
 

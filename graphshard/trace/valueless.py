@@ -5,17 +5,12 @@ They do not check values, where torch's own would raise.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
-
-_batch_norm: Any = _BatchNorm.forward
 
 
 def cov(
@@ -61,37 +56,15 @@ def combinations(input: Tensor, r: int = 2, with_replacement: bool = False) -> T
     return input[chosen]
 
 
-WITHOUT_VALUES: Mapping[Any, Callable[..., Tensor]] = {
+_WITHOUT_VALUES: Mapping[Any, Callable[..., Tensor]] = {
     torch.cov: cov,
     Tensor.cov: cov,
     torch.corrcoef: corrcoef,
     Tensor.corrcoef: corrcoef,
     torch.combinations: combinations,
 }
-"""By torch's function, what to call instead."""
 
 
-@contextlib.contextmanager
-def batch_norm_without_values() -> Iterator[None]:
-    """Batch norm with ``momentum=None``, whose running statistics are those of all batches, counts them as a tensor."""
-    _BatchNorm.forward = _averaged  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        _BatchNorm.forward = _batch_norm  # type: ignore[method-assign]
-
-
-def _averaged(self: _BatchNorm, input: Tensor) -> Tensor:
-    mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
-    counts = self.momentum is None and self.training and self.track_running_stats
-    if not counts or mean is None or var is None or count is None:
-        result: Tensor = _batch_norm(self, input)
-        return result
-    self._check_input_dim(input)
-    count.add_(1)
-    of_batch = torch.zeros_like(mean), torch.zeros_like(var)
-    result = F.batch_norm(input, *of_batch, self.weight, self.bias, True, 1.0, self.eps)
-    share = 1 / count.double()
-    for running, statistic in zip((mean, var), of_batch, strict=True):
-        running.copy_((1 - share) * running + share * statistic)
-    return result
+def without_values(func: Any) -> Any:
+    """What to call instead of a torch function: itself, unless it is one of those."""
+    return _WITHOUT_VALUES.get(func, func)
