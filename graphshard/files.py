@@ -25,6 +25,8 @@ def write_atomic(path: Path | str, data: str | bytes) -> None:
             file.write(data.encode() if isinstance(data, str) else data)
         unfinished.replace(path)
     except OSError as error:
+        if error.errno is None:
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         unfinished.unlink(missing_ok=True)
