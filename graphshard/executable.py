@@ -74,6 +74,7 @@ class Executable(ABC):
                 self._scaler_state,
                 self._steps,
                 self._getting_ready,
+                self._require_same,
             )
 
     # What a subclass knows
@@ -189,7 +190,9 @@ class Executable(ABC):
 
     def trace(self, *batch: Any, **kwargs: Any) -> None:
         """Compile the training step for arguments like these without running it."""
-        with self._undisturbed():
+        # Only what is traced first under a budget is compared over ranks: else nobody waits for this one.
+        compared = self._main is None and self.plan.budget_per_rank_bytes is not None
+        with self._undisturbed(), self._getting_ready() if compared else nullcontext():
             parts = self._split(batch, kwargs, self.microbatches, has_values=False)
             self._build("train", parts[0][0], self.microbatches)
 
@@ -395,6 +398,9 @@ class Executable(ABC):
             runtime, storage = self._start()
             require_same(runtime, _spelled(state))
         storage.write_state(state)
+
+    def _require_same(self, numbers: Mapping[str, Tensor]) -> None:
+        require_same(self._made_executor(), numbers)
 
     def _scaler_state(self) -> ScalerState | None:
         """What there is of loss scaling between steps."""
