@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from graphshard import ambient, dump, fake, plan_directory, report
 from graphshard.arguments import (
     cache_of,
+    debug_nan_of,
     device_of,
-    function_of,
+    executor_of,
+    folder_of,
+    init_of,
+    loss_of,
+    measure_memory_of,
     model_of,
     norm_of,
+    optimizer_of,
     passes_of,
     plan_of,
     seed_of,
     timeout_of,
+    world_size_of,
 )
 from graphshard.batch import MicroBatch, largest, split_batch
 from graphshard.bisect import Seen, Until, bisect
@@ -116,10 +123,11 @@ def compile(
     model, passes, cache = model_of(model), passes_of(passes), cache_of(cache)
     device, timeout_s = device_of(device), timeout_of(timeout_s)
     seed, max_grad_norm = seed_of(seed), norm_of(max_grad_norm)
-    loss_fn = function_of("loss_fn", loss_fn, "a function of the model's output and targets")
-    init = function_of("init", init, "a function of the model")
+    debug_nan, measure_memory = debug_nan_of(debug_nan), measure_memory_of(measure_memory)
+    loss_fn, init, dump_folder = loss_of(loss_fn), init_of(init), folder_of(dump_dir)
+    optimizer, world_size = optimizer_of(optimizer), world_size_of(world_size)
     parsed = plan_of(plan)
-    kind = executor_kind(executor)
+    kind = executor_kind(executor_of(executor))
     folder = offload_folder(parsed)
     if kind != "none" and folder is not None:
         check_folder(folder)
@@ -153,7 +161,7 @@ def compile(
         executor=kind,
         device=where,
         timeout_s=timeout_s,
-        dump_dir=None if dump_dir is None else Path(dump_dir),
+        dump_dir=dump_folder,
         measure_memory=measure_memory,
         init=init,
         seed=seed,

@@ -773,6 +773,7 @@ class BadArgument(GraphshardError):
     """An argument of ``compile`` or ``load`` of the wrong kind."""
 
     def __init__(self, name: str, given: object, expected: str) -> None:
+        self.name, self.given, self.expected = name, given, expected
         text = " ".join(repr(given).split())
         super().__init__(f"{name} is {text if len(text) <= 80 else text[:79] + '…'}; expected {expected}")
 

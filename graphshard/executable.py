@@ -29,7 +29,7 @@ from graphshard.program import Program, Role
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.same_values import require_same
 from graphshard.runtime.storage import Storage
-from graphshard.state_entries import Entries, IncompatibleKeys, entries_of
+from graphshard.state_entries import IncompatibleKeys, check_same_parameters, entries_of, saved_with
 from graphshard.trace import Mode
 
 logger = logging.getLogger("graphshard")
@@ -74,6 +74,7 @@ class Executable(ABC):
                 self._scaler_state,
                 self._steps,
                 self._getting_ready,
+                self._require_same,
             )
 
     # What a subclass knows
@@ -189,7 +190,9 @@ class Executable(ABC):
 
     def trace(self, *batch: Any, **kwargs: Any) -> None:
         """Compile the training step for arguments like these without running it."""
-        with self._undisturbed():
+        # Only what is traced first under a budget is compared over ranks: else nobody waits for this one.
+        compared = self._main is None and self.plan.budget_per_rank_bytes is not None
+        with self._undisturbed(), self._getting_ready() if compared else nullcontext():
             parts = self._split(batch, kwargs, self.microbatches, has_values=False)
             self._build("train", parts[0][0], self.microbatches)
 
@@ -271,6 +274,7 @@ class Executable(ABC):
 
         Raises:
             ValuesDiffer: they are not the same on all ranks; nothing is stored.
+            StateMismatch: ``init`` has left the model with other parameters; likewise.
         """
         if self._runtime is not None and self._storage is not None:
             return self._runtime, self._storage
@@ -285,9 +289,10 @@ class Executable(ABC):
         if self.init is not None:
             _move(self.model, holders, lambda t: torch.empty_like(t, device="cpu"))
             self.init(self.model)
+            check_same_parameters(self.model, self._params)
         first = dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | unsaved | dict(given or {})
         first = {name: value.detach() for name, value in first.items() if not value.is_meta}
-        if not given and not self._params.keys() <= first.keys():
+        if self.init is None and not given and not self._params.keys() <= first.keys():
             first = unsaved
         state = given_state(user, trace.parameter_names(self.model)) if user is not None else {}
         if not self._compared:
@@ -341,8 +346,9 @@ class Executable(ABC):
 
     def state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """Full parameters and buffers under the model's own names, tied names included, in the model's own dtypes: with
-        bf16 or fp16 the float32 masters, and a parameter that is never updated as it was rounded. What else the model's
-        state_dict() has, such as extra state, is the module's own now. Collective: all ranks call it.
+        bf16 or fp16 the float32 masters, and a parameter that is never updated as it was rounded. Hooks of the model on
+        its state dict run on these values; what else they or the model give, such as extra state, is the module's own
+        now. Collective: all ranks call it.
 
         Args:
             rank0_only: only rank 0 gets the tensors, the others an empty dict.
@@ -353,7 +359,7 @@ class Executable(ABC):
             return {}
         dtypes = {name: param.dtype for name, param in self._params.items()}
         full = {name: value.to(dtypes.get(name, value.dtype)) for name, value in values.items()}
-        return self._entries().filled(full)
+        return saved_with(self.model, full)
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them; of
@@ -370,7 +376,7 @@ class Executable(ABC):
             StateMismatch: a tensor is missing, has another shape, or a name is none of the model's; nothing is changed.
             ValuesDiffer: ranks are given different states; likewise.
         """
-        entries = self._entries()
+        entries = entries_of(self.model, self._params)
         with self._getting_ready():
             given = entries.fit(state, strict)
             if self._compared:
@@ -384,9 +390,6 @@ class Executable(ABC):
             storage.write_model(params, {name: v for name, v in given.values.items() if name not in params})
         return given.keys
 
-    def _entries(self) -> Entries:
-        return entries_of(self.model, self._params)
-
     def _read_state(self) -> dict[str, dict[str, Tensor]]:
         return self._started()[1].read_state()
 
@@ -395,6 +398,9 @@ class Executable(ABC):
             runtime, storage = self._start()
             require_same(runtime, _spelled(state))
         storage.write_state(state)
+
+    def _require_same(self, numbers: Mapping[str, Tensor]) -> None:
+        require_same(self._made_executor(), numbers)
 
     def _scaler_state(self) -> ScalerState | None:
         """What there is of loss scaling between steps."""

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -16,67 +16,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from graphshard.errors import BadFactoryResult, BadModelReference, MissingFactory, ModelCodeFailed, WrongFactoryEntry
-from graphshard.plan import Plan
+from graphshard.arguments import CHECKS
+from graphshard.errors import (
+    BadArgument,
+    BadFactoryResult,
+    BadModelReference,
+    MissingFactory,
+    ModelCodeFailed,
+    WrongFactoryEntry,
+)
 
 T = TypeVar("T")
 _OF_A_TUPLE = ("model", "example_inputs", "loss_fn")
-
-
-def _is_device(value: Any) -> bool:
-    try:
-        torch.device(value)
-    except (RuntimeError, TypeError):
-        return False
-    return isinstance(value, (str, torch.device))
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
-
-
-def _is_flag(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
-def _are_passes(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(_is_pass, value))
-
-
-def _is_pass(value: Any) -> bool:
-    named = isinstance(getattr(value, "name", None), str)
-    return named and callable(getattr(value, "run", None)) and not isinstance(value, type)
-
-
-_OPTIONAL = ("loss_fn", "optimizer", "world_size", "device", "max_grad_norm", "passes", "dump_dir", "init")
-"""Arguments of compile for which None is the same as none."""
-
-_KINDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda value: isinstance(value, torch.nn.Module), "a torch.nn.Module"),
-    "plan": (lambda value: isinstance(value, (str, Plan)), "a plan string such as 'zero3+pp4', or a Plan"),
-    "loss_fn": (callable, "a function"),
-    "optimizer": (
-        lambda value: callable(value) or isinstance(value, torch.optim.Optimizer),
-        "an optimizer, or a function of parameters that makes one",
-    ),
-    "world_size": (_is_count, "an integer of at least 1"),
-    "device": (_is_device, "a device such as 'cpu' or 'cuda'"),
-    "executor": (lambda value: isinstance(value, str), "'auto', 'distributed', 'local' or 'none'"),
-    "max_grad_norm": (_is_positive, "a number above 0"),
-    "timeout_s": (_is_positive, "a number of seconds above 0"),
-    "passes": (_are_passes, "a list of passes, such as [Fuse(most=1)]"),
-    "dump_dir": (lambda value: isinstance(value, (str, Path)), "a folder"),
-    "debug_nan": (_is_flag, "True or False"),
-    "measure_memory": (_is_flag, "True or False"),
-    "init": (callable, "a function of the model"),
-    "seed": (lambda value: isinstance(value, int), "an integer"),
-    "cache": (lambda value: isinstance(value, (bool, str, Path)), "True, False or a folder"),
-}
-"""What a value of the factory's dict must be, by argument of compile. Whatever there is may be an example input."""
 
 
 def load(reference: str, known: Collection[str], meta: bool = False) -> dict[str, Any]:
@@ -91,6 +42,7 @@ def load(reference: str, known: Collection[str], meta: bool = False) -> dict[str
         ModelCodeFailed: the module or the factory raised.
         BadFactoryResult: the factory needs arguments, or returned something else.
         WrongFactoryEntry: what the factory returned for an argument is of no use there.
+        PlanSyntaxError, PlanNotSupported: its plan is none.
     """
     path, colon, name = reference.rpartition(":")
     if not (colon and path and name.isidentifier()):
@@ -167,9 +119,12 @@ def _arguments(reference: str, name: str, result: Any, known: Collection[str]) -
     missing = [key for key in _OF_A_TUPLE[:2] if result.get(key) is None]
     if missing:
         raise BadFactoryResult(reference, f"{name}() returned no {missing[0]}")
-    for key, value in result.items():
-        if key in _KINDS and not (value is None and key in _OPTIONAL) and not _KINDS[key][0](value):
-            raise WrongFactoryEntry(reference, name, key, value, _KINDS[key][1])
+    for key, check in CHECKS.items():
+        try:
+            if key in result:
+                check(result[key])
+        except BadArgument as error:
+            raise WrongFactoryEntry(reference, name, error.name, error.given, error.expected) from error
     return {"optimizer": functools.partial(torch.optim.AdamW), **result}
 
 

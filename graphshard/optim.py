@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from numbers import Real
@@ -86,10 +86,12 @@ class CompiledOptimizer(Optimizer):
         scaler: Callable[[], ScalerState | None] = lambda: None,
         steps: Steps | None = None,
         getting_ready: Callable[[], AbstractContextManager[None]] = nullcontext,
+        require_same: Callable[[Mapping[str, Tensor]], None] | None = None,
     ) -> None:
         """``param_names`` maps the id of each Parameter to its canonical name; ``scaler`` gives None where the compiled
         step does not scale the loss; ``steps`` is saved and loaded with the state; ``getting_ready`` is around what may
-        refuse a state dict on this rank alone, so that others need not wait.
+        refuse a state dict on this rank alone, so that others need not wait; ``require_same`` compares over ranks the
+        numbers of one, by names for people.
 
         Raises:
             OptimizerForeignParameter: the optimizer updates a tensor that ``param_names`` does not hold.
@@ -100,7 +102,7 @@ class CompiledOptimizer(Optimizer):
         self._complete = True
         self._read_state, self._write_state, self._scaler = read_state, write_state, scaler
         self._steps = Steps() if steps is None else steps
-        self._getting_ready = getting_ready
+        self._getting_ready, self._require_same = getting_ready, require_same
         self._constants = [set(group) - {"params", "param_names", "lr", "initial_lr"} for group in self.param_groups]
         self._names: list[list[str]] = []
         for index, group in enumerate(self.param_groups):
@@ -188,11 +190,14 @@ class CompiledOptimizer(Optimizer):
             OptimizerStateMismatch: no dict, other groups, other parameters, state that is no tensor or number, a
                 learning rate that is no number, steps that are no count, or a scaler with other factors.
             OptimizerStateMissing, OptimizerStateTogether: state that the step cannot go on from.
+            ValuesDiffer: ranks are given different state, steps, options or scalers.
 
         Nothing is changed then.
         """
         with self._getting_ready():
             state, steps = self._checked(state_dict)
+            if self._require_same is not None:
+                self._require_same(_numbers_of(state_dict, steps))
         scaler, scale = self._scaler(), state_dict.get("scaler")
         self._write_state(state)
         self._steps.taken = steps
@@ -285,6 +290,28 @@ def given_state(optimizer: Optimizer, param_names: Mapping[int, str]) -> NamedSt
                 name = param_names[id(parameter)]
                 state[name] = {k: _tensor(f"state {k!r} of {name!r}", v) for k, v in values.items() if _is_value(v)}
     return state
+
+
+def _numbers_of(state_dict: Mapping[str, Any], steps: int) -> dict[str, Tensor]:
+    """What a state dict says in numbers beside the state, by names for people."""
+    found: dict[str, Any] = {"steps": steps}
+    for index, group in enumerate(state_dict["param_groups"]):
+        options = sorted(group.keys() - {"params", "param_names"})
+        found |= {f"{key} of group {index}": group[key] for key in options}
+    if isinstance(scaler := state_dict.get("scaler"), Mapping):
+        found |= {f"{key} of the scaler": value for key, value in scaler.items()}
+    return {name: value for key, given in found.items() for name, value in _as_tensors(key, given)}
+
+
+def _as_tensors(name: str, value: object) -> Iterator[tuple[str, Tensor]]:
+    """Numbers in ``value``, which may be nested, as tensors."""
+    if isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _as_tensors(f"{name}[{index}]", item)
+    elif isinstance(value, Tensor) and not value.is_meta:
+        yield name, value
+    elif isinstance(value, Real):
+        yield name, torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 def _is_value(value: object) -> bool:

@@ -120,7 +120,7 @@ def measure(plan: ExecutionPlan, executor: Replaying, steps: int) -> dict[str, f
     """Of the ranks in this process: instructions and communications in a step, microseconds of a whole step, of one
     without segments and of the copies in that, and of what is left for each instruction."""
     storage = Storage(executor, plan)
-    storage.write_params({name: value.detach() for name, value in make_part(SIZES).named_parameters()})
+    storage.write_model({name: value.detach() for name, value in make_part(SIZES).named_parameters()}, {})
     mesh, m = plan.mesh, plan.microbatches
     parts = list(zip(*(tensor.chunk(mesh.dp_size * m) for tensor in batch_of(SIZES, 0)), strict=True))
     batches = {d: parts[d * m : (d + 1) * m] for d in {mesh.dp_rank(rank) for rank in executor.ranks}}

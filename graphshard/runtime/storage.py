@@ -98,10 +98,6 @@ class Storage:
                 result[name] = self._cut(flat, name, at)
         return {name: result[name] for name in self.params if name in result}
 
-    def write_params(self, tensors: Mapping[str, Tensor]) -> None:
-        """:meth:`write_model` of a model whose buffers stay."""
-        self.write_model(tensors, {})
-
     def write_model(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         """Store full parameters and their masters, given by canonical name, on every rank and stage that holds them,
         and buffers as :meth:`write_buffers` does.

@@ -34,10 +34,10 @@ def train(plan: ExecutionPlan) -> dict[str, object]:
         ("distributed", DistributedExecutor(plan.mesh, timeout_s=30.0, measure_memory=True)),
     ):
         storage = Storage(executor, plan)
-        storage.write_params(handmade.weights())
+        storage.write_model(handmade.weights(), {})
         losses = [_step(executor, plan, step) for step in range(STEPS)]
         params, state = storage.read_params(), storage.read_state()
-        storage.write_params(params)
+        storage.write_model(params, {})
         storage.write_state(state)
         losses.append(_step(executor, plan, STEPS))
         found[name] = {
@@ -81,7 +81,7 @@ def communicate(plan: ExecutionPlan) -> dict[str, object]:
 def mismatch(plan: ExecutionPlan) -> dict[str, object]:
     """The last rank was given a plan with other collectives."""
     executor = DistributedExecutor(plan.mesh, timeout_s=30.0)
-    Storage(executor, plan).write_params(handmade.weights())
+    Storage(executor, plan).write_model(handmade.weights(), {})
     if LAST:
         plan = handmade.two_stages(plan.mesh.dp_size, ("F0 B0", "F0 B0"))
     executor.step(plan, handmade.batches(plan, 0), lrs=[0.1])
@@ -97,7 +97,7 @@ def measures(plan: ExecutionPlan) -> dict[str, object]:
 def late(plan: ExecutionPlan) -> dict[str, object]:
     """After a step together the last rank does nothing until its input is closed."""
     executor = DistributedExecutor(plan.mesh, timeout_s=4.0)
-    Storage(executor, plan).write_params(handmade.weights())
+    Storage(executor, plan).write_model(handmade.weights(), {})
     _step(executor, plan, 0)
     if LAST:
         sys.stdin.read()
@@ -109,7 +109,7 @@ def late(plan: ExecutionPlan) -> dict[str, object]:
 def ends(plan: ExecutionPlan) -> dict[str, object]:
     """After a step together the last rank ends."""
     executor = DistributedExecutor(plan.mesh, timeout_s=30.0)
-    Storage(executor, plan).write_params(handmade.weights())
+    Storage(executor, plan).write_model(handmade.weights(), {})
     _step(executor, plan, 0)
     if LAST:
         return {}

@@ -103,6 +103,8 @@ def test_ranks_with_different_values_or_calls_say_so_and_go_on() -> None:
         assert said["seed"].startswith(weight) and said["load before"].startswith(weight), said
         assert said["load after"].startswith("ValuesDiffer: rank 1 has other values of 'centre' than rank 0"), said
         assert said["optimizer"].startswith("ValuesDiffer: rank 1 has other values of 'state "), said
+        assert said["steps"].startswith("ValuesDiffer: rank 1 has other values of 'steps' than rank 0"), said
+        assert said["options"].startswith("ValuesDiffer: rank 1 has other values of 'betas of group 0[1]'"), said
         assert said["one refuses"].startswith((peer, own)[rank]), said
         assert said["optimizer of one refuses"].startswith((peer, "OptimizerStateMismatch: ")[rank]), said
         assert said["reading and loading"].startswith(
@@ -111,6 +113,7 @@ def test_ranks_with_different_values_or_calls_say_so_and_go_on() -> None:
         if plan == "zero3":
             assert "rank 1 has no values of 'layers.0.weight', which others have" in said["none"], said
             assert "rank 1 has other values of 'centre' than rank 0" in said["init"], said
+            assert said["one traces"].startswith(peer) == (rank == 0), said
         else:
             assert "ranks 0 have state_dict, load_state_dict or a first step; ranks 1 have a step" in said["one reads"]
             assert "rank0_only=True" in said["one reads"] and "drop_last=True" in said["one reads"]

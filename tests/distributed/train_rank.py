@@ -379,6 +379,9 @@ def differing(*plans: str) -> dict[str, Any]:
         state = c.optimizer.state_dict()
         moved = {name: {k: v + RANK for k, v in values.items()} for name, values in state["state"].items()}
         attempt("optimizer", c.optimizer.load_state_dict, state | {"state": moved})
+        attempt("steps", c.optimizer.load_state_dict, state | {"steps": state["steps"] + RANK})
+        groups = [group | {"betas": (0.9, 0.999 - 0.1 * RANK)} for group in state["param_groups"]]
+        attempt("options", c.optimizer.load_state_dict, state | {"param_groups": groups})
         attempt("one refuses", c.load_state_dict, {} if RANK else same)
         attempt("optimizer of one refuses", c.optimizer.load_state_dict, {} if RANK else state)
         attempt("reading and loading", *([c.state_dict] if RANK else [c.load_state_dict, same]))
@@ -392,6 +395,8 @@ def differing(*plans: str) -> dict[str, Any]:
                 plan, "distributed", model=buffer, init=lambda m: m.load_state_dict(Centred(centre=RANK).state_dict())
             )
             attempt("init", random.step, *mine)
+            budgeted = compiled(f"{plan}+memory:budget_gb=1", "distributed", model=Centred())
+            attempt("one traces", budgeted.trace, *(["x"] if RANK else mine))
         found[plan] = {"said": said, "far": max(map(abs, losses))}
     attempt("one reads", *([c.step, *mine] if RANK else [c.state_dict]))
     return found

@@ -19,6 +19,7 @@ from graphshard.errors import OptimizerStateMissing, OptimizerStateTogether, Sta
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import Eager, Make, assert_close, assert_same_training, rolled
 
+adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
 SHARDED, REPLICATED = "zero3+pp2:microbatches=2", "dp2+accum2"  # the same split of the batch
 
 
@@ -364,3 +365,82 @@ def test_scalar_state_of_a_parameter_without_dims(plan: str, optimizer: Callable
     tolerance = 2e-3 if "fp16" in plan else 1e-9
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(then.state_dict()[name], value, rtol=tolerance, atol=tolerance)
+
+
+class Split(nn.Module):
+    """Saves one weight in three parts, with the norm of another, and a bias in bfloat16 too; loads the parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 6, bias=False), nn.Linear(6, 4)
+        self.register_state_dict_post_hook(self._split)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(self._join)  # type: ignore[no-untyped-call]
+
+    @staticmethod
+    def _split(module: nn.Module, state: dict[str, Any], prefix: str, _: object) -> None:
+        for name, part in zip("qkv", state.pop(f"{prefix}qkv.weight").chunk(3), strict=True):
+            state[f"{prefix}{name}"] = part
+        state[f"{prefix}norm"] = state[f"{prefix}out.weight"].norm().item()
+        state[f"{prefix}half"] = state[f"{prefix}out.bias"].to(torch.bfloat16)
+
+    @staticmethod
+    def _join(module: nn.Module, state: dict[str, Any], prefix: str, *_: object) -> None:
+        if f"{prefix}q" in state:
+            state[f"{prefix}qkv.weight"] = torch.cat([state.pop(f"{prefix}{name}") for name in "qkv"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(self.qkv(x))
+        return result
+
+
+def split() -> tuple[nn.Module, tuple[Tensor, ...], dict[str, object], Callable[..., Tensor] | None]:
+    torch.manual_seed(0)
+    return nn.Sequential(Split()), (torch.randn(8, 4), torch.randn(8, 4)), {}, F.mse_loss
+
+
+def test_hooks_on_the_state_dict_see_the_trained_values() -> None:
+    args = [a.double() for a in split()[1]]
+    compiled, eager = start(split, SHARDED)
+    before = dict(compiled.model.named_parameters())
+    for _ in range(2):
+        compiled.step(*args)
+        eager.step(args, {})
+    saved, expected = compiled.state_dict(), eager.model.state_dict()
+    assert list(saved) == list(expected)
+    for name, value in saved.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9)
+    assert all(value is before[name] for name, value in compiled.model.named_parameters())
+    with torch.device("meta"):
+        empty = split()[0].double()
+    fresh = graphshard.compile(empty, REPLICATED, loss_fn=F.mse_loss, executor="local", example_inputs=tuple(args))
+    fresh.load_state_dict(saved)
+    assert all(torch.equal(torch.as_tensor(v), torch.as_tensor(saved[k])) for k, v in fresh.state_dict().items())
+    del saved["0.q"], saved["0.k"], saved["0.v"]
+    with pytest.raises(StateMismatch, match=r"0\.qkv\.weight: given nothing; expected a tensor of shape \[6, 4\]"):
+        fresh.load_state_dict(saved)
+
+
+def test_init_that_ties_weights_is_told_what_would_be_right() -> None:
+    def init(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        model[1].weight = model[0].weight  # type: ignore[index]
+
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    compiled = graphshard.compile(model, "dp2", loss_fn=F.mse_loss, optimizer=adamw, executor="local", init=init)
+    for _ in range(2):
+        with pytest.raises(StateMismatch, match=r"1\.weight after init: given that of '0\.weight'; expected one"):
+            compiled.step(torch.randn(8, 4), torch.randn(8, 4))
+
+
+def test_init_that_leaves_a_parameter_without_values_is_told_which() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+
+    def init(model: nn.Module) -> None:
+        model.weight = nn.Parameter(torch.empty(4, 4, device="meta"))
+
+    compiled = graphshard.compile(model, "dp2", loss_fn=F.mse_loss, optimizer=adamw, executor="local", init=init)
+    with pytest.raises(StateMismatch, match=r"weight: given nothing; expected a tensor of shape \[4, 4\]"):
+        compiled.step(torch.randn(8, 4), torch.randn(8, 4))

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from graphshard import factory
+from graphshard.arguments import CHECKS
 from graphshard.cli import main
 from graphshard.compile import compile as compile_model
 from graphshard.errors import (
@@ -214,16 +215,17 @@ def test_a_wrong_factory_is_named(model: str, name: str, error: type[GraphshardE
         ("'plan': 3", "returned 3 as plan; expected a plan string such as 'zero3+pp4', or a Plan"),
         ("'plan': None", "returned a NoneType as plan; expected a plan string"),
         ("'loss_fn': 'mse'", "returned 'mse' as loss_fn; expected a function"),
-        ("'optimizer': 'adam'", "returned 'adam' as optimizer; expected an optimizer, or a function of parameters"),
+        ("'optimizer': 'adam'", "returned 'adam' as optimizer; expected a torch.optim.Optimizer over model"),
         ("'world_size': '4'", "returned '4' as world_size; expected an integer of at least 1"),
         ("'world_size': 0", "returned 0 as world_size; expected an integer of at least 1"),
-        ("'device': 'gpu'", "returned 'gpu' as device; expected a device such as 'cpu' or 'cuda'"),
-        ("'max_grad_norm': -1.0", "returned -1.0 as max_grad_norm; expected a number above 0"),
+        ("'device': 'gpu'", "returned 'gpu' as device; expected a torch.device, its name such as 'cuda:0', or None"),
+        ("'max_grad_norm': '1'", "returned '1' as max_grad_norm; expected a number, such as 1.0, or None"),
         ("'passes': nn.Linear(2, 2)", "returned a Linear as passes; expected a list of passes"),
-        ("'passes': [Forgets]", "returned a list as passes; expected a list of passes, such as [Fuse(most=1)]"),
-        ("'passes': ['zero']", "returned a list as passes; expected a list of passes"),
+        ("'passes': [Forgets]", "returned a type as passes[0]; expected a pass, which has a name"),
+        ("'passes': ['zero']", "returned 'zero' as passes[0]; expected a pass, which has a name"),
         ("'debug_nan': 'yes'", "returned 'yes' as debug_nan; expected True or False"),
-        ("'timeout_s': None", "returned a NoneType as timeout_s; expected a number of seconds above 0"),
+        ("'timeout_s': None", "returned a NoneType as timeout_s; expected a finite number of seconds above 0"),
+        ("'timeout_s': float('inf')", "returned inf as timeout_s; expected a finite number of seconds above 0"),
         ("'seed': 0.5", "returned 0.5 as seed; expected an integer"),
         ("'dump_dir': 3", "returned 3 as dump_dir; expected a folder"),
         ("'cache': 3", "returned 3 as cache; expected True, False or a folder"),
@@ -237,9 +239,20 @@ def test_a_wrong_entry_of_the_dict_is_one_line(
 
 
 def test_entries_that_are_as_without_them(model: str) -> None:
-    none = ["loss_fn", "optimizer", "world_size", "device", "max_grad_norm", "passes", "dump_dir", "init"]
+    none = ["loss_fn", "optimizer", "world_size", "device", "max_grad_norm", "passes", "dump_dir", "init", "cache"]
     Path(model).write_text(f"{MODEL}\ndef empty():\n    return as_dict() | dict.fromkeys({none!r})\n")
     assert factory.load(f"{model}:empty", KNOWN)["device"] is None
+
+
+def test_what_compile_takes_a_factory_may_return(model: str) -> None:
+    entries = "{'max_grad_norm': 0, 'seed': torch.tensor(3), 'timeout_s': torch.tensor(5.0), 'cache': None}"
+    Path(model).write_text(f"{MODEL}\ndef given():\n    return as_dict() | {entries}\n")
+    given = factory.load(f"{model}:given", KNOWN)
+    assert (given["max_grad_norm"], given["seed"].item(), given["cache"]) == (0, 3, None)
+
+
+def test_each_argument_of_compile_is_checked() -> None:
+    assert CHECKS.keys() == set(KNOWN) - {"example_inputs"}
 
 
 def test_of_many_functions_eight_are_told(model: str) -> None:

@@ -40,7 +40,7 @@ STEPS = 4
 def start(plan: ExecutionPlan, interleaving: int | None = None) -> tuple[LocalExecutor, Storage]:
     executor = LocalExecutor(plan.mesh, torch.get_default_device(), interleaving=interleaving, measure_memory=True)
     storage = Storage(executor, plan)
-    storage.write_params(weights())
+    storage.write_model(weights(), {})
     return executor, storage
 
 
@@ -159,7 +159,7 @@ def test_missing_values_are_named_and_nothing_is_lost() -> None:
     del executor.stores[1][next(iter(executor.stores[1]))]
     with pytest.raises(NoValue, match='shard "b1" @1 has no value yet'):
         one_step(executor, plan)
-    storage.write_params(weights())
+    storage.write_model(weights(), {})
     one_step(executor, plan)
 
 
@@ -181,12 +181,12 @@ def test_state_is_read_and_written_in_full() -> None:
 
     smaller = two_stages(2)  # the same model on half the ranks
     again, other = start(smaller)
-    other.write_params(params)
+    other.write_model(params, {})
     other.write_state(state)
     assert all(torch.equal(state[n]["momentum"], other.read_state()[n]["momentum"]) for n in state)
     one_step(again, smaller, 1)
     params_then = other.read_params()
-    other.write_params(params)
+    other.write_model(params, {})
     other.write_state({})
     assert not again.state_keys
     one_step(again, smaller, 1)
@@ -208,9 +208,9 @@ def test_wrong_tensors_are_refused_before_anything_is_stored() -> None:
     _, storage = start(two_stages(2))
     before = storage.read_params()
     with pytest.raises(StateMismatch, match=r"w1: given shape \[4, 5\]; expected shape \[4, 4\]"):
-        storage.write_params({"w0": torch.zeros(4, 4), "w1": torch.zeros(4, 5)})
+        storage.write_model({"w0": torch.zeros(4, 4), "w1": torch.zeros(4, 5)}, {})
     with pytest.raises(StateMismatch, match="w1: given nothing"):
-        storage.write_params({"w0": torch.zeros(4, 4)})
+        storage.write_model({"w0": torch.zeros(4, 4)}, {})
     with pytest.raises(StateMismatch, match="state momentum of w1: given nothing"):
         storage.write_state({"w0": {"momentum": torch.zeros(4, 4)}})
     assert all(torch.equal(before[name], value) for name, value in storage.read_params().items())

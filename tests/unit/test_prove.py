@@ -256,7 +256,7 @@ def test_what_is_proved_runs_and_gives_the_same(seed: int) -> None:
         return
     executor = LocalExecutor(plan.mesh, interleaving=seed)
     storage = Storage(executor, plan)
-    storage.write_params(weights())
+    storage.write_model(weights(), {})
     loss = executor.step(plan, batches_of(plan, 0), lrs=[0.1]).loss
     losses, params = eager(plan, 1)
     assert loss is not None and loss.item() == pytest.approx(losses[0], rel=1e-5)
