@@ -6,7 +6,8 @@ import functools
 import gc
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from graphshard.errors import TensorKeptOutside
+from graphshard.trace.containers import Kept, is_changed, is_followed, keep, put_back
 from graphshard.trace.errors import is_users
 from graphshard.trace.marks import where
 
@@ -24,16 +26,31 @@ _CACHE: Any = functools._lru_cache_wrapper
 _DEPTH = 3
 """How deep a fake tensor is looked for in tuples, lists and dicts."""
 
+_LARGE, _WIDEST = 10_000, 256
+"""Entries of containers that are data rather than a cache: see ``kept_free``."""
+
 
 def places_of(modules: Sequence[nn.Module], loss_fn: object) -> tuple[Any, ...]:
     """What has attributes or globals in which a forward pass may keep something: the user's classes of ``modules``, the
-    objects of other classes that these hold, the files that all are defined in, and the files that those import."""
+    objects of other classes that these hold, ``loss_fn`` and the object that it is a method of, the files that all are
+    defined in, and the files that those import."""
     every = [module for root in modules for module in root.modules()]
-    objects = {id(value): value for module in every for value in vars(module).values() if _is_users_object(value)}
-    classes = {base for value in (*every, *objects.values()) for base in type(value).__mro__ if _is_users(_file(base))}
-    files = {file for one in (*classes, loss_fn) if _is_users(file := _file(one))}
+    held = [value for module in every for value in vars(module).values() if _is_users_object(value)]
+    called = _called(loss_fn)
+    kept = (one for one in called if hasattr(one, "__dict__") and not isinstance(one, (type, ModuleType)))
+    objects = {id(value): value for value in (*held, *kept)}
+    kinds = {one if isinstance(one, type) else type(one) for one in (*every, *objects.values(), *called)}
+    classes = {base for kind in kinds for base in kind.__mro__ if _is_users(_file(base))}
+    files = {file for one in (*classes, *called) if _is_users(file := _file(one))}
     imported = {value for file in files for value in vars(file).values() if isinstance(value, ModuleType)}
     return (*objects.values(), *classes, *files, *(file for file in imported - files if _is_users(file)))
+
+
+def _called(loss_fn: object) -> list[Any]:
+    """A function, what functools.partial wraps, and the object of a method."""
+    owner = getattr(loss_fn, "__self__", None)
+    inner = _called(loss_fn.func) if isinstance(loss_fn, functools.partial) else []
+    return [one for one in (loss_fn, owner) if one is not None] + inner
 
 
 def _file(defined: Any) -> ModuleType | None:
@@ -52,26 +69,67 @@ def _is_users(file: ModuleType | None) -> bool:
 
 @contextmanager
 def kept_free(places: Sequence[Any], mode: FakeTensorMode) -> Iterator[None]:
-    """Remove what the tensors of ``mode`` were put into meanwhile, so that each of capture's runs and later the user
-    make their own: functools caches are emptied; entries of a dict or list, attributes and globals are taken out.
+    """Put back what the tensors of ``mode`` were put into meanwhile, so that each of capture's runs and later the user
+    make their own: attributes, globals, and the content of dicts, lists and sets; functools caches are emptied.
 
-    A cache that holds no such tensor is left alone: what it keeps may be more than a function's result. One that the
-    user filled before is a constant of the graph.
+    Only entries that are new or another object are looked at, and what holds no such tensor is left alone: a cache may
+    keep more than a function's result, and another thread may have changed the rest. One that the user filled before is
+    a constant of the graph. Of containers with more than ``_LARGE`` entries only the first and the last are looked at;
+    containers inside those with more than ``_WIDEST`` are not.
     """
     before = [(place, dict(vars(place))) for place in places]
+    kept: dict[int, Kept] = {}
+    for _, old in before:
+        for name, value in old.items():
+            if is_followed(value):
+                keep(kept, value, None, name, _DEPTH, _WIDEST)
+    misses = [(one, one.cache_info().misses) for _, old in before for one in _caches(old)]
     try:
         yield
     finally:
         for place, old in before:
-            for name, value in list(vars(place).items()):
-                if not _holds(value, mode, 0):
-                    _emptied(value, mode)
-                elif isinstance(place, type):
-                    setattr(place, name, old[name]) if name in old else delattr(place, name)
-                elif name in old:
-                    vars(place)[name] = old[name]
-                else:
-                    del vars(place)[name]
+            _attributes_put_back(place, old, mode)
+        for one in kept.values():
+            if _is_filled(one, mode):
+                put_back(one)
+        known = {id(one) for one, number in misses if one.cache_info().misses == number}
+        for place in places:
+            for cache in _caches(dict(vars(place))):
+                if id(cache) not in known and _is_poisoned(cache, mode):
+                    cache.cache_clear()
+
+
+def _caches(attributes: dict[str, Any]) -> list[Any]:
+    methods = (staticmethod, classmethod)
+    values = (value.__func__ if isinstance(value, methods) else value for value in attributes.values())
+    return [value for value in values if type(value) is _CACHE]
+
+
+def _attributes_put_back(place: Any, old: dict[str, Any], mode: FakeTensorMode) -> None:
+    for name, value in list(vars(place).items()):
+        if (name in old and old[name] is value) or not _holds(value, mode):
+            continue
+        if isinstance(place, type):
+            setattr(place, name, old[name]) if name in old else delattr(place, name)
+        elif name in old:
+            vars(place)[name] = old[name]
+        else:
+            del vars(place)[name]
+
+
+def _is_filled(one: Kept, mode: FakeTensorMode) -> bool:
+    """Whether what is new in a container holds a fake tensor."""
+    if len(one.container) <= _LARGE and not is_changed(one):
+        return False
+    old = {id(value) for value in _looked_at(one.content)}
+    return any(id(value) not in old and _holds(value, mode) for value in _looked_at(one.container))
+
+
+def _looked_at(container: Any) -> list[Any]:
+    values = container.values() if isinstance(container, dict) else container
+    if len(container) <= _LARGE:
+        return list(values)
+    return [] if isinstance(container, set) else [next(iter(values)), next(reversed(values))]
 
 
 def empty_everywhere() -> list[str]:
@@ -94,18 +152,6 @@ def kept_tensor(error: Exception) -> TensorKeptOutside | None:
     return TensorKeptOutside(where(next(iter(next(fakes).users))), empty_everywhere())
 
 
-def _emptied(value: Any, mode: FakeTensorMode) -> None:
-    value = getattr(value, "__func__", value) if isinstance(value, (staticmethod, classmethod)) else value
-    if type(value) is _CACHE:
-        if _is_poisoned(value, mode):
-            value.cache_clear()
-    elif isinstance(value, dict):
-        for key in [key for key, item in value.items() if _holds(item, mode)]:
-            del value[key]
-    elif isinstance(value, list) and any(_holds(item, mode) for item in value):
-        value[:] = [item for item in value if not _holds(item, mode)]
-
-
 def _is_poisoned(cache: Any, mode: FakeTensorMode | None) -> bool:
     """What a cache refers to are its results, or a dict of them if it has no bound."""
     return any(_holds(value, mode) for value in gc.get_referents(cache))
@@ -119,6 +165,6 @@ def _holds(value: Any, mode: FakeTensorMode | None, depth: int = _DEPTH) -> bool
         return mode is None or value.fake_mode is mode
     if not depth:
         return False
-    if isinstance(value, Mapping):
-        return any(_holds(item, mode, depth - 1) for item in value.values())
-    return isinstance(value, (tuple, list)) and any(_holds(item, mode, depth - 1) for item in value)
+    if isinstance(value, dict):  # not a lazy mapping, which would compute them
+        return any(_holds(item, mode, depth - 1) for item in list(dict.values(value)))
+    return isinstance(value, (tuple, list, set, deque)) and any(_holds(item, mode, depth - 1) for item in list(value))

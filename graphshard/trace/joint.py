@@ -18,7 +18,7 @@ from graphshard.trace.caches import kept_free, kept_tensor, places_of
 from graphshard.trace.call import Output, Request, call
 from graphshard.trace.context import capturing, watching
 from graphshard.trace.errors import translate
-from graphshard.trace.generators import generators_kept, refuse_draws
+from graphshard.trace.generators import draws_refused
 from graphshard.trace.layout import KeptLayout
 from graphshard.trace.model import ModelTensors, fake_tensors, swapped
 
@@ -60,6 +60,7 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
 
     step = Step(request, tensors)
     with (
+        draws_refused(step.run_again),
         capturing(request.model, request.train, request.lower),
         step.left_alone(),
         KeptLayout(),  # type: ignore[no-untyped-call]
@@ -71,7 +72,6 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
             raise
         except Exception as error:
             raise kept_tensor(error) or translate(error, "the model or its loss function") from error
-    check_draws(step, tensors)
     graph = traced.graph_module.graph
     inputs = {node: _port(node.meta["desc"], step) for node in graph.nodes if node.op == "placeholder"}
     returned = graph.output_node()
@@ -94,9 +94,9 @@ class Step(nn.Module):
         self.request = request
         self.modules_run = tuple(m for m in (request.model, request.loss_fn) if isinstance(m, nn.Module))
         self.places = places_of(self.modules_run, request.loss_fn)
+        self.tensors = tensors
         self.held = tensors.all()
         self.mode = fake.new_mode()
-        self.moved: set[str] = set()  # generators of Python and numpy
         self.changes: set[str] = set()
         self.unchecked: set[str] = set()  # lines of the model whose checks of values are left out
         self.replaced: set[str] = set()  # buffers; AOTAutograd runs this once to see what is written, then to trace it
@@ -125,29 +125,14 @@ class Step(nn.Module):
     @contextlib.contextmanager
     def left_alone(self) -> Iterator[None]:
         """What the model changes meanwhile is put back. A backward does that, too: checkpoints run the model again."""
-        with (
-            unchanged(self.modules_run, self.changes),
-            kept_free(self.places, self.mode),
-            generators_kept(self.moved),
-        ):
+        with unchanged(self.modules_run, self.changes), kept_free(self.places, self.mode):
             yield
 
-
-def check_draws(step: Step, tensors: ModelTensors) -> None:
-    """To be called once ``step`` has run.
-
-    Raises:
-        RandomOutsideTorch: it has drawn random numbers without torch.
-    """
-
-    def again() -> None:
-        other = Step(step.request, tensors)
-        with other.mode:
+    def run_again(self) -> None:
+        """Run the model once more, with new fake tensors."""
+        other = Step(self.request, self.tensors)
+        with capturing(self.request.model, self.request.train, self.request.lower), other.mode:
             other(*other.batch_values)
-
-    if step.moved:
-        with capturing(step.request.model, step.request.train, step.request.lower):
-            refuse_draws(step.moved, again)
 
 
 def _port(descriptor: Any, step: Step) -> Port:

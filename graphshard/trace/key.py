@@ -25,7 +25,8 @@ from graphshard.errors import NotHashable
 from graphshard.text_spelling import to_stored
 from graphshard.trace.call import LossFn, Mode, Output, Request
 from graphshard.trace.context import capturing
-from graphshard.trace.joint import Step, check_draws
+from graphshard.trace.generators import draws_refused
+from graphshard.trace.joint import Step
 from graphshard.trace.model import ModelTensors, tensors_of
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -53,7 +54,7 @@ def seen(
 
     Raises:
         NotHashable: an operator is given something whose value cannot be written down.
-        RandomOutsideTorch: see :func:`graphshard.trace.joint.check_draws`.
+        RandomOutsideTorch: see :func:`graphshard.trace.generators.draws_refused`.
         Exception: whatever the model raises; capture says it better.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
@@ -68,7 +69,13 @@ def _seen(request: Request, tensors: ModelTensors, replaced: set[str]) -> Seen:
     calls.note("model", _described(tensors), step.batch)
     for value in (*step.parameters(), *step.buffers(), *step.batch_values):
         calls.number(value)
-    with capturing(request.model, request.train, request.lower), step.left_alone(), step.mode, calls:
+    with (
+        draws_refused(step.run_again),
+        capturing(request.model, request.train, request.lower),
+        step.left_alone(),
+        step.mode,
+        calls,
+    ):
         results = step(*step.batch_values)
         # What autograd has saved of them is overwritten now: once more, as capture runs the model twice, with copies.
         again = request.train and step.replaced != replaced
@@ -77,7 +84,6 @@ def _seen(request: Request, tensors: ModelTensors, replaced: set[str]) -> Seen:
             tangents = [torch.empty_like(result) for result in results]
             calls.note("backward")
             results += torch.autograd.grad(results, trained, tangents, allow_unused=True)
-    check_draws(step, tensors)
     if again:
         return _seen(request, tensors, step.replaced)
     calls.note("results", [None if value is None else calls.number(value) for value in results])

@@ -6,6 +6,7 @@ import copy
 import functools
 import random
 from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from graphshard.program import Phase, Role, Slot, info
-from graphshard.trace import Captured, Mode, capture
+from graphshard.trace import Captured, Mode, caches, capture
 from graphshard.trace.key import seen
 from graphshard.verify import verify
 from models import interpret, zoo
@@ -353,6 +354,98 @@ def test_a_cache_that_holds_real_values_is_kept() -> None:
     assert not TABLES
     assert not Cached.tables
     assert model.box.table is None
+
+
+STATE: dict[str, Any] = {"scale": torch.ones(4), "nested": {"shift": [torch.zeros(4)]}}
+HISTORY = [torch.zeros(4), torch.ones(4)]
+MANY = list(range(20_000))
+
+
+class Replaces(Scaled):
+    """Tensors of the user's in globals and in a class are replaced, moved and added."""
+
+    averages: ClassVar[dict[str, Tensor]] = {"scale": torch.ones(4)}
+
+    def scaled(self, y: Tensor) -> Tensor:
+        mean = y.detach().mean(0)
+        result: Tensor = y * STATE["scale"] * self.averages["scale"] + STATE["nested"]["shift"][0] + HISTORY[1]
+        STATE["scale"] = self.averages["scale"] = mean
+        STATE["nested"]["shift"][0] = mean
+        HISTORY.pop(0)
+        HISTORY.append(mean)
+        MANY.append(mean)  # type: ignore[arg-type]
+        return result
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_data_outside_of_the_model_that_it_replaces_is_put_back(mode: Mode) -> None:
+    def contents() -> list[Any]:
+        return [*STATE.values(), *STATE["nested"]["shift"], *HISTORY, *Replaces.averages.values(), *MANY]
+
+    before = contents()
+    captured = capture(Replaces(), None, (torch.ones(2, 4),), {}, mode=mode)
+    after = contents()
+    assert len(after) == len(before)
+    assert all(one is other for one, other in zip(after, before, strict=True))
+    verify(captured.program)
+
+
+class Lazy(Mapping[int, int]):
+    """Computes its values."""
+
+    def __getitem__(self, key: int) -> int:
+        raise AssertionError("capture looks at data of the user's that the model does not change")
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(3))
+
+    def __len__(self) -> int:
+        return 3
+
+
+DATA: dict[str, Any] = {"lazy": Lazy(), "rows": [[0] * 8 for _ in range(300)]}
+
+
+def test_data_outside_of_the_model_is_not_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is the content of a cache that is not filled."""
+    looked: list[object] = []
+
+    def holds(value: Any, *given: Any) -> bool:
+        looked.append(value)
+        return before(value, *given)
+
+    before = caches._holds
+    monkeypatch.setattr(caches, "_holds", holds)
+    forget()
+    table = cached_table()
+    capture(Scaled(), None, (torch.ones(2, 4),), {}, mode="train")
+    assert not looked
+    assert cached_table() is table
+
+
+class Weighted:
+    """A loss with a cache of its own."""
+
+    def __init__(self) -> None:
+        self.weight: Tensor | None = None
+        self.cache: dict[str, Tensor] = {}
+
+    def __call__(self, y: Tensor, target: Tensor) -> Tensor:
+        if self.weight is None:
+            self.weight = torch.ones(4)
+        return self.loss(y * self.weight, target)
+
+    def loss(self, y: Tensor, target: Tensor) -> Tensor:
+        return torch.mean((y * self.cache.setdefault("table", torch.ones(4)) - target) ** 2)
+
+
+@pytest.mark.parametrize("of", [lambda one: one, lambda one: one.loss, lambda one: functools.partial(one.loss)])
+def test_what_the_object_of_a_loss_keeps_is_taken_out(of: Callable[[Weighted], Any]) -> None:
+    one = Weighted()
+    for _ in range(2):
+        capture(nn.Linear(4, 4), of(one), (torch.ones(2, 4), torch.ones(2, 4)), {}, mode="train")
+        assert one.weight is None
+        assert not one.cache
 
 
 def test_dropout_differs_between_microbatches_and_repeats_with_the_key() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import pickle
 import random
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -413,6 +415,77 @@ def test_numbers_in_containers_that_forward_changes_are_warned_of(caplog: pytest
         "linear.state['history'][0][0] from 1 to 2",
         "linear.state['history'][0][1] from 2 to 7",
         *(f"linear.state['names'][{i}] from 'a' to 'b'" for i in range(3)),
+    ]
+
+
+def python_sequence(count: int) -> list[float]:
+    own = random.Random(5)
+    return [own.random() for _ in range(count)]
+
+
+def numpy_sequence(count: int) -> list[float]:
+    own = np.random.RandomState(5)
+    return [own.rand() for _ in range(count)]
+
+
+@contextlib.contextmanager
+def drawing(draw: Callable[[], float]) -> Iterator[list[float]]:
+    """A thread that draws all the time, and what it has drawn."""
+    drawn: list[float] = []
+    begun, end = threading.Event(), threading.Event()
+
+    def run() -> None:
+        while not end.wait(0.0002):
+            drawn.append(draw())
+            begun.set()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    begun.wait()
+    try:
+        yield drawn
+    finally:
+        end.set()
+        thread.join()
+
+
+SHARED = [(random.random, random.seed, python_sequence), (np.random.rand, np.random.seed, numpy_sequence)]
+
+
+@pytest.mark.parametrize(("draw", "seed", "sequence"), SHARED, ids=["python", "numpy"])
+def test_draws_of_another_thread_are_none_of_the_models(draw: Any, seed: Any, sequence: Any) -> None:
+    """They neither refuse the model nor begin again."""
+    seed(5)
+    with drawing(draw) as drawn:
+        before = len(drawn)
+        capture(Model(lambda _, y: y), F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode="train")
+        assert len(drawn) > before
+    assert drawn == sequence(len(drawn))
+
+
+@pytest.mark.parametrize(
+    ("draw", "after", "code"),
+    [(random.random, draws, "random.uniform(1, 2)"), (np.random.rand, draws_in_numpy, "np.random.permutation(6)")],
+    ids=["python", "numpy"],
+)
+def test_draws_of_the_model_beside_those_of_another_thread(draw: Any, after: Any, code: str) -> None:
+    with drawing(draw):
+        message = str(refused(Model(after)))
+    assert f"test_refused.py:{after.__code__.co_firstlineno + 1}" in message
+    assert code in message
+
+
+@pytest.mark.parametrize("kind", [random.Random, np.random.RandomState, np.random.default_rng])
+def test_a_generator_of_a_module_that_forward_draws_from_is_warned_of(
+    kind: Callable[[int], Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Model(lambda model, y: torch.mul(y, model.linear.rng.random()))
+    model.linear.rng = kind(5)
+    with caplog.at_level(logging.WARNING, "graphshard"):
+        capture(model, F.mse_loss, (torch.ones(4, 6), torch.ones(4, 6)), {}, mode="train")
+    assert model.linear.rng.random() == kind(5).random()  # type: ignore[operator, union-attr]
+    assert [record.getMessage().split("; ")[0] for record in caplog.records] == [
+        "graphshard: the forward pass changes the state of the generator linear.rng"
     ]
 
 
