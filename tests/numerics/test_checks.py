@@ -51,6 +51,12 @@ def likely_if_asked(model: Any, hidden: Tensor) -> Tensor:
 CHECKED = (all_true, all_true_or, asserted, asserted_later, likely, likely_if_asked)
 
 
+@pytest.fixture(autouse=True)
+def validated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is until torch.compile is first used, which switches it off."""
+    monkeypatch.setattr(Distribution, "_validate_args", True)
+
+
 @pytest.mark.parametrize("between", CHECKED)
 def test_a_step_computes_what_is_checked(between: Callable[..., Tensor], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "graphshard"):
