@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from graphshard.trace.containers import Kept, copied, is_changed, items, keep, named, path, put_back
+from graphshard.trace.containers import Kept, Limits, copied, is_changed, items, keep, named, path, put_back
 from graphshard.trace.generators import held_generators
 
 _DEPTH = 4
@@ -28,7 +28,7 @@ def unchanged(roots: Sequence[nn.Module], changes: set[str]) -> Iterator[None]:
     kept: dict[int, Kept] = {}
     for root in roots:
         for name, module in root.named_modules():
-            keep(kept, module.__dict__, None, name, _DEPTH)
+            keep(kept, module.__dict__, None, name, Limits(_DEPTH))
     generators = [(one, one.state(), one.seen()) for one in held_generators(roots)]
     try:
         yield

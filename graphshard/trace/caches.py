@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from graphshard.errors import TensorKeptOutside
-from graphshard.trace.containers import Kept, is_changed, is_followed, keep, put_back
+from graphshard.trace.containers import Kept, Limits, is_changed, is_followed, keep, put_back
 from graphshard.trace.errors import is_users
 from graphshard.trace.marks import where
 
@@ -26,8 +26,10 @@ _CACHE: Any = functools._lru_cache_wrapper
 _DEPTH = 3
 """How deep a fake tensor is looked for in tuples, lists and dicts."""
 
-_LARGE, _WIDEST = 10_000, 256
-"""Entries of containers that are data rather than a cache: see ``kept_free``."""
+_LARGE, _HUGE = 10_000, 1_000_000
+"""More entries than that are data rather than a cache: see ``kept_free``."""
+
+_LIMITS = Limits(depth=2, widest=256, largest=_LARGE)
 
 
 def places_of(modules: Sequence[nn.Module], loss_fn: object) -> tuple[Any, ...]:
@@ -74,15 +76,15 @@ def kept_free(places: Sequence[Any], mode: FakeTensorMode) -> Iterator[None]:
 
     Only entries that are new or another object are looked at, and what holds no such tensor is left alone: a cache may
     keep more than a function's result, and another thread may have changed the rest. One that the user filled before is
-    a constant of the graph. Of containers with more than ``_LARGE`` entries only the first and the last are looked at;
-    containers inside those with more than ``_WIDEST`` are not.
+    a constant of the graph. Of containers with more than ``_LARGE`` entries only the first and the last are looked at,
+    those with more than ``_HUGE`` are left alone, and so is what is inside other containers beyond ``_LIMITS``.
     """
     before = [(place, dict(vars(place))) for place in places]
     kept: dict[int, Kept] = {}
     for _, old in before:
         for name, value in old.items():
-            if is_followed(value):
-                keep(kept, value, None, name, _DEPTH, _WIDEST)
+            if is_followed(value) and len(value) <= _HUGE:
+                keep(kept, value, None, name, _LIMITS)
     misses = [(one, one.cache_info().misses) for _, old in before for one in _caches(old)]
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from operator import is_
@@ -21,17 +22,25 @@ class Kept(NamedTuple):
     key: Any
 
 
-def keep(
-    kept: dict[int, Kept], container: Any, holder: Kept | None, key: Any, depth: int, widest: int | None = None
-) -> None:
-    """Add a container, and those inside it; not those inside one of more than ``widest`` entries."""
+class Limits(NamedTuple):
+    """What is followed: containers inside containers so deep; none inside those of more than ``widest`` entries, and
+    none there of more than ``largest`` itself."""
+
+    depth: int
+    widest: float = math.inf
+    largest: float = math.inf
+
+
+def keep(kept: dict[int, Kept], container: Any, holder: Kept | None, key: Any, limits: Limits) -> None:
+    """Add a container, and those inside it."""
     if id(container) in kept:
         return
     one = kept[id(container)] = Kept(container, copied(container) if container else (), holder, key)
-    if depth and container and (widest is None or len(container) <= widest):
+    if limits.depth and container and len(container) <= limits.widest:
+        inside = limits._replace(depth=limits.depth - 1)
         for inner, value in items(one.content):
-            if is_followed(value):
-                keep(kept, value, one, inner, depth - 1, widest)
+            if is_followed(value) and len(value) <= limits.largest:
+                keep(kept, value, one, inner, inside)
 
 
 def is_followed(value: Any) -> bool:
