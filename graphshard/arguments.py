@@ -40,7 +40,7 @@ def plan_of(given: Any) -> Plan:
     return given if isinstance(given, Plan) else Plan.parse(given)
 
 
-def function_of(name: str, given: Any, expected: str) -> Callable[..., Any] | None:
+def _function(name: str, given: Any, expected: str) -> Callable[..., Any] | None:
     """A function, or None."""
     if given is not None and not callable(given):
         raise BadArgument(name, given, f"{expected}, or None")
@@ -49,12 +49,12 @@ def function_of(name: str, given: Any, expected: str) -> Callable[..., Any] | No
 
 def loss_of(given: Any) -> Callable[..., Any] | None:
     """A loss function, or None."""
-    return function_of("loss_fn", given, "a function of the model's output and targets")
+    return _function("loss_fn", given, "a function of the model's output and targets")
 
 
 def init_of(given: Any) -> Callable[..., Any] | None:
     """What gives a model its first values, or None."""
-    return function_of("init", given, "a function of the model")
+    return _function("init", given, "a function of the model")
 
 
 def optimizer_of(given: Any) -> Any:

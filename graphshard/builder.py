@@ -29,7 +29,7 @@ from graphshard.plan import Plan
 from graphshard.plan_cache import PlanCache
 from graphshard.plan_key import digest, of_optimizer, of_passes, versions
 from graphshard.planner import fit
-from graphshard.program import Param, Program
+from graphshard.program import Param, Program, Role
 from graphshard.rewrite import copied
 from graphshard.text_spelling import first_line
 from graphshard.trace import Captured, Mode
@@ -157,7 +157,7 @@ class Builder:
             options=asked.spelled_options(),
             out_spec=output.spec,
             output_leaves=output.leaves,
-            output_dims=self._output_dims(asked, len(output.leaves)),
+            output_dims=self._output_dims(asked, plan, len(output.leaves)),
             asked=asked,
             moment=moment,
             make=make,
@@ -197,13 +197,14 @@ class Builder:
                 check_elementwise(captured.program, type(self.optimizer).__name__)
         return captured
 
-    def _output_dims(self, asked: Asked, leaves: int) -> tuple[int | None, ...]:
+    def _output_dims(self, asked: Asked, plan: ExecutionPlan, leaves: int) -> tuple[int | None, ...]:
         """See :class:`Built`: what the model returns for the whole batch tells, on fake tensors; of a model that takes
         one batch size alone, its first dim where that is as long as the batch."""
         ranks = self.mesh.dp_size
         if asked.mode != "call" or ranks == 1:
             return (None,) * leaves
-        part = trace.output_shapes(self.model, self.loss_fn, *asked.example.arguments())
+        slots = [(slot, kind) for results in plan.results for slot, kind in results.items()]
+        part = {int(slot.name): kind.shape for slot, kind in slots if slot.role is Role.OUTPUT}
         try:
             whole = asked.example.like(asked.example.times(ranks))
             joined = trace.output_shapes(self.model, self.loss_fn, *whole.arguments())

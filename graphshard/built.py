@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from graphshard.errors import OutputNotJoined
 from graphshard.execution import ExecutionPlan, type_of
 from graphshard.model_flags import Flags, NamedFlags, Names, changed_flags, named
 from graphshard.optim import changed_options, spell_options
+from graphshard.program import Role
 from graphshard.trace import Mode, Signature
 
 
@@ -89,6 +91,12 @@ class Built:
     out_spec: TreeSpec | None = None  # of a call
     output_leaves: tuple[Any, ...] = ()  # of a call; None where a tensor belongs
     output_dims: tuple[int | None, ...] = ()  # of a call: of each leaf, the dim that is longer for a larger batch
+
+    @cached_property
+    def updated(self) -> frozenset[str]:
+        """The buffers that it replaces."""
+        slots = (slot for results in self.plan.results for slot in results)
+        return frozenset(slot.name for slot in slots if slot.role is Role.BUFFER)
 
 
 def assemble(built: Built, outputs: Mapping[int, Mapping[str, Sequence[Tensor]]]) -> Any:

@@ -18,12 +18,13 @@ MOVES = (gs.offload.default, gs.reload.default)
 """Operators that move a value of one rank between its device and where it is kept meanwhile. They are started and
 waited for like communication, but nothing is sent."""
 
-_COLLECTIVES = (
+COLLECTIVES = (
     c10d.all_gather_into_tensor.default,
     c10d.reduce_scatter_tensor.default,
     c10d.all_reduce.default,
     c10d.broadcast.default,
 )
+"""Operators that start what a wait ends, over a data-parallel axis."""
 
 
 def communicates(node: fx.Node) -> bool:
@@ -40,7 +41,7 @@ def communication_axis(node: fx.Node) -> str:
     """The mesh axis that a node sends over; "" for what sends nothing."""
     if node.target is gs.transfer.default or node.target in MEETINGS:
         return "pp"
-    return str(node.args[-1]) if node.target in _COLLECTIVES else ""
+    return str(node.args[-1]) if node.target in COLLECTIVES else ""
 
 
 def sender(transfer: fx.Node) -> int:

@@ -25,7 +25,7 @@ from graphshard.mesh import Mesh
 from graphshard.model_flags import flags_of, names_of
 from graphshard.optim import CompiledOptimizer, ScalerState, Steps, given_state
 from graphshard.plan import Plan
-from graphshard.program import Program, Role
+from graphshard.program import Program
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.same_values import require_same
 from graphshard.runtime.storage import Storage
@@ -258,9 +258,8 @@ class Executable(ABC):
 
     def _apart(self) -> frozenset[str]:
         """Buffers that training leaves different on data-parallel ranks."""
-        plans = [built.plan for built in self._known() if built.mode == "train" and self.dp_size > 1]
-        slots = (slot for plan in plans for results in plan.results for slot in results)
-        return frozenset(slot.name for slot in slots if slot.role is Role.BUFFER)
+        trained = (built.updated for built in self._known() if built.mode == "train" and self.dp_size > 1)
+        return frozenset[str]().union(*trained)
 
     def _known(self) -> Iterable[Built]:
         """All plans that there are so far."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from graphshard import trace
-from graphshard.arguments import device_of, function_of, model_of, seed_of, timeout_of
+from graphshard.arguments import device_of, init_of, model_of, seed_of, timeout_of
 from graphshard.built import Asked, Built
 from graphshard.errors import (
     NeedsCompiling,
@@ -72,7 +72,7 @@ def load(
     """
     model = None if model is None else model_of(model)
     device, timeout_s = device_of(device), timeout_of(timeout_s)
-    init = function_of("init", init, "a function of the model")
+    init = init_of(init)
     seed = None if seed is None else seed_of(seed)
     folder = Path(directory)
     manifest = read_manifest(folder)

@@ -13,19 +13,12 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from graphshard.communication import communicates
+from graphshard.communication import COLLECTIVES, communicates
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Section, info
 from graphshard.rewrite import first_operation
 
 c10d = torch.ops._c10d_functional
-
-_STARTS = (
-    c10d.all_gather_into_tensor.default,
-    c10d.reduce_scatter_tensor.default,
-    c10d.all_reduce.default,
-    c10d.broadcast.default,
-)
 
 
 @dataclass(frozen=True)
@@ -77,7 +70,7 @@ def _wait_late(body: Section, stage: int) -> None:
 def _start_first_then_sink(section: Section) -> None:
     """Collectives on what is there already start first, everything else moves down to its first reader."""
     starts = [
-        n for n in section.nodes() if n.target in _STARTS and all(i.op == "placeholder" for i in n.all_input_nodes)
+        n for n in section.nodes() if n.target in COLLECTIVES and all(i.op == "placeholder" for i in n.all_input_nodes)
     ]
     for node in reversed(starts):
         if node is not (first := first_operation(section.graph)):

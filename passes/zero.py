@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -145,13 +145,10 @@ def _average_loss(program: Program, section: Section) -> None:
     loss = next((n for n, s in section.inputs.items() if s.role is Role.CARRY and s.name == "loss"), None)
     if loss is None or program.mesh.dp_size == 1:
         return
-    readers, total = list(loss.users), loss
+    readers = list(loss.users)
     record = NodeInfo(phase=Phase.UPDATE, stage=info(loss).stage, made_by="zero")
     with section.graph.inserting_before(first_operation(section.graph)):
-        for axis in DATA_AXES:
-            if program.mesh.size(axis) > 1:
-                total = call(section.graph, c10d.all_reduce.default, (total, "sum", axis), record)
-                total = call(section.graph, c10d.wait_tensor.default, (total,), record)
+        total = _over_data_axes(program, c10d.all_reduce.default, loss, "sum", record)
         mean = call(section.graph, aten.mul.Tensor, (total, 1.0 / program.mesh.dp_size), record)
     for reader in readers:
         reader.replace_input_with(loss, mean)
@@ -452,13 +449,19 @@ def _share(program: Program, stored: Slot) -> None:
         remove_input(body, old)
         set_outputs(body, body.outputs | {carry: carried})
         set_outputs(prologue, prologue.outputs | {carry: given})
-    value = given = prologue.input_slots[stored]
+    given = prologue.input_slots[stored]
     record = NodeInfo(phase=Phase.UPDATE, module=info(given).module, stage=stored.stage, made_by="zero")
     readers = list(given.users)
     with prologue.graph.inserting_before(first_operation(prologue.graph)):
-        for axis in DATA_AXES:
-            if program.mesh.size(axis) > 1:
-                value = call(prologue.graph, c10d.broadcast.default, (value, 0, axis), record)
-                value = call(prologue.graph, c10d.wait_tensor.default, (value,), record)
+        value = _over_data_axes(program, c10d.broadcast.default, given, 0, record)
     for reader in readers:
         reader.replace_input_with(given, value)
+
+
+def _over_data_axes(program: Program, collective: Any, value: fx.Node, option: object, record: NodeInfo) -> fx.Node:
+    """What a collective that keeps the type makes of ``value`` over all data-parallel ranks, axis by axis."""
+    for axis in DATA_AXES:
+        if program.mesh.size(axis) > 1:
+            value = call(value.graph, collective, (value, option, axis), record)
+            value = call(value.graph, c10d.wait_tensor.default, (value,), record)
+    return value

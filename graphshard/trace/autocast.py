@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from graphshard.autocast import FLOAT32, HALVES, LOWER
 from graphshard.errors import UncapturableOperator
 from graphshard.trace.errors import calling_line, describe
+from graphshard.trace.meanwhile import meanwhile
 
 AS_GIVEN = "graphshard.as_given"
 """Key of ``node.meta["custom"]`` in the joint graph: whether the plan's precision is not for the node."""
@@ -167,10 +168,10 @@ def autocast_on(lower: torch.dtype | None) -> Iterator[None]:
         return
     state = _State(lower)
     with contextlib.ExitStack() as stack:
-        for owner, name, replacement in state.replacements():
-            before = getattr(owner, name)
-            stack.callback(setattr, owner, name, before)
-            setattr(owner, name, _in_this_thread(replacement, before))
+        replacements = (
+            (one, name, _in_this_thread(now, getattr(one, name))) for one, name, now in state.replacements()
+        )
+        stack.enter_context(meanwhile(*replacements))
         stack.callback(state.close)
         yield
 
