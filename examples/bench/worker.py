@@ -58,7 +58,8 @@ def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
     _reset_peak_rss()
     processes = _gather(os.getpid())
     taken: list[dict[str, float]] = []
-    probes = [_probe_seconds()]
+    probe = _Probe()
+    probes = [probe.seconds()]
     for index in range(warmup, warmup + steps):
         dist.barrier()
         before, faults = _Clock.read(processes), _page_faults()
@@ -67,7 +68,7 @@ def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
         dist.barrier()
         taken.append(_Clock.read(processes).since(before))
         taken[-1]["page_faults"] = max(_gather(faults))
-        probes.append(_probe_seconds())
+        probes.append(probe.seconds())
         taken[-1]["probe_seconds"] = max(probes[-2:])
     return {
         "row": name,
@@ -105,18 +106,25 @@ class _Clock:
         }
 
 
-def _probe_seconds() -> float:
-    """CPU seconds for a matrix product and a copy, the best of a few, on the slowest rank while all do the same."""
-    left, right, target = torch.ones(512, 2048), torch.ones(2048, 512), torch.empty(4, 512, 2048)
-    source = torch.ones_like(target)
-    dist.barrier()
-    times = []
-    for _ in range(3):
-        begin = time.thread_time()
-        torch.mm(left, right)
-        target.copy_(source)
-        times.append(time.thread_time() - begin)
-    return max(_gather(min(times)))
+class _Probe:
+    """The same small piece of work, again and again. Its memory is taken once: what it would give back between steps
+    would change how the C library gets memory for the next one."""
+
+    def __init__(self) -> None:
+        self._left, self._right, self._product = torch.ones(512, 2048), torch.ones(2048, 512), torch.empty(512, 512)
+        self._source = torch.ones(4, 512, 2048)
+        self._copy = torch.empty_like(self._source)
+
+    def seconds(self) -> float:
+        """CPU seconds for a matrix product and a copy, the best of a few, on the slowest rank while all do the same."""
+        dist.barrier()
+        times = []
+        for _ in range(3):
+            begin = time.thread_time()
+            torch.mm(self._left, self._right, out=self._product)
+            self._copy.copy_(self._source)
+            times.append(time.thread_time() - begin)
+        return max(_gather(min(times)))
 
 
 def _busy_seconds() -> float:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from distributed.template import Rank, Template
 from graphshard.errors import GraphshardError
 
 Plan = TypeVar("Plan")
@@ -18,24 +19,21 @@ Plan = TypeVar("Plan")
 HERE = Path(__file__).resolve().parent
 
 
+@functools.cache
+def _template() -> Template:
+    """One for all tests of this process."""
+    made = Template()
+    atexit.register(made.close)
+    return made
+
+
 def start(
     script: str, world_size: int, port: int, *arguments: str, environment: Mapping[str, str] | None = None
-) -> list[subprocess.Popen[str]]:
+) -> list[Rank]:
     """``script`` of this folder as ``world_size`` processes that meet at ``port``."""
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | dict(environment or {})
-    return [
-        subprocess.Popen(
-            [sys.executable, str(HERE / script), *arguments],
-            env=os.environ | common | {"RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    common |= dict(environment or {})
+    return [_template().fork(str(HERE / script), arguments, common | {"RANK": str(rank)}) for rank in range(world_size)]
 
 
 def launch(

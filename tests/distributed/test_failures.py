@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
 import time
 from datetime import timedelta
 
@@ -16,6 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from distributed.processes import start
+from distributed.template import Rank
 
 RANKS = 4
 LIMIT_S = 4.0
@@ -53,12 +53,10 @@ def test_the_others_end_and_name_it(how: str, seed: int) -> None:
             process.communicate()
 
 
-def _failed(process: subprocess.Popen[str], how: str) -> float:
+def _failed(process: Rank, how: str) -> float:
     """Wait until the victim has failed; when that was."""
     if how == "stop":
-        _, status = os.waitpid(process.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status), status
+        process.wait_stopped(timeout=120)
     else:
-        process.wait(timeout=120)
-        assert process.returncode == (-signal.SIGKILL if how == "kill" else 1)
+        assert process.wait(timeout=120) == (-signal.SIGKILL if how == "kill" else 1)
     return time.monotonic()
