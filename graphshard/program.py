@@ -6,7 +6,7 @@ The three graphs are the three places where work can happen in a step: ``prologu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import prod
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 import graphshard.ops  # noqa: F401  a graph may hold any of its operators
 from graphshard.mesh import Mesh
@@ -237,6 +238,20 @@ def set_info(node: fx.Node, **changes: Any) -> None:
 def val(node: fx.Node) -> Any:
     """The fake value of ``node``: a FakeTensor, or a tuple of them for an operator with several results."""
     return node.meta["val"]
+
+
+def copy_node(graph: fx.Graph, node: fx.Node, remap: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Copy ``node``, with its metadata, to the insertion point of ``graph``; ``remap`` says what its inputs are there.
+
+    As ``fx.Graph.node_copy``, in half its time: that looks at all arguments for symbolic numbers, of which a program
+    has none, as soon as a node has arguments.
+    """
+    copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
+    copy.args = map_arg(node.args, remap)
+    if node.kwargs:
+        copy.kwargs = map_arg(node.kwargs, remap)
+    copy.meta = dict(node.meta)
+    return copy
 
 
 def tensors(value: Any) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from graphshard.dataflow import is_getitem, is_view
-from graphshard.program import Section
+from graphshard.program import Section, copy_node
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +82,7 @@ def region_of(
         made[node] = graph.placeholder(node.name)
         made[node].meta = {"val": node.meta["val"], "info": replace(node.meta["info"], made_by="")}
     for node in nodes:
-        made[node] = graph.node_copy(node, made.__getitem__)
-        made[node].meta = dict(node.meta)
+        made[node] = copy_node(graph, node, made.__getitem__)
     graph.output(tuple(made[node] for node in outputs))
     return Region(graph, autotune)
 

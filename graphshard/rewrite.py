@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from graphshard import fake
-from graphshard.program import NodeInfo, Program, Section, Slot, info, tensors, val
+from graphshard.program import NodeInfo, Program, Section, Slot, copy_node, info, tensors, val
 from graphshard.region import Region, region_of, results_of, title
 
 
@@ -105,8 +105,7 @@ def replace_node(old: fx.Node, new: fx.Node) -> None:
 
 def clone(node: fx.Node, remap: Callable[[fx.Node], fx.Node], **changes: Any) -> fx.Node:
     """Copy ``node`` to the insertion point with its inputs mapped; ``changes`` go into its NodeInfo."""
-    copy = node.graph.node_copy(node, remap)
-    copy.meta = dict(node.meta)
+    copy = copy_node(node.graph, node, remap)
     copy.meta["info"] = replace(info(node), **changes)
     return copy
 
@@ -145,8 +144,7 @@ def inline(section: Section, node: fx.Node) -> None:
     made = dict(zip(region.inputs, node.all_input_nodes, strict=True))
     with section.graph.inserting_before(node):
         for inner in region.operations:
-            made[inner] = section.graph.node_copy(inner, made.__getitem__)
-            made[inner].meta = dict(inner.meta)
+            made[inner] = copy_node(section.graph, inner, made.__getitem__)
     for index, result in results_of(node).items():
         result.replace_all_uses_with(made[region.outputs[index]])
         if result is not node:
@@ -204,8 +202,7 @@ def copy_section(section: Section) -> Section:
     """A section with its own graph: same nodes, values, records and signature."""
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in section.graph.nodes:
-        made[node] = graph.node_copy(node, made.__getitem__)
-        made[node].meta = dict(node.meta)
+        made[node] = copy_node(graph, node, made.__getitem__)
     return Section(graph, {made[n]: slot for n, slot in section.inputs.items()}, list(section.output_slots))
 
 

@@ -26,7 +26,7 @@ from graphshard.errors import (
     OptimizerNotElementwise,
     OptimizerNotTraceable,
 )
-from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot
+from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, copy_node
 from graphshard.rewrite import add_input, call, copy_section, set_outputs
 from graphshard.update_rules import GRADIENT, LR, PARAM, template
 from graphshard.update_trace import COUNTER, Subject, Trace, trace_step, traced_shape
@@ -276,7 +276,7 @@ class _Writer:
                 if key in self.shared:
                     made[node] = self.shared[key]
                     continue
-                made[node] = graph.node_copy(node, made.__getitem__)
+                made[node] = copy_node(graph, node, made.__getitem__)
                 origin = f"lr.{group}.{len(self.shared)}" if key else f"update.{name}.{index}"
                 record = NodeInfo(phase=Phase.UPDATE, module="" if key else _module(name), origin=origin)
                 made[node].meta = {"val": node.meta["val"], "info": record}

@@ -23,7 +23,7 @@ from graphshard.errors import (
     UncapturableOperator,
     UnknownRandomOperator,
 )
-from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section
+from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, copy_node, empty_section
 from graphshard.rewrite import add_input, call, drop_dead
 from graphshard.trace.autocast import AS_GIVEN
 from graphshard.trace.caches import empty_everywhere
@@ -172,7 +172,7 @@ class _Body:
             random = self.sampler.replace(node, self.made, record, lambda: where(node))
             if random is not None:
                 return random
-        copy = self.section.graph.node_copy(node, self.made.__getitem__)
+        copy = copy_node(self.section.graph, node, self.made.__getitem__)
         copy.meta = {"val": _plain(node.meta["val"]), "info": record}
         return copy
 
