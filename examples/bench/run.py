@@ -1,10 +1,11 @@
 """Speed, side by side: graphshard against eager, DDP, FSDP2 and torch.distributed.pipelining on local CPU processes.
 
-Every row runs in processes of its own, one thread each; the rows of a group take turns, forth and back, so that
-whatever drifts on the machine touches all of them. A step is left out if others used the processors meanwhile, or if a
-small probe beside it found them slower than at their fastest, as they are when another guest of the host is busy.
+Every row runs in processes of its own, one thread each. The rows of a group take turns, a step at a time, so that
+whatever happens on the machine touches all of them; a ratio of two is the median over turns. In the times of a row a
+step is left out if others used the processors meanwhile, or if a small probe beside it found them slower than at their
+fastest, as they are when another guest of the host is busy.
 
-    python examples/bench/run.py --only zero3 --steps 4 --rounds 2
+    python examples/bench/run.py --only zero3 --steps 12
 """
 
 from __future__ import annotations
@@ -15,14 +16,11 @@ import json
 import math
 import os
 import platform
-import re
-import signal
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,8 @@ from graphshard.files import write_atomic
 from model import Part, Sizes
 from rows import GROUPS, ROWS, Comparison, rows_of
 from tables import comparison_table, row_table
+from turns import RowFailed, Run, orders
 
-WORKER = Path(__file__).with_name("worker.py")
 Runs = dict[str, list[dict[str, Any]]]
 """What the worker measured, by row, in the order of rounds."""
 
@@ -81,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups to run")
-    parser.add_argument("--steps", type=int, default=4, help="measured steps of each run")
-    parser.add_argument("--rounds", type=int, default=2, help="how often each row runs")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps of each run")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each row runs")
     parser.add_argument("--warmup", type=int, default=2, help="steps before those")
     foreign = "leave out steps with more foreign CPU time than this part of all cores'"
     parser.add_argument("--foreign", type=float, default=0.03, help=foreign)
@@ -103,80 +101,52 @@ def _run_all(options: argparse.Namespace, console: Console) -> tuple[Runs, dict[
         groups.insert(0, ["eager"])  # whose losses the others are held against
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=sum(map(len, groups)) * options.rounds)
-        for group in groups:
-            for turn in range(options.rounds):
-                for name in group if turn % 2 == 0 else reversed(group):
-                    progress.update(task, description=name)
-                    if name not in failures:
-                        try:
-                            measured = _run_twice(name, options, progress.console)
-                        except RowFailed as error:
-                            failures[name] = str(error)
-                            progress.console.print(f"{name}: failed")
-                        else:
-                            runs.setdefault(name, []).append(measured)
-                            times = " ".join(f"{step['seconds']:.2f}" for step in measured["steps"])
-                            progress.console.print(f"{name}: {times} s", highlight=False)
-                    progress.advance(task)
+        task = progress.add_task("", total=sum(map(len, groups)) * options.rounds * (options.steps + 1))
+
+        def tell(what: str) -> None:
+            progress.update(task, description=what, advance=1)
+
+        for group in groups * options.rounds:
+            for name, measured in _run_group(group, options, failures, tell).items():
+                runs.setdefault(name, []).append(measured)
+                times = " ".join(f"{step['seconds']:.2f}" for step in measured["steps"])
+                progress.console.print(f"{name}: {times} s", highlight=False)
     return runs, failures
 
 
-def _run_twice(name: str, options: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """A run of a row; once more if it fails, as FSDP2 on gloo does now and then, by a signal in native code."""
+def _run_group(
+    group: Sequence[str], options: argparse.Namespace, failures: dict[str, str], tell: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """What the rows of a group measured, in turns, but for those that fail, which ``failures`` is told."""
+    measured: dict[str, dict[str, Any]] = {}
+    with ExitStack() as stack:
+        running: dict[str, Run] = {}
+        for name in group:
+            if name in failures:
+                continue
+            try:
+                running[name] = stack.enter_context(_started(name, options))
+            except RowFailed as error:
+                failures[name] = str(error)
+            tell(name)
+        for names in orders(list(running), options.steps):
+            for name in names:
+                running[name].step()
+                tell(name)
+        for name, run in running.items():
+            try:
+                measured[name] = run.result()
+            except RowFailed as error:
+                failures[name] = str(error)
+    return measured
+
+
+def _started(name: str, options: argparse.Namespace) -> AbstractContextManager[Run]:
+    """A run of a row; another one if that fails, as FSDP2 on gloo does now and then, by a signal in native code."""
     try:
-        return run_row(name, options)
-    except RowFailed as error:
-        console.print(f"{name}: once more after: {escape(str(error))}", highlight=False)
-        return run_row(name, options)
-
-
-class RowFailed(Exception):
-    """A row's processes did not end well; the message is what they said last."""
-
-
-def run_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One run of a row in processes of its own.
-
-    Raises:
-        RowFailed: they failed, or took longer than allowed.
-    """
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ROWS[name].world}"]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "measured.json"
-        command = [sys.executable, *launch, str(WORKER), name, "--output", str(output)]
-        command += [f"--steps={options.steps}", f"--warmup={options.warmup}", f"--sizes={json.dumps(options.sizes)}"]
-        process = subprocess.Popen(
-            command,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # so that a launcher that is stuck can be ended together with its ranks
-        )
-        try:
-            said, _ = process.communicate(timeout=options.timeout)
-        except BaseException as error:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise RowFailed(f"took more than {options.timeout:g} s") from None
-            raise
-        if process.returncode or not output.is_file():
-            raise RowFailed(_last_error(said))
-        result: dict[str, Any] = json.loads(output.read_text())
-        return result
-
-
-def _last_error(said: str) -> str:
-    """The exception line of the first traceback in ``said``, or a signal, or the last line there is."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    begun = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
-    if begun is None:
-        signals = (line for line in lines if re.search(r"Signal \d+ \(SIG", line))
-        return next(signals, lines[-1] if lines else "it said nothing")
-    errors = (line for line in lines[begun:] if "Error: " in line or line.endswith("Error"))
-    return next(errors, lines[-1])
+        return closing(Run(name, options))
+    except RowFailed:
+        return closing(Run(name, options))
 
 
 @dataclass(frozen=True)
@@ -246,17 +216,18 @@ def summarize(
 
 
 def compare(comparison: Comparison, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """Ratios of a row to the faster of its peers, by their usual steps and by the fastest of each, which others on the
-    machine disturb least; None if either has not run."""
+    """Ratios of a row to the faster of its peers, by the steps of one turn and by the fastest of each, which others on
+    the machine disturb least; None if either has not run."""
     by_name = {row["name"]: row for row in rows}
     ran = [by_name[name] for name in comparison.peers if name in by_name]
     if comparison.row not in by_name or not ran:
         return None
     row, peer = by_name[comparison.row], min(ran, key=lambda r: r["seconds"])
+    turns = zip(row["all_steps"], peer["all_steps"], strict=False)
     return {
         "row": comparison.row,
         "peer": peer["name"],
-        "ratio": row["seconds"] / peer["seconds"],
+        "ratio": _median(ours["seconds"] / theirs["seconds"] for ours, theirs in turns),
         "fastest_ratio": row["fastest_seconds"] / min(r["fastest_seconds"] for r in ran),
         "reach": comparison.reach,
         "memory_ratio": row["peak_rss_bytes"] / peer["peak_rss_bytes"],

@@ -39,7 +39,7 @@ def row_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def comparison_table(comparisons: Sequence[dict[str, Any]]) -> Table:
     """graphshard against the faster of its peers."""
-    caption = "Time: of the median steps. Fastest: of the fastest step of each."
+    caption = "Time: of the two steps of a turn, the median over turns. Fastest: of the fastest step of each."
     table = Table(title="step time and peak memory, as parts of the peer's", caption=caption)
     for title in ("row", "faster peer"):
         table.add_column(title, no_wrap=True)

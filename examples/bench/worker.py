@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from model import Sizes
 from rows import ROWS
+from turns import Turns
 
 Number = TypeVar("Number", int, float)
 
@@ -31,24 +32,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--turns", required=True, help="the socket over which turns.py says when to make a step")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
-        measured = measure(options.row, Sizes(**options.sizes), options.warmup, options.steps)
+        turns = Turns(options.turns) if dist.get_rank() == 0 else None
+        measured = measure(options.row, Sizes(**options.sizes), options.warmup, options.steps, turns)
         if dist.get_rank() == 0:
             options.output.write_text(json.dumps(measured))
     finally:
         dist.destroy_process_group()
 
 
-def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
+def measure(name: str, sizes: Sizes, warmup: int, steps: int, turns: Turns | None) -> dict[str, Any]:
     """Per step: seconds, foreign CPU seconds, bytes on the loopback device, loss, page faults of the rank with most;
     and what the run took in memory.
 
     A step is timed between two barriers, so it is the slowest rank's. ``probe_seconds`` is what the same small piece of
     work took the slowest rank right before or right after it: other machines on the same host slow the processors down
-    without a trace in this one's counters.
+    without a trace in this one's counters. ``turns``, on rank 0: what each step, but those to warm up, waits for.
     """
     begin = time.perf_counter()
     runner = ROWS[name].start(sizes, ROWS[name].dp)
@@ -59,17 +62,18 @@ def measure(name: str, sizes: Sizes, warmup: int, steps: int) -> dict[str, Any]:
     processes = _gather(os.getpid())
     taken: list[dict[str, float]] = []
     probe = _Probe()
-    probes = [probe.seconds()]
     for index in range(warmup, warmup + steps):
+        if turns is not None:
+            turns.take()
         dist.barrier()
+        probe_before = probe.seconds()
         before, faults = _Clock.read(processes), _page_faults()
         losses.append(runner.step(index))
         faults = _page_faults() - faults
         dist.barrier()
         taken.append(_Clock.read(processes).since(before))
         taken[-1]["page_faults"] = max(_gather(faults))
-        probes.append(probe.seconds())
-        taken[-1]["probe_seconds"] = max(probes[-2:])
+        taken[-1]["probe_seconds"] = max(probe_before, probe.seconds())
     return {
         "row": name,
         "world": len(processes),
