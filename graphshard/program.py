@@ -241,15 +241,17 @@ def val(node: fx.Node) -> Any:
 
 
 def copy_node(graph: fx.Graph, node: fx.Node, remap: Callable[[fx.Node], fx.Node]) -> fx.Node:
-    """Copy ``node``, with its metadata, to the insertion point of ``graph``; ``remap`` says what its inputs are there.
+    """Copy ``node``, with its metadata, to the insertion point of ``graph``; ``remap`` says what its inputs are there,
+    and may insert them.
 
     As ``fx.Graph.node_copy``, in half its time: that looks at all arguments for symbolic numbers, of which a program
-    has none, as soon as a node has arguments.
+    has none, unless a node gets its arguments later.
     """
+    args, kwargs = map_arg(node.args, remap), map_arg(node.kwargs, remap)
     copy = graph.create_node(node.op, node.target, name=node.name, type_expr=node.type)
-    copy.args = map_arg(node.args, remap)
-    if node.kwargs:
-        copy.kwargs = map_arg(node.kwargs, remap)
+    copy.args = args
+    if kwargs:
+        copy.kwargs = kwargs
     copy.meta = dict(node.meta)
     return copy
 
