@@ -127,11 +127,11 @@ def orders(names: Sequence[str], steps: int) -> Iterator[Sequence[str]]:
 
 
 def last_error(said: str) -> str:
-    """The exception line of the first traceback in ``said``, or a signal, or the last line there is."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    """The exception line of the first traceback in ``said``, a signal, an exit status, or the last line there is."""
+    lines = [line.strip() for line in said.splitlines() if line.strip(" =-")]
     begun = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), None)
     if begun is None:
-        signals = (line for line in lines if re.search(r"Signal \d+ \(SIG", line))
-        return next(signals, lines[-1] if lines else "it said nothing")
+        ends = [line for sign in (r"Signal \d+ \(SIG", r"exitcode +: ") for line in lines if re.search(sign, line)]
+        return next(iter([*ends, *lines[-1:]]), "it said nothing")
     errors = (line for line in lines[begun:] if "Error: " in line or line.endswith("Error"))
     return next(errors, lines[-1])
