@@ -87,7 +87,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     slow = "leave out steps beside which a probe of the processors' speed took this part longer than the fastest"
     parser.add_argument("--slow", type=float, default=0.25, help=slow)
     parser.add_argument("--sizes", type=json.loads, default={}, help='JSON of other sizes, such as {"layers": 2}')
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for one run")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for a row to start, and for a step")
     parser.add_argument("--output", type=Path, default=Path("runs/bench.json"))
     return parser.parse_args(argv)
 
@@ -129,9 +129,13 @@ def _run_group(
             except RowFailed as error:
                 failures[name] = str(error)
             tell(name)
-        for names in orders(list(running), options.steps):
-            for name in names:
-                running[name].step()
+        for names in orders(group, options.steps):
+            for name in filter(running.__contains__, names):
+                try:
+                    running[name].step()
+                except RowFailed as error:
+                    failures[name] = str(error)
+                    running.pop(name).close()
                 tell(name)
         for name, run in running.items():
             try:

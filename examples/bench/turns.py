@@ -79,8 +79,8 @@ class Run:
                 raise
 
     def step(self) -> None:
-        """Make one step; return when it is done."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which result says
+        """Make one step; return when it is done, or nothing is left of the row, which :meth:`result` says."""
+        with contextlib.suppress(ConnectionError):
             self._link.sendall(b"\n")
         self._hear()
 
@@ -105,7 +105,10 @@ class Run:
 
     def _hear(self) -> bytes:
         """Wait until the worker asks for a turn; nothing if it has made its last step, or failed."""
-        heard: bytes = self._until(self._link, lambda: self._link.recv(1))
+        try:
+            heard: bytes = self._until(self._link, lambda: self._link.recv(1))
+        except ConnectionError:
+            return b""
         return heard
 
     def _until(self, waited_on: socket.socket, get: Callable[[], Any]) -> Any:

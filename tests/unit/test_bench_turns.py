@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+import run
 import turns
 from turns import RowFailed, Run, last_error, orders
 
@@ -55,11 +57,32 @@ def test_rows_go_when_it_is_their_turn(log: Path) -> None:
 
 def test_a_row_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_worker(tmp_path, monkeypatch, fails=True)
-    with closing(Run("eager", OPTIONS)) as run:
+    with closing(Run("eager", OPTIONS)) as row:
         for _ in range(OPTIONS.steps):
-            run.step()
+            row.step()
         with pytest.raises(RowFailed, match="ValueError: out of luck"):
-            run.result()
+            row.result()
+
+
+def test_a_row_that_fails_or_hangs_leaves_the_others(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Run, "step", hanging(Run.step, "eager"))
+    failures: dict[str, str] = {}
+    found = run._run_group(["eager", "graphshard one"], OPTIONS, failures, said.append)
+    assert found == {"graphshard one": {"row": "graphshard one"}}
+    assert failures == {"eager": "took more than 60 s"}
+    assert said.count("graphshard one") == 1 + OPTIONS.steps
+
+
+def hanging(step: Callable[[Run], None], name: str) -> Callable[[Run], None]:
+    """``step``, of which that of the row ``name`` takes too long."""
+
+    def slow(row: Run) -> None:
+        if row.name == name:
+            raise RowFailed("took more than 60 s")
+        step(row)
+
+    return slow
 
 
 def test_a_row_that_never_asks_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
