@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,11 @@ def _run_all(options: argparse.Namespace, console: Console) -> tuple[Runs, dict[
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=sum(map(len, groups)) * options.rounds * (options.steps + 1))
 
-        def tell(what: str) -> None:
-            progress.update(task, description=what, advance=1)
+        def advance(name: str) -> None:
+            progress.update(task, description=name, advance=1)
 
         for group in groups * options.rounds:
-            for name, measured in _run_group(group, options, failures, tell).items():
+            for name, measured in _run_group(group, options, failures, progress.console, advance).items():
                 runs.setdefault(name, []).append(measured)
                 times = " ".join(f"{step['seconds']:.2f}" for step in measured["steps"])
                 progress.console.print(f"{name}: {times} s", highlight=False)
@@ -115,9 +115,14 @@ def _run_all(options: argparse.Namespace, console: Console) -> tuple[Runs, dict[
 
 
 def _run_group(
-    group: Sequence[str], options: argparse.Namespace, failures: dict[str, str], tell: Callable[[str], None]
+    group: Sequence[str],
+    options: argparse.Namespace,
+    failures: dict[str, str],
+    console: Console,
+    advance: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """What the rows of a group measured, in turns, but for those that fail, which ``failures`` is told."""
+    """What the rows of a group measured, in turns, but for those that fail, which ``failures`` is told; ``advance`` is
+    called with a row's name when it has started, and after each of its steps."""
     measured: dict[str, dict[str, Any]] = {}
     with ExitStack() as stack:
         running: dict[str, Run] = {}
@@ -125,10 +130,10 @@ def _run_group(
             if name in failures:
                 continue
             try:
-                running[name] = stack.enter_context(_started(name, options))
+                running[name] = stack.enter_context(closing(_started(name, options, console)))
             except RowFailed as error:
                 failures[name] = str(error)
-            tell(name)
+            advance(name)
         for names in orders(group, options.steps):
             for name in filter(running.__contains__, names):
                 try:
@@ -136,7 +141,7 @@ def _run_group(
                 except RowFailed as error:
                     failures[name] = str(error)
                     running.pop(name).close()
-                tell(name)
+                advance(name)
         for name, run in running.items():
             try:
                 measured[name] = run.result()
@@ -145,12 +150,13 @@ def _run_group(
     return measured
 
 
-def _started(name: str, options: argparse.Namespace) -> AbstractContextManager[Run]:
+def _started(name: str, options: argparse.Namespace, console: Console) -> Run:
     """A run of a row; another one if that fails, as FSDP2 on gloo does now and then, by a signal in native code."""
     try:
-        return closing(Run(name, options))
-    except RowFailed:
-        return closing(Run(name, options))
+        return Run(name, options)
+    except RowFailed as error:
+        console.print(f"{name}: once more after: {escape(str(error))}", highlight=False)
+        return Run(name, options)
 
 
 @dataclass(frozen=True)

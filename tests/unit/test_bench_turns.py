@@ -8,6 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 import run
 import turns
@@ -68,7 +69,7 @@ def test_a_row_that_fails_or_hangs_leaves_the_others(log: Path, monkeypatch: pyt
     said: list[str] = []
     monkeypatch.setattr(Run, "step", hanging(Run.step, "eager"))
     failures: dict[str, str] = {}
-    found = run._run_group(["eager", "graphshard one"], OPTIONS, failures, said.append)
+    found = run._run_group(["eager", "graphshard one"], OPTIONS, failures, Console(), said.append)
     assert found == {"graphshard one": {"row": "graphshard one"}}
     assert failures == {"eager": "took more than 60 s"}
     assert said.count("graphshard one") == 1 + OPTIONS.steps
