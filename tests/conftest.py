@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.aot_autograd
 
 from graphshard.plan_cache import SWITCH
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch._functorch.aot_autograd  # noqa: F401  pytester forgets what a test imports; Triton aborts when it comes twice
 
 from graphshard.cli import main
 
