@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._functorch.aot_autograd
+import torch._functorch.aot_autograd  # pytester forgets what a test imports, and Triton aborts when it comes twice
 
 from graphshard.plan_cache import SWITCH
 
