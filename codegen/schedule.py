@@ -6,8 +6,8 @@ A schedule prints one line per stage and parses back::
     F1.0 B1.0 F1.1 B1.1
 
 ``F0.3`` is the forward of micro-batch 3 on stage 0, ``B0.3`` its backward, ``W1.3`` (on stage 1) the part of it that no
-earlier stage waits for: gradients of weights. A stage without W actions computes those in its B. Stage 0 never has any:
-nobody waits for what its B makes, so there is nothing to put off.
+earlier stage waits for: gradients of weights. A stage without W actions computes those in its B, behind what it sends.
+Stage 0 never has any: nobody waits for what its B makes, so there is nothing to put off.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, permutations
+
+import torch
+from torch import Tensor
 
 from graphshard.errors import InvalidSchedule
 
@@ -104,7 +107,16 @@ def zb_h1(stages: int, microbatches: int) -> Schedule:
     end with them. It then holds at most ``stages - s`` micro-batches for B and s more for W, so that none holds more
     than 1F1B's first.
     """
-    return _schedule(stages, microbatches, warmup=lambda stage: stages - stage - 1, split=True)
+    return _schedule(stages, microbatches, warmup=lambda stage: stages - stage - 1, put_off=lambda stage: stage)
+
+
+def zb_h2(stages: int, microbatches: int) -> Schedule:
+    """ZB-H2: the same, section 2.3. Forwards fill the bubbles in front of the first backward, for more memory.
+
+    Stage s begins with twice as many forwards as 1F1B's and puts its weight gradients off by ``2 * s`` micro-batches,
+    so that every stage holds at most ``2 * stages - 1``.
+    """
+    return _schedule(stages, microbatches, lambda stage: 2 * (stages - stage - 1), put_off=lambda stage: 2 * stage)
 
 
 def forward_only(stages: int, microbatches: int) -> Schedule:
@@ -116,6 +128,7 @@ BY_NAME: Mapping[str, Callable[[int, int], Schedule]] = {
     "1f1b": one_f_one_b,
     "gpipe": gpipe,
     "zb-h1": zb_h1,
+    "zb-h2": zb_h2,
 }
 """The table of training schedules, by the name that a plan's ``schedule=`` gives."""
 
@@ -125,19 +138,22 @@ def make(name: str, stages: int, microbatches: int) -> Schedule:
     return BY_NAME[name](stages, microbatches)
 
 
-def _schedule(stages: int, microbatches: int, warmup: Callable[[int], int], split: bool = False) -> Schedule:
-    """``warmup(stage)`` forwards, then forward and backward in turn, then the remaining backwards. With ``split``,
-    W follows ``stage`` micro-batches after its B."""
+def _schedule(
+    stages: int, microbatches: int, warmup: Callable[[int], int], put_off: Callable[[int], int] | None = None
+) -> Schedule:
+    """``warmup(stage)`` forwards, then forward and backward in turn, then the remaining backwards. With ``put_off``,
+    W follows that many micro-batches after its B."""
     lines = []
     for stage in range(stages):
         ahead = min(warmup(stage), microbatches)
+        late = put_off(stage) if put_off is not None and stage else None
         order = [("F", m) for m in range(ahead)]
         for m in range(microbatches):
             order += [("F", ahead + m)] if ahead + m < microbatches else []
             order += [("B", m)]
-            order += [("W", m - stage)] if split and stage and m >= stage else []
-        if split and stage:
-            order += [("W", m) for m in range(max(microbatches - stage, 0), microbatches)]
+            order += [("W", m - late)] if late is not None and m >= late else []
+        if late is not None:
+            order += [("W", m) for m in range(max(microbatches - late, 0), microbatches)]
         lines.append(tuple(Action(kind, stage, m) for kind, m in order))
     return Schedule(tuple(lines))
 
@@ -171,7 +187,7 @@ def validate(schedule: Schedule) -> None:
         extra = sorted(set(at) - {Action(k, stage, m) for k in kinds for m in range(schedule.microbatches)})
         if extra:
             raise InvalidSchedule(f"{extra[0]} is not among the actions of stage {stage}")
-    simulate(schedule)
+    _dependencies(schedule)
 
 
 @dataclass(frozen=True)
@@ -188,35 +204,103 @@ Cost = float | Sequence[float]
 
 
 def simulate(schedule: Schedule, cost_f: Cost = 1.0, cost_b: Cost = 1.0, cost_w: Cost = 1.0) -> Simulation:
-    """Run ``schedule`` with given costs per action; a stage without W actions pays ``cost_b + cost_w`` for a B.
+    """Run ``schedule`` with given costs per action. A stage without W actions pays ``cost_b + cost_w`` for a B; what it
+    sends to the stage before is there after ``cost_b``.
 
     Raises:
         InvalidSchedule: stages wait for one another in a circle.
     """
     count = len(schedule.stages)
-    f, b, w = (_per_stage(cost, count) for cost in (cost_f, cost_b, cost_w))
-    costs = [{"F": f[s], "B": b[s] if schedule.splits_backward(s) else b[s] + w[s], "W": w[s]} for s in range(count)]
-    finished: dict[Action, float] = {}
-    position, clock, progress = [0] * count, [0.0] * count, True
+    costs = torch.stack([_per_stage(cost, count) for cost in (cost_f, cost_b, cost_w)])
+    makespan = _makespans(schedule, costs[:, :, None]).item()
+    backward = any(action.kind == "B" for action in schedule.stages[0])
+    busy = schedule.microbatches * float(costs.sum() if backward else costs[0].sum())
+    bubble = 1 - busy / (count * makespan) if makespan else 0.0
+    return Simulation(makespan, max(bubble, 0.0), tuple(_peak(actions) for actions in schedule.stages))
+
+
+LEAST_GAIN = 1e-4
+"""Part of the makespan below which :func:`shares` does not make stages more uneven."""
+
+
+def shares(schedule: Schedule, cost_f: float = 1.0, cost_b: float = 1.0, cost_w: float = 1.0) -> tuple[float, ...]:
+    """The part of the work that each stage should have for ``schedule`` to finish first; they add up to 1.
+
+    The costs are of one micro-batch on all stages together. Equal parts are best for many micro-batches. Of few, a
+    stage that starts late and stops early should have less, if the schedule keeps the stages before it busy meanwhile.
+
+    The makespan is the longest of many paths, each linear in the shares, so it is convex: a pattern search (Hooke and
+    Jeeves 1961) that shifts work between stages, ever less of it, comes close to the best shares.
+    """
+    count = len(schedule.stages)
+    costs = torch.tensor([cost_f, cost_b, cost_w], dtype=torch.float64)[:, None, None]
+    best = torch.full((count,), 1 / count, dtype=torch.float64)
+    least = _makespans(schedule, costs * best[:, None]).item()
+    shifts = _shifts(count)
+    step = 0.2 / count
+    while count > 1 and step * count > 0.002:
+        tried = torch.cat([best + part * step * shifts for part in (1.0, 0.5, 0.25)])
+        tried = tried[(tried > 0).all(1)]
+        makespan, which = _makespans(schedule, costs * tried.T).min(0)
+        if makespan.item() < least * (1 - LEAST_GAIN):
+            least, best = makespan.item(), tried[int(which)]
+        else:
+            step /= 2
+    return tuple((best / best.sum()).tolist())
+
+
+def _shifts(stages: int) -> Tensor:
+    """Ways to shift work, [ways, stages], each row adding up to 0: from one stage to another, from one to all others,
+    from the stages behind a boundary to those before it; and back."""
+    one = torch.eye(stages, dtype=torch.float64)
+    pairs = [one[i] - one[j] for i, j in permutations(range(stages), 2)]
+    alone = [one[i] - one.mean(0) for i in range(stages)]
+    halves = [one[:i].mean(0) - one[i:].mean(0) for i in range(1, stages)]
+    return torch.stack([*pairs, *alone, *(-row for row in alone), *halves, *(-row for row in halves)])
+
+
+def _makespans(schedule: Schedule, costs: Tensor) -> Tensor:
+    """When the last stage has finished, for many ``costs`` at once: [F B W, stages, many] to [many]."""
+    f, b, w = costs
+    split = [schedule.splits_backward(stage) for stage in range(len(schedule.stages))]
+    clock = list(torch.zeros_like(f))
+    finished: dict[Action, Tensor] = {}
+    for action, needed in _dependencies(schedule):
+        stage = action.stage
+        start = clock[stage] if needed is None else torch.maximum(clock[stage], finished[needed])
+        took = {"F": f, "B": b, "W": w}[action.kind][stage]
+        clock[stage] = finished[action] = start + took
+        if action.kind == "B" and not split[stage]:
+            clock[stage] = clock[stage] + w[stage]
+    return torch.stack(clock).amax(0)
+
+
+def _dependencies(schedule: Schedule) -> list[tuple[Action, Action | None]]:
+    """The actions in an order in which they can run, each with the action of a neighbouring stage that it waits for.
+
+    Raises:
+        InvalidSchedule: stages wait for one another in a circle.
+    """
+    count = len(schedule.stages)
+    done: set[Action] = set()
+    order: list[tuple[Action, Action | None]] = []
+    position, progress = [0] * count, True
     while progress:
         progress = False
         for stage, actions in enumerate(schedule.stages):
             while position[stage] < len(actions):
                 action = actions[position[stage]]
                 needed = _needed(action, count)
-                if needed is not None and needed not in finished:
+                if needed is not None and needed not in done:
                     break
-                ready = finished[needed] if needed is not None else 0.0
-                clock[stage] = finished[action] = max(clock[stage], ready) + costs[stage][action.kind]
+                done.add(action)
+                order.append((action, needed))
                 position[stage] += 1
                 progress = True
     waiting = [a[i] for a, i in zip(schedule.stages, position, strict=True) if i < len(a)]
     if waiting:
         raise InvalidSchedule(", ".join(f"{a} waits for {_needed(a, count)}" for a in waiting) + ": it cannot finish")
-    makespan = max(clock)
-    busy = sum(costs[action.stage][action.kind] for actions in schedule.stages for action in actions)
-    bubble = 1 - busy / (count * makespan) if makespan else 0.0
-    return Simulation(makespan, max(bubble, 0.0), tuple(_peak(actions) for actions in schedule.stages))
+    return order
 
 
 def _needed(action: Action, stages: int) -> Action | None:
@@ -238,5 +322,5 @@ def _peak(actions: Sequence[Action]) -> int:
     return peak
 
 
-def _per_stage(cost: Cost, stages: int) -> Sequence[float]:
-    return [float(cost)] * stages if isinstance(cost, int | float) else cost
+def _per_stage(cost: Cost, stages: int) -> Tensor:
+    return torch.tensor([cost] * stages if isinstance(cost, int | float) else cost, dtype=torch.float64)

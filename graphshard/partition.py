@@ -45,20 +45,31 @@ def most_stages(line: Line) -> int:
     return stages + work  # work behind the last cut is a stage; views alone belong to the one before
 
 
-def search(line: Line, stages: int, byte_cost: float, limit_bytes: float = math.inf) -> tuple[int, ...] | None:
+def search(
+    line: Line, stages: int, byte_cost: float, limit_bytes: float = math.inf, shares: Sequence[float] = ()
+) -> tuple[int, ...] | None:
     """The ``stages - 1`` cut positions, ascending; None if there are too few or ``limit_bytes`` cannot be kept.
 
     Minimises the slowest stage, a stage's time being its items' costs and ``byte_cost`` for each byte that crosses its
-    two ends; among the cuts within :data:`SLACK` of that, the bytes that cross; then evens the stages out.
+    two ends; among the cuts within :data:`SLACK` of that, the bytes that cross; then evens the stages out. With
+    ``shares``, a part of the work for each stage, a stage is slow or fast for its share.
     """
     found = _Search(line, stages, byte_cost)
-    return found.cuts(limit_bytes)
+    return found.cuts(limit_bytes, shares or (1 / stages,) * stages)
 
 
 def least_limit(line: Line, stages: int) -> float:
     """The parameter bytes of the largest stage, for the cut that makes it smallest; inf if there is no cut."""
     found = _Search(line, stages, 0.0)
-    return found.bottleneck(torch.where(found.time.isinf(), math.inf, found.held))
+    return bottleneck([torch.where(found.time.isinf(), math.inf, found.held)] * stages)
+
+
+def bottleneck(prices: Sequence[Tensor]) -> float:
+    """The smallest possible largest price of a stage; ``prices`` has one matrix [from, to] for each stage."""
+    best = prices[0][0]
+    for price in prices[1:]:
+        best = torch.maximum(best[:, None], price).amin(0)
+    return float(best[-1])
 
 
 class _Search:
@@ -75,23 +86,20 @@ class _Search:
         self.time = torch.where(worked[None, :] > worked[:, None], time, math.inf)
         self.held = _held(line, self.positions)
 
-    def bottleneck(self, price: Tensor) -> float:
-        """The smallest possible largest ``price`` of a stage."""
-        best = price[0]
-        for _ in range(self.stages - 1):
-            best = torch.maximum(best[:, None], price).amin(0)
-        return float(best[-1])
-
-    def cuts(self, limit_bytes: float) -> tuple[int, ...] | None:
+    def cuts(self, limit_bytes: float, shares: Sequence[float]) -> tuple[int, ...] | None:
         time = torch.where(self.held <= limit_bytes, self.time, math.inf)
-        slowest = self.bottleneck(time)
+        times = [time / (share * self.stages) for share in shares]
+        slowest = bottleneck(times)
         if math.isinf(slowest):
             return None
         # Among equal bytes the most even cut: squares of shares of the slowest, all stages together less than a byte.
-        uneven = (time / max(slowest, 1.0)).square() / (2 * self.stages)
-        sent = torch.where(time <= slowest * (1 + SLACK), self.sent[:, None] + uneven, math.inf)
-        best, back = sent[0], []
-        for _ in range(self.stages - 1):
+        uneven = ((time / max(slowest, 1.0)).square() / (2 * self.stages) for time in times)
+        fast = (time <= slowest * (1 + SLACK) for time in times)
+        first, *others = (
+            torch.where(ok, self.sent[:, None] + more, math.inf) for ok, more in zip(fast, uneven, strict=True)
+        )
+        best, back = first[0], []
+        for sent in others:
             best, chosen = (best[:, None] + sent).min(0)
             back.append(chosen)
         result, end = [], len(self.positions) - 1

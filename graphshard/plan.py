@@ -31,7 +31,7 @@ from graphshard.plan_options import (
     spelling,
 )
 
-SCHEDULES = ("1f1b", "gpipe", "zb-h1")
+SCHEDULES = ("1f1b", "gpipe", "zb-h1", "zb-h2")
 """Pipeline schedules by name, the default first."""
 
 _GB = 10**9

@@ -26,7 +26,7 @@ def default_passes(plan: Plan) -> list[Pass]:
     chosen: list[Pass | None] = [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
         _precision(plan),  # before all that counts bytes; behind normalize, which knows no casts of parameters yet
-        PipelineCut(stages=plan.stage_starts),  # before sharding: which parameters share a bucket depends on the stage
+        PipelineCut(plan.stage_starts, plan.schedule),  # before sharding: which parameters share a bucket depends on it
         _memory_policy(plan),  # before sharding: what is gathered is never kept, but gathered again for the backward
         Recompute() if plan.recompute or plan.memory else None,  # obeys it
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right

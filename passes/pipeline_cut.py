@@ -1,6 +1,6 @@
 """Cut a program into pipeline stages.
 
-The forward is cut where the slowest stage is fastest and few bytes cross; the backward follows. Every value that
+The forward is cut where the schedule finishes first and few bytes cross; the backward follows. Every value that
 another stage reads goes through a ``transfer`` straight from the stage that makes it. What is cheap to compute (masks,
 positions, views of weights) is computed on each stage instead. A parameter that several stages read becomes a replica
 on each: every one accumulates its own gradients; in the epilogue each adds up all of them, in one order, and updates.
@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from graphshard.codegen import schedule as schedules
 from graphshard.dataflow import is_getitem, upstream
 from graphshard.errors import PassOptionError, StageCountMismatch, StageTooSmall, TooManyStages
 from graphshard.partition import least_limit, most_stages, search
@@ -36,9 +37,11 @@ class PipelineCut:
     """``stages``: module paths where stages 1 and later begin; empty: chosen by cost.
 
     ``byte_flops``: what sending a byte costs, in FLOPs. ``limit_gb``: parameter bytes a stage may hold, in 10^9 bytes.
+    ``schedule``: by name, the one whose shares of the work stages get; empty: equal shares.
     """
 
     stages: tuple[str, ...] = ()
+    schedule: str = ""
     byte_flops: float = 64.0  # 1.5 GB/s beside 90 GFLOP/s: two processes of one machine, a core each
     limit_gb: float | None = None
     name: ClassVar[str] = "pipeline-cut"
@@ -47,6 +50,8 @@ class PipelineCut:
     def __post_init__(self) -> None:
         if "" in self.stages:
             raise PassOptionError(self.name, f"stages={'/'.join(self.stages)}", "module paths")
+        if self.schedule and self.schedule not in schedules.BY_NAME:
+            raise PassOptionError(self.name, f"schedule={self.schedule}", " or ".join(schedules.BY_NAME))
         if not 0 <= self.byte_flops < math.inf:
             raise PassOptionError(self.name, f"byte_flops={self.byte_flops}", "a finite number of at least 0")
         if self.limit_gb is not None and not self.limit_gb > 0:
@@ -65,21 +70,22 @@ class PipelineCut:
         if ctx.placement is not None and holders:
             staging.obey(holders, ctx.placement.operations)
         else:
-            staging.cut(self._positions(staging, program.stages))
+            staging.cut(self._positions(staging, program.stages, program.microbatches))
         staging.assign(holders)
         _place_body(program, staging)
         place_prologue(program)
         place_epilogue(program)
         return program
 
-    def _positions(self, staging: BodyStaging, stages: int) -> tuple[int, ...]:
+    def _positions(self, staging: BodyStaging, stages: int, microbatches: int) -> tuple[int, ...]:
         if self.stages:
             if len(self.stages) != stages - 1:
                 raise StageCountMismatch(len(self.stages), stages)
             return staging.begins(self.stages)
         line = staging.describe_line()
         limit = math.inf if self.limit_gb is None else self.limit_gb * 1e9
-        found = search(line, stages, self.byte_flops, limit)
+        parts = schedules.shares(schedules.make(self.schedule, stages, microbatches)) if self.schedule else ()
+        found = search(line, stages, self.byte_flops, limit, parts)
         if found is not None:
             return found
         if (most := most_stages(line)) < stages:

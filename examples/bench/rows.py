@@ -100,7 +100,7 @@ ROWS: dict[str, Row] = {
     "torch 1F1B": Row(_peer(peers.pipeline, schedule="1f1b"), pp=2, crossings=1),
     "graphshard pp2 1f1b": Row(_ours("pp2:schedule=1f1b,microbatches={m}"), pp=2, crossings=1),
     "torch ZBV": Row(_peer(peers.pipeline, schedule="zbv"), pp=2, crossings=2),
-    "graphshard pp2 zb-h1": Row(_ours("pp2:schedule=zb-h1,microbatches={m}"), pp=2, crossings=1),
+    "graphshard pp2 zb-h2": Row(_ours("pp2:schedule=zb-h2,microbatches={m}"), pp=2, crossings=1),
     "FSDP2 in torch 1F1B": Row(
         _peer(peers.pipeline, schedule="1f1b", dp=2), dp=2, pp=2, gathers=_once, reduces=_once, crossings=1
     ),
@@ -135,7 +135,7 @@ GROUPS: dict[str, tuple[Comparison, ...]] = {
     ),
     "pipeline": (
         Comparison("graphshard pp2 1f1b", ("torch 1F1B",), 0.87),
-        Comparison("graphshard pp2 zb-h1", ("torch 1F1B", "torch ZBV"), 0.92),
+        Comparison("graphshard pp2 zb-h2", ("torch 1F1B", "torch ZBV"), 0.92),
     ),
     "zero3+pp2": (
         Comparison("graphshard zero3+pp2", ("FSDP2 in torch 1F1B",), 0.82),

@@ -13,6 +13,7 @@ from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import make
 from graphshard.execution import ExecutionPlan, Op, read_refs, result_refs
 from graphshard.pipeline import parse_passes, run_passes
+from graphshard.plan import SCHEDULES
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
 from two_layers import two_layers
@@ -25,7 +26,7 @@ ALL = [
         ZERO3.replace("hoist", "hoist:budget_gb=1"),
         *(ZERO3.replace("=3", f"={s}") for s in (0, 1, 2)),
     )
-    for schedule in ("gpipe", "1f1b", "zb-h1")
+    for schedule in SCHEDULES
     for microbatches in (1, 4)
 ]
 

@@ -32,6 +32,8 @@ SPLITS = (  # more micro-batches than stages, as many, fewer
     "pp2:schedule=gpipe,microbatches=2",
     "pp2:schedule=zb-h1,microbatches=3",
     "pp4:schedule=zb-h1,microbatches=2",
+    "pp2:schedule=zb-h2",
+    "zero3+pp4:schedule=zb-h2,microbatches=6",
     "zero3+pp2:schedule=zb-h1",
     "zero3+pp2:schedule=gpipe",
     "zero3+pp2:microbatches=2+accum2",

@@ -18,6 +18,7 @@ SMALL = (
     "zero3+pp2+recompute:policy=full",
     "zero2:size=2+accum3",
     "zero3+pp2:schedule=zb-h1",
+    "zero3+pp2:schedule=zb-h2",
     "pp2:schedule=gpipe,microbatches=2",
     "zero3+pp4",
 )

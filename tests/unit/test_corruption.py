@@ -20,6 +20,7 @@ import graphshard
 from corruption import kinds
 from graphshard.errors import PlanError, PlanMismatch, WorldSizeMismatch
 from graphshard.execution import ExecutionPlan, Op, Ref
+from graphshard.plan import SCHEDULES
 from graphshard.prove import prove
 from graphshard.prove_ranks import prove_ranks
 from models import zoo
@@ -41,7 +42,7 @@ PLANS = (
             ("zero1:size=2+", 4, (2,)),
             ("dp2+", 3, (2,)),
         )
-        for schedule in ("gpipe", "1f1b", "zb-h1")
+        for schedule in SCHEDULES
         for microbatches in counts
     ),
 )

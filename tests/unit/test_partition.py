@@ -32,10 +32,12 @@ def every_cut(line: Line, stages: int) -> list[tuple[int, ...]]:
     ]
 
 
-def slowest(line: Line, cut: tuple[int, ...], byte_cost: float) -> float:
+def slowest(line: Line, cut: tuple[int, ...], byte_cost: float, shares: tuple[float, ...] = ()) -> float:
+    """For its share, with all shares adding up to the number of stages."""
     ends = (0, *cut, len(line.costs))
     return max(
-        sum(line.costs[a:b]) + byte_cost * (line.crossing[a] + line.crossing[b]) for a, b in itertools.pairwise(ends)
+        (sum(line.costs[a:b]) + byte_cost * (line.crossing[a] + line.crossing[b])) / share
+        for (a, b), share in zip(itertools.pairwise(ends), shares or (1.0,) * (len(cut) + 1), strict=True)
     )
 
 
@@ -48,20 +50,28 @@ def largest(line: Line, cut: tuple[int, ...]) -> int:
 
 
 @settings(max_examples=300, deadline=None)
-@given(lines(), st.integers(1, 4), st.sampled_from([0.0, 0.5, 3.0]), st.integers(0, 60) | st.just(math.inf))
+@given(
+    lines(),
+    st.lists(st.sampled_from([0.5, 1.0, 1.5]), min_size=1, max_size=4),
+    st.sampled_from([0.0, 0.5, 3.0]),
+    st.integers(0, 60) | st.just(math.inf),
+)
 def test_search_finds_the_fastest_cut_that_keeps_the_limit(
-    line: Line, stages: int, byte_cost: float, limit: float
+    line: Line, weights: list[float], byte_cost: float, limit: float
 ) -> None:
+    stages = len(weights)
+    shares = tuple(weight / sum(weights) for weight in weights)
+    scaled = tuple(share * stages for share in shares)
     cuts = [cut for cut in every_cut(line, stages) if largest(line, cut) <= limit]
-    found = search(line, stages, byte_cost, limit)
+    found = search(line, stages, byte_cost, limit, shares if len(set(weights)) > 1 else ())
     if not cuts:
         assert found is None
         return
     assert found in cuts
-    bound = min(slowest(line, cut, byte_cost) for cut in cuts) * (1 + SLACK)
-    assert slowest(line, found, byte_cost) <= bound + 1e-9
-    sent = [sum(line.crossing[p] for p in cut) for cut in cuts if slowest(line, cut, byte_cost) <= bound]
-    assert sum(line.crossing[p] for p in found) == min(sent)
+    bound = min(slowest(line, cut, byte_cost, scaled) for cut in cuts) * (1 + SLACK)
+    assert slowest(line, found, byte_cost, scaled) <= bound + 1e-9
+    sent = [sum(line.crossing[p] for p in c) for c in cuts if slowest(line, c, byte_cost, scaled) <= bound * (1 - 1e-9)]
+    assert sum(line.crossing[p] for p in found) <= min(sent, default=math.inf)
 
 
 @settings(deadline=None)

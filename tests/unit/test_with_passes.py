@@ -58,6 +58,7 @@ def test_a_place_that_does_not_exist_is_named() -> None:
         ("fuse", "most=0", "an integer of at least 1"),
         ("fuse", "function_flops=inf", "a finite number of at least 0"),
         ("pipeline-cut", "stages=", "module paths"),
+        ("pipeline-cut", "schedule=zb", "1f1b or gpipe or zb-h1 or zb-h2"),
         ("pipeline-cut", "byte_flops=-1.0", "a finite number of at least 0"),
         ("pipeline-cut", "limit_gb=0.0", "a number above 0"),
         ("memory-policy", "levels=-1", "integers from 0 to 35"),
