@@ -12,6 +12,7 @@ Stage 0 never has any: nobody waits for what its B makes, so there is nothing to
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,7 @@ LEAST_GAIN = 1e-4
 """Part of the makespan below which :func:`shares` does not make stages more uneven."""
 
 
+@functools.lru_cache
 def shares(schedule: Schedule, cost_f: float = 1.0, cost_b: float = 1.0, cost_w: float = 1.0) -> tuple[float, ...]:
     """The part of the work that each stage should have for ``schedule`` to finish first; they add up to 1.
 
