@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import sys
 import traceback
 from collections import deque
@@ -18,10 +19,13 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from graphshard.errors import TensorKeptOutside
 from graphshard.trace.containers import Kept, Limits, is_changed, is_followed, keep, put_back
-from graphshard.trace.errors import is_users
+from graphshard.trace.errors import is_users, raised_at
 from graphshard.trace.marks import where
 
 _CACHE: Any = functools._lru_cache_wrapper
+
+_UNKNOWN = re.compile(r"cannot find \w*(Fake|Functional)Tensor\(.*\) in tensor_tracker", re.DOTALL)
+"""What torch 2.11 says while it traces an operator; later ones trace it as a constant."""
 
 _DEPTH = 3
 """How deep a fake tensor is looked for in tuples, lists and dicts."""
@@ -145,6 +149,8 @@ def empty_everywhere() -> list[str]:
 
 def kept_tensor(error: Exception) -> TensorKeptOutside | None:
     """What AOTAutograd's refusal of a fake tensor among the constants of a graph stands for, if it is that."""
+    if isinstance(error, RuntimeError) and _UNKNOWN.match(str(error)):
+        return TensorKeptOutside(raised_at(error), empty_everywhere())
     if not (isinstance(error, AssertionError) and str(error).startswith("Unexpected fake buffer")):
         return None
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)

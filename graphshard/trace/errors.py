@@ -74,9 +74,7 @@ def describe(line: Line | None, module: str = "") -> str:
 
 def translate(error: Exception, doing: str) -> GraphshardError:
     """The error to raise for what was raised while the model ran on fake tensors."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
-    line = (frames[-1].filename, frames[-1].lineno or 0) if frames else None
-    where = describe(line) if line is not None else _running(error)
+    where = raised_at(error)
     match error:
         case DataDependentOutputException():
             return NeedsTensorValue(where)
@@ -94,6 +92,12 @@ def translate(error: Exception, doing: str) -> GraphshardError:
     if isinstance(error, (RuntimeError, TypeError)) and any(sign in str(error) for sign in _VALUE_SIGNS):
         return NeedsTensorValue(where)
     return ModelFailed(doing, error, where)
+
+
+def raised_at(error: Exception) -> str:
+    """The innermost line of the user's code that ``error`` came through, or what was running."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if is_users(f.filename)]
+    return describe((frames[-1].filename, frames[-1].lineno or 0)) if frames else _running(error)
 
 
 def _running(error: Exception) -> str:

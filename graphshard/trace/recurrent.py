@@ -28,7 +28,8 @@ def written_out(func: Any) -> Any:
         try:
             # A packed sequence comes with two tensors, and its parameters one place later.
             packed = len(args) > 3 and not isinstance(args[3], bool)
-            return func(*args, **kwargs) if packed else _by_layer(func, *args, **kwargs)
+            out, *ends = func(*args, **kwargs) if packed else _by_layer(func, *args, **kwargs)
+            return out, *(end.squeeze(1) if end.dim() > 3 else end for end in ends)  # torch 2.11's has one dim more
         finally:
             torch._C._set_mkldnn_enabled(before)
 

@@ -264,8 +264,11 @@ def test_that_values_are_not_checked_is_said(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING, "graphshard"):
         capture(Model(inverse), one_hot_loss, batch, {}, mode="train")
     said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 2
-    for line in ("torch.inverse(model.weight)", "F.one_hot(classes, WIDTH)"):
+    lines = ["torch.inverse(model.weight)"]
+    if torch.__version__ >= (2, 12):  # before, one_hot itself leaves its check out for tensors without values
+        lines.append("F.one_hot(classes, WIDTH)")
+    assert len(said) == len(lines)
+    for line in lines:
         assert any(line in message for message in said)
 
 
