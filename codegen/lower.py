@@ -22,6 +22,7 @@ from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.order import Memory, Parts, order
 from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit
+from graphshard.codegen.sends import Ahead, sent_ahead
 from graphshard.codegen.storages import category, saved_roots
 from graphshard.codegen.watched import watched
 from graphshard.codegen.workspace import storage_bytes
@@ -66,7 +67,9 @@ def lower(program: Program, schedule: Schedule, watch: bool = False, on_gpu: boo
     assert program.level is Level.SHARDED, f"lowering needs a sharded program, not a {program.level} one"
     kernels = Kernels(on_gpu)
     program = kernels.chosen(program)
-    lowered = [_StageLowering(program, stage, schedule, watch, kernels) for stage in range(program.stages)]
+    moved = (node for node in program.body.nodes() if node.target is gs.transfer.default)
+    ahead = sent_ahead(schedule, Counter((_kind(node), *node.args[1:]) for node in moved))  # type: ignore[misc]
+    lowered = [_StageLowering(program, stage, schedule, watch, kernels, ahead) for stage in range(program.stages)]
     plan = _plan(program, schedule, lowered, [item.run() for item in lowered])
     peaks = [max(simulate_memory(plan, s, f).peak_bytes for f in variants(plan)) for s in range(program.stages)]
     return replace(plan, peak_bytes=tuple(peaks))
@@ -106,8 +109,10 @@ class _Piece:
 
 
 class _StageLowering:
-    def __init__(self, program: Program, stage: int, schedule: Schedule, watch: bool, kernels: Kernels) -> None:
-        self.kernels = kernels
+    def __init__(
+        self, program: Program, stage: int, schedule: Schedule, watch: bool, kernels: Kernels, ahead: Ahead
+    ) -> None:
+        self.kernels, self.ahead = kernels, ahead
         self.program, self.stage, self.schedule, self.watch = program, stage, schedule, watch
         self.segments: dict[str, Segment] = {}
         self.work: dict[str, float] = {}  # what each segment takes, in FLOPs
@@ -128,7 +133,7 @@ class _StageLowering:
             first = self._once(self.program.first_epilogue, "epilogue", "e1.")
         # A step that is watched is judged between its backward and its update.
         memory = None if self.watch else Memory(self.storages, self._held, Clock(self.work, self._moving))
-        return self._stage_plan(order(prologue, body, epilogue, first, memory))
+        return self._stage_plan(order(prologue, body, epilogue, first, memory, self.ahead))
 
     def _stage_plan(self, parts: Parts) -> StagePlan:
         prologue, body, epilogue, first = parts

@@ -12,6 +12,7 @@ from itertools import pairwise
 
 from graphshard.codegen.distance import Clock, Move, reload_in_time, wait_in_time
 from graphshard.codegen.early import update_early
+from graphshard.codegen.sends import Ahead
 from graphshard.execution import MOVES, Instruction, Op, Ref, Storage, match_waits, owner_of
 from graphshard.program import Role
 
@@ -42,11 +43,12 @@ def order(
     epilogue: list[Instruction],
     first_epilogue: list[Instruction] | None,
     memory: Memory | None = None,
+    ahead: Ahead | None = None,
 ) -> Parts:
     """The same instructions in the order they are issued in, with WAITs of sends, hand-overs and FREEs in place.
 
     With ``memory``, updates may come before the end of the body: its rest is then part of the epilogues. Copies start
-    as early as they take, where that needs no more memory.
+    as early as they take, where that needs no more memory. ``ahead``: of which sends others need not wait (sends.py).
     """
     body, epilogue, first_epilogue = _reduce_early(body, epilogue, first_epilogue)
     actions = _by_action(body)
@@ -54,8 +56,8 @@ def order(
     _reload_ahead(actions)
     _accumulate_late(actions)
     _post_receives_early(actions)
-    body = _wait_for_sends([ins for action in actions for ins in action])
-    ends = [_wait_for_sends(end) for end in (epilogue, first_epilogue) if end is not None]
+    body = _wait_for_sends([ins for action in actions for ins in action], ahead or {})
+    ends = [_wait_for_sends(end, {}) for end in (epilogue, first_epilogue) if end is not None]
     parts = _finished(prologue, body, ends)
     if memory is None:
         return parts
@@ -265,18 +267,24 @@ def _post_receives_early(actions: list[list[Instruction]]) -> None:
         action[:] = posted + [ins for ins in action if ins.op is not Op.RECV]
 
 
-def _wait_for_sends(instructions: list[Instruction]) -> list[Instruction]:
-    """A channel carries one message at a time: wait for the one before, and for the last ones at the end."""
-    outstanding: dict[int | None, Instruction] = {}
+def _wait_for_sends(instructions: list[Instruction], ahead: Ahead) -> list[Instruction]:
+    """Before something is sent, wait for what was sent there before, but for what the last actions sent that are
+    ``ahead``; and for the last ones at the end."""
+    outstanding: dict[int, list[Instruction]] = {}
+    senders: dict[int, list[str]] = {}
     result: list[Instruction] = []
     for ins in instructions:
         if ins.op is Op.SEND:
-            if (before := outstanding.get(ins.peer)) is not None:
-                result.append(_wait_for(before, ins.action))
-            outstanding[ins.peer] = ins
+            assert ins.peer is not None
+            before, actions = outstanding.get(ins.peer, []), senders.setdefault(ins.peer, [])
+            if ins.action not in actions:
+                actions.append(ins.action)
+            late = actions[max(len(actions) - ahead.get((ins.action, ins.peer), 0), 0) :]
+            result += [_wait_for(send, ins.action) for send in before if send.action not in late]
+            outstanding[ins.peer] = [*(send for send in before if send.action in late), ins]
         result.append(ins)
     end = instructions[-1].action if instructions else ""
-    return result + [_wait_for(send, end) for send in outstanding.values()]
+    return result + [_wait_for(send, end) for sends in outstanding.values() for send in sends]
 
 
 def _wait_for(send: Instruction, action: str) -> Instruction:

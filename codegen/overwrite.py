@@ -11,8 +11,6 @@ from graphshard.homes import replaced_slots, stored_slot
 from graphshard.program import Phase, Role, Section, info, val
 from graphshard.region import is_region, results_of
 
-aten = torch.ops.aten
-
 _STORES = (Role.FLAT, Role.SHARD, Role.MASTER, Role.STATE, Role.CARRY)
 
 
@@ -70,4 +68,4 @@ def _owns_storage(node: fx.Node, section: Section, reader: fx.Node) -> bool:
     if is_getitem(node):
         return is_region(node.all_input_nodes[0])
     made = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
-    return is_region(node) or (made and not is_view(node) and node.target is not aten._unsafe_view.default)
+    return is_region(node) or (made and not is_view(node))

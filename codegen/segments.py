@@ -341,8 +341,8 @@ class _Emitter:
         return resolve(node).name
 
     def _call(self, node: fx.Node) -> str:
-        if is_getitem(node) or is_view(node) or any(user.target is aten._unsafe_view.default for user in node.users):
-            return call(node, self._name)  # what is viewed without saying so has no end that is known
+        if is_getitem(node) or is_view(node):
+            return call(node, self._name)
         arguments = arguments_of(node, self._name)
         if _is_large_product(node):
             assert isinstance(node.target, torch._ops.OpOverload)

@@ -29,6 +29,9 @@ _POINTWISE_UNTAGGED = {
     aten.lift_fresh_copy.default,
 }
 
+_UNDECLARED_VIEWS = (aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default)
+"""Views that hide it from autograd: their schemas say nothing of it."""
+
 
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on the same element of the inputs alone (scalars broadcast)."""
@@ -52,7 +55,7 @@ def is_view(node: fx.Node) -> bool:
 @functools.cache
 def _shows(target: torch._ops.OpOverload) -> bool:
     infos = (argument.alias_info for argument in target._schema.arguments)
-    return any(info is not None and not info.is_write for info in infos)
+    return target in _UNDECLARED_VIEWS or any(info is not None and not info.is_write for info in infos)
 
 
 def is_getitem(node: fx.Node) -> bool:

@@ -154,7 +154,7 @@ def _relations(node: fx.Node) -> Iterator[Relation]:
     given = arguments(node)
     if name in ("slice", "slice_backward", "slice_scatter"):
         yield from _slice(given, sources, results, name)
-    elif name in ("split", "split_with_sizes", "cat"):
+    elif name.removeprefix("unsafe_") in ("split", "split_with_sizes", "cat"):
         dim = given.get("dim", 0)
         whole, parts = sources[0], results
         if name == "cat":  # of a tensor with itself, too

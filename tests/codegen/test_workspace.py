@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 
 from graphshard.codegen import blocks
+from graphshard.dataflow import is_view
 from graphshard.execution import Workspace
 from graphshard.program import Section
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.meter import LiveStorages
 from graphshard.runtime.segments import compile_segments
 from segment_code import CPU, code, run, section, update
+
+aten = torch.ops.aten
 
 X = 4 * 64 * 64  # bytes of an f32[64,64]
 
@@ -131,3 +134,17 @@ def test_a_mean_does_not_keep_what_it_is_the_mean_of() -> None:
     assert workspace == Workspace((X + 4, 4), (0, 0)) and alone == X + 4
     (loss,) = run(code(graph), {"x": torch.ones(64, 64), "y": torch.zeros(64, 64)})
     assert loss == 1 and loss.untyped_storage().nbytes() == 4
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default],
+)
+def test_views_that_do_not_say_so(operator: torch._ops.OpOverload) -> None:
+    x = torch.randn(4)
+    graph = torch.fx.Graph()
+    argument = {aten.unsafe_split.Tensor: 2}.get(operator, [4])
+    result = operator(x, argument)
+    first = result[0] if isinstance(result, (list, tuple)) else result
+    assert first.data_ptr() == x.data_ptr()
+    assert is_view(graph.call_function(operator, (graph.placeholder("x"), argument)))

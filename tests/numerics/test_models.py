@@ -109,6 +109,31 @@ def test_a_stage_that_keeps_no_optimizer_state(schedule: str) -> None:
     check_parity(maker("nested", plan), plan, adamw, dtype=torch.float64, max_grad_norm=0.5)
 
 
+class Skips(nn.Module):
+    """Like a U-Net: every layer of the first half is read once more in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = []
+        for layer in self.layers[:4]:
+            kept.append(x := torch.tanh(layer(x)))
+        for layer in self.layers[4:]:
+            x = torch.tanh(layer(x * kept.pop()))
+        return x
+
+
+@pytest.mark.parametrize("plan", ["pp2:schedule=zb-h2", "zero3:size=2+pp3:schedule=zb-h1", "pp4:schedule=zb-h2"])
+def test_values_that_skip_stages_make_none_wait_in_a_circle(plan: str) -> None:
+    def make() -> tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]:
+        torch.manual_seed(0)
+        return Skips(), (torch.randn(48, 8), torch.randn(48, 8)), {}, F.mse_loss
+
+    check_parity(make, plan, adamw, dtype=torch.float64)
+
+
 class Outputs(nn.Module):
     """Returns a tensor, a tuple, or a dict with something that is no tensor."""
 

@@ -341,6 +341,27 @@ def test_lstm_of_every_kind(options: dict[str, Any]) -> None:
         torch.testing.assert_close(compiled.evaluate(x, classes), loss_fn(model.eval()(x), classes))
 
 
+class Twice(nn.Module):
+    """The cell splits its products without telling autograd: the parts are read when nothing names the whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.cell(x, self.cell(x))
+        return result
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_gru_cell(plan: str) -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Twice(), (torch.randn(8, 5), torch.randn(8, 4)), {}, F.mse_loss
+
+    check_parity(make, plan, sgd)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_dropout_between_recurrent_layers(kind: Any) -> None:
     """Where all of it is dropped, the second layer sees zeros, in both: of its weights for them none is trained."""
