@@ -219,6 +219,14 @@ def test_addresses_of_contiguous_tensors_need_no_division() -> None:
     assert "//" not in source and "%" not in source.replace("1 %", "")
 
 
+@pytest.mark.parametrize("name", ["x", "row", "n0", "tl", "triton", "tanh", "rows", "programs", "tanh_1_out", "x_s0"])
+def test_an_input_may_be_called_what_a_kernel_calls_something_else(interpreter: Interpreter, name: str) -> None:
+    first, second = torch.randn(6, 10)[:, ::2], torch.randn(6, 5)
+    region = region_from(lambda a, b: [a.tanh() * b, torch.softmax(a, -1) + b.sum(0)], first, second)
+    region.inputs[0].name, region.inputs[1].name = name, f"{name}_in"
+    check(interpreter, region, first, second)
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
