@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import graphshard.ops  # noqa: F401 - defines graphshard::bernoulli
+from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.triton import supports, write_kernel
 from graphshard.region import Region
 from interpreted import Interpreter
@@ -225,6 +226,13 @@ def test_an_input_may_be_called_what_a_kernel_calls_something_else(interpreter: 
     region = region_from(lambda a, b: [a.tanh() * b, torch.softmax(a, -1) + b.sum(0)], first, second)
     region.inputs[0].name, region.inputs[1].name = name, f"{name}_in"
     check(interpreter, region, first, second)
+
+
+def test_what_returns_something_else_is_another_kernel() -> None:
+    kernels = Kernels(on_gpu=True)
+    added: list[Callable[[Tensor], Any]] = [lambda x: [x * 2, x * 2 + 1], lambda x: x * 2 + 1, lambda x: x * 2 + 1]
+    names = [kernels.add(region_from(function, torch.empty(8)), {}).name for function in added]
+    assert names[0] != names[1] == names[2]
 
 
 @pytest.mark.parametrize(
