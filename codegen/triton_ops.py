@@ -184,14 +184,19 @@ def _div_mode(node: fx.Node, dtype: torch.dtype) -> str:
     quotient = divided("{0}", "{1}", dtype)
     if mode is None:
         return quotient
+    if mode == "floor":
+        return _floor_divide(node, dtype)
+    return f"toward_zero({quotient})" if dtype.is_floating_point else "({0} // {1})"
+
+
+def _floor_divide(node: fx.Node, dtype: torch.dtype) -> str:
     if dtype.is_floating_point:
-        return f"tl.floor({quotient})" if mode == "floor" else f"toward_zero({quotient})"
-    return "floor_quotient({0}, {1})" if mode == "floor" else "({0} // {1})"
+        raise Unsupported(f"{node.target} of fractions, for which a GPU has no exact remainder")
+    return "floor_quotient({0}, {1})"
 
 
 def _remainder(node: fx.Node, dtype: torch.dtype) -> str:
-    quotient = f"tl.floor({divided('{0}', '{1}', dtype)})" if dtype.is_floating_point else "floor_quotient({0}, {1})"
-    return f"({{0}} - {{1}} * {quotient})"
+    return f"({{0}} - {{1}} * {_floor_divide(node, dtype)})"
 
 
 def _add(node: fx.Node, dtype: torch.dtype) -> str:
@@ -326,6 +331,7 @@ _FORMULAS: dict[Any, Formula] = {
     aten.rsub: _rsub,
     aten.mul: _mul,
     aten.div: _div,
+    aten.floor_divide: _floor_divide,
     aten.remainder: _remainder,
     aten.neg: "(-{0})",
     aten.abs: _abs,

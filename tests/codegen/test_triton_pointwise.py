@@ -240,6 +240,8 @@ def test_what_returns_something_else_is_another_kernel() -> None:
     [
         (lambda x: x @ x.T, "aten.mm.default"),
         (lambda x: torch.cumsum(x, 0), "aten.cumsum.default"),
+        (lambda x: x % 0.7, "aten.remainder.Scalar of fractions"),
+        (lambda x: torch.div(x, 0.1, rounding_mode="floor"), "of fractions"),
         (lambda x: torch.fft.fft(x), "complex64"),
         (lambda x: x.amax(0), "aten.amax.default over dims [0]"),
         (lambda x: gs.bernoulli(x, torch.zeros(4, dtype=torch.int64), 1), "graphshard.bernoulli.default draws"),
