@@ -119,10 +119,12 @@ def power(x, y):
     """By logarithms in float64, so that a float32 result is rounded once."""
     a = x.to(tl.float64)
     b = y.to(tl.float64)
-    size = tl.exp(b * tl.log(tl.abs(a)))
+    length = tl.abs(a)
+    size = tl.where(length == 1, 1.0, tl.exp(b * tl.log(length)))
     signed = tl.where(b - 2 * tl.floor(b / 2) == 1, -size, size)
-    result = tl.where(a < 0, tl.where(b == tl.floor(b), signed, float("nan")), size)
-    return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, result)).to(x.dtype)
+    real = (b == tl.floor(b)) | (length == 0) | (length == float("inf"))
+    result = tl.where((a < 0) | (1 / a < 0), tl.where(real, signed, float("nan")), size)  # -0 is negative, too
+    return tl.where((b == 0) | (a == 1), 1.0, result).to(x.dtype)
 ''',
     "log1p": '''
 @triton.jit
@@ -137,7 +139,7 @@ def expm1(x):
     """Kahan's: the error of exp(x) cancels in (u - 1) / log(u)."""
     u = tl.exp(x)
     small = (u - 1) * (x / tl.where(u == 1, 1, tl.log(u)))
-    return tl.where(u == 1, x, tl.where((u == 0) | (u == float("inf")), u - 1, small))
+    return tl.where(u == 1, x, tl.where((u - 1 == -1) | (u == float("inf")), u - 1, small))
 ''',
     "nearest": '''
 @triton.jit

@@ -182,6 +182,17 @@ def test_every_formula(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, lambda x, y: [torch.maximum(x, y), torch.minimum(x, y), x.clamp(-1, 1), torch.relu(x)], x, y)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_powers_at_the_limits(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    values = torch.tensor([0.0, -0.0, 1, -1, 0.5, -0.5, 2.5, -3, 7, math.inf, -math.inf, math.nan], dtype=dtype)
+    a, b = (grid.reshape(-1) for grid in torch.meshgrid(values, values, indexing="ij"))
+    check(interpreter, lambda a, b: [a.pow(b), 1 / a.pow(b), a.pow(1.5), a.pow(-3), torch.pow(2.0, b)], a, b)
+
+
+def test_differences_from_one_where_an_exponential_has_few_bits(interpreter: Interpreter) -> None:
+    check(interpreter, lambda x: torch.expm1(x) * 2, torch.linspace(-110, 10, 500))
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_whole_numbers_and_truth(interpreter: Interpreter, dtype: torch.dtype) -> None:
     x, y = (torch.arange(60) % 7 - 3).to(dtype), (torch.arange(60) % 5 + 1).to(dtype)
