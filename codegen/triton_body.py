@@ -209,7 +209,7 @@ class Body:
             return tile.text
         if dtype is torch.bool:
             return f"({tile.text} != 0)"
-        if tile.dtype is torch.float64 and compute_type(dtype) is not dtype:  # as ATen: by way of float32
+        if tile.dtype is not torch.float32 and compute_type(dtype) is not dtype:  # as ATen: by way of float32
             return f"{tile.text}.to(tl.float32).to({TYPES[dtype]})"
         return f"{tile.text}.to({TYPES[dtype]})"
 

@@ -59,14 +59,20 @@ def constant(value: Any, dtype: torch.dtype) -> str:
         value = float(value)
         spelled = repr(value) if math.isfinite(value) else f'float("{value}")'
         return f"tl.full((), {spelled}, {TYPES[dtype]})"
-    return f"tl.full((), {int(value)}, {TYPES[dtype]})"
+    return f"tl.full((), {_wrapped(int(value), dtype)}, {TYPES[dtype]})"
 
 
 def literal(value: Any, dtype: torch.dtype) -> str:
     """A number as Triton beside an operand of that type, whose type it takes."""
     if dtype is torch.bool or (dtype.is_floating_point and not math.isfinite(value)):
         return constant(value, dtype)
-    return repr(float(value) if dtype.is_floating_point else int(value))
+    return repr(float(value) if dtype.is_floating_point else _wrapped(int(value), dtype))
+
+
+def _wrapped(value: int, dtype: torch.dtype) -> int:
+    """The number of that type that has the same last bits: as ATen takes -1 beside uint8."""
+    limits = torch.iinfo(dtype)
+    return (value - limits.min) % (1 << limits.bits) + limits.min
 
 
 HELPERS = {
@@ -314,6 +320,11 @@ _GELU_TANH = "tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))"
 _SIGMOID = "(1 / (1 + tl.exp(-{0})))"
 
 
+def _rounded(formula: str) -> Formula:
+    """``formula`` of a fraction; a whole number is itself."""
+    return lambda node, dtype: formula if dtype.is_floating_point else "{0}"
+
+
 def _leaky(node: fx.Node, dtype: torch.dtype) -> str:
     slope: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
     return f"tl.where({{0}} > 0, {{0}}, {{0}} * {literal(slope, dtype)})"
@@ -357,9 +368,9 @@ _FORMULAS: dict[Any, Formula] = {
     aten.relu: "largest({0}, 0)",
     aten.leaky_relu: _leaky,
     aten.gelu: _gelu,
-    aten.floor: "tl.floor({0})",
-    aten.ceil: "tl.ceil({0})",
-    aten.trunc: "toward_zero({0})",
+    aten.floor: _rounded("tl.floor({0})"),
+    aten.ceil: _rounded("tl.ceil({0})"),
+    aten.trunc: _rounded("toward_zero({0})"),
     aten.maximum: "largest({0}, {1})",
     aten.minimum: "smallest({0}, {1})",
     aten.clamp: _clamp,
@@ -391,7 +402,7 @@ _OVERLOADS: dict[Any, Pointwise] = {
     aten.pow.Tensor_Scalar: Pointwise(_pow),
     aten.pow.Tensor_Tensor: Pointwise(_power),
     aten.pow.Scalar: Pointwise(_power),
-    aten.round.default: Pointwise("nearest({0})"),
+    aten.round.default: Pointwise(_rounded("nearest({0})")),
     aten.logical_not.default: Pointwise("({0} == 0)", by_operands=True),
     aten.logical_and.default: _logical("&"),
     aten.logical_or.default: _logical("|"),

@@ -193,6 +193,26 @@ def test_differences_from_one_where_an_exponential_has_few_bits(interpreter: Int
     check(interpreter, lambda x: torch.expm1(x) * 2, torch.linspace(-110, 10, 500))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.int8, torch.uint8])
+def test_whole_numbers_that_are_rounded_or_wrapped(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    x, y = (torch.arange(60) % 7 - 3).to(dtype), (torch.arange(60) % 5 + 1).to(dtype)
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        rounded = [f(x) + y for f in (torch.floor, torch.ceil, torch.trunc, torch.round)]
+        return [
+            *rounded,
+            x // y,
+            x // 3,
+            x % -3,
+            x.masked_fill(y > 2, -1),
+            x.clamp(-2, 5),
+            x.bfloat16(),
+            (x > y).half(),
+        ]
+
+    check(interpreter, function, x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_whole_numbers_and_truth(interpreter: Interpreter, dtype: torch.dtype) -> None:
     x, y = (torch.arange(60) % 7 - 3).to(dtype), (torch.arange(60) % 5 + 1).to(dtype)
