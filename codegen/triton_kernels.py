@@ -144,7 +144,7 @@ class Writer:
         warps = 1 if scalar else 4
         lines += self._partial_lines(places, "programs", "(programs,)", group)
         launch = self._assemble(kernel, body_lines, emitted, expressions, places, {"BLOCK": str(block)}, warps)
-        programs = "1" if scalar else grid.replace("{block}", str(block))
+        programs = str(len(group)) if scalar else grid.replace("{block}", str(block))
         tuned = self.autotune and not scalar and not places.partials
         if tuned:
             meta = grid.replace("{block}", 'meta["BLOCK"]')
@@ -158,7 +158,13 @@ class Writer:
             lines.append(self._call(kernel, launch, target, {"BLOCK": str(block)}, str(warps)))
         launch.lines = lines
         what = _count(len(group), "space") + ", " if len(group) > 1 else ""
-        chosen = "autotuned" if tuned else "one program" if scalar else f"blocks of {block} elements, {warps} warps"
+        chosen = (
+            "autotuned"
+            if tuned
+            else _count(len(group), "program")
+            if scalar
+            else f"blocks of {block} elements, {warps} warps"
+        )
         launch.choice = f"{kernel}: {what}{chosen}"
         for at, one in enumerate(emitted):
             launch.loads += [(at, access) for access in one.body.loads]

@@ -251,6 +251,11 @@ def test_addresses_of_contiguous_tensors_need_no_division() -> None:
     assert "//" not in source and "%" not in source.replace("1 %", "")
 
 
+def test_single_elements_of_several_shapes(interpreter: Interpreter) -> None:
+    check(interpreter, lambda a, b: [a * 2, b + 1, (a + b) * 3], torch.randn(1), torch.randn(()))
+    check(interpreter, lambda a, b: [a * 2, b + a, a.view(1) - 1], torch.randn(1, 1), torch.randn(40))
+
+
 @pytest.mark.parametrize("name", ["x", "row", "n0", "tl", "triton", "tanh", "rows", "programs", "tanh_1_out", "x_s0"])
 def test_an_input_may_be_called_what_a_kernel_calls_something_else(interpreter: Interpreter, name: str) -> None:
     first, second = torch.randn(6, 10)[:, ::2], torch.randn(6, 5)
