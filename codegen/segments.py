@@ -22,7 +22,7 @@ from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.overwrite import dying
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
-from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
+from graphshard.dataflow import has_floats, is_getitem, is_pointwise, is_view, resolve
 from graphshard.execution import Kernel, Segment, type_of
 from graphshard.program import Section, Slot, val
 from graphshard.region import Region, is_region, region_of, results_of
@@ -352,7 +352,9 @@ class _Emitter:
         if _copies(node):
             memory = self._memory(node)
             return f"{memory}.copy_({self._expression(node.args[0])})" if memory else call(node, self._name)
-        if (variant := out_variant(node.target)) is not None and (memory := self._memory(node)):
+        # Softmax's backward, for one, writes as if memory were contiguous; pointwise operators follow its strides.
+        follows = is_pointwise(node) or (isinstance(val(node), torch.Tensor) and val(node).is_contiguous())
+        if follows and (variant := out_variant(node.target)) is not None and (memory := self._memory(node)):
             overload, out = variant
             return f"torch.ops.{overload}({arguments}, {out}={memory})"
         return call(node, self._name)

@@ -270,3 +270,30 @@ def test_of_an_embedding_the_rows_that_were_looked_up_are_added(padding: int, fi
 def test_an_embedding_s_gradient_that_is_more_than_a_sum_of_rows_is_its_operator_s(scaled: str, dtype: str) -> None:
     text = EMBEDDING.replace("PADDING, False", f"-1, {scaled}").replace("f32", dtype)
     assert "embedding_dense_backward" in code(section(text)).segment.source
+
+
+STRIDED = """
+  %grad : f64[8,6] = batch 0
+  %shares : f64[8,6] = batch 1
+  %rows = aten.t.default(%grad)
+  %of = aten.t.default(%shares)
+  %y = aten.{operator}(%rows, %of{options})
+  return output 0 %y
+"""
+
+
+@pytest.mark.parametrize(
+    ("operator", "options", "placed"),
+    [
+        ("_log_softmax_backward_data.default", ", 1, f64", False),
+        ("add.Tensor", "", True),
+    ],
+)
+def test_what_is_not_contiguous_is_placed_by_operators_that_follow_strides(
+    operator: str, options: str, placed: bool
+) -> None:
+    graph = section(STRIDED.format(operator=operator, options=options))
+    made = code(graph)
+    assert ("memory(" in made.segment.source) is placed
+    values = {node.name: torch.rand(8, 6, dtype=torch.float64) for node in graph.inputs}
+    torch.testing.assert_close(run(made, values), tuple(evaluate(graph, values)))
