@@ -182,7 +182,7 @@ def test_every_formula(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, lambda x, y: [torch.maximum(x, y), torch.minimum(x, y), x.clamp(-1, 1), torch.relu(x)], x, y)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_powers_at_the_limits(interpreter: Interpreter, dtype: torch.dtype) -> None:
     values = torch.tensor([0.0, -0.0, 1, -1, 0.5, -0.5, 2.5, -3, 7, math.inf, -math.inf, math.nan], dtype=dtype)
     a, b = (grid.reshape(-1) for grid in torch.meshgrid(values, values, indexing="ij"))
@@ -291,6 +291,20 @@ def test_in_place(interpreter: Interpreter) -> None:
     x, y = torch.randn(40, 60), torch.randn(60, 40)
     kernel = check(interpreter, lambda x, y: [x * 2 + 1, y - 1], x, y, in_place={0: 0, 1: 1})
     assert "empty" not in kernel.source and "copy_" not in kernel.source
+
+
+def test_what_a_result_is_stored_over_has_been_read_by_the_others(interpreter: Interpreter) -> None:
+    x, y, row = torch.randn(40, 60), torch.randn(40, 60), torch.randn(40, 1)
+    kernel = check(interpreter, lambda x, y: [x * 2, x * 2 + y, y - 1], x, y, in_place={0: 1, 1: 0})
+    assert "copy_" not in kernel.source
+    check(
+        interpreter,
+        lambda x, row: [x.sum(1, keepdim=True), row * 2, x + x.amax(1, keepdim=True)],
+        x,
+        row,
+        in_place={0: 1},
+    )
+    check(interpreter, lambda x, y: [torch.softmax(x, 1), y + 1, y * 2], x, y, in_place={0: 1})
 
 
 def test_an_input_that_others_read_is_overwritten_last(interpreter: Interpreter) -> None:
