@@ -390,3 +390,16 @@ def test_one_row_is_not_cut() -> None:
   return output 0 %z
 """)
     assert [blocks_of(region) for region in regions(graph)] == [None]
+
+
+@SMALL
+def test_what_is_left_of_single_elements_is_no_row_beside_a_square() -> None:
+    graph = update("""
+  %x : f64[6,1] = batch 0
+  %m = aten.amax.default(%x, [1])
+  %d = aten.sub.Tensor(%x, %m)
+  %y = aten.exp.default(%d)
+  return output 0 %y
+""")
+    results, expected = both(graph)
+    torch.testing.assert_close(results, expected)
