@@ -352,9 +352,11 @@ class _Emitter:
         if _copies(node):
             memory = self._memory(node)
             return f"{memory}.copy_({self._expression(node.args[0])})" if memory else call(node, self._name)
-        # Softmax's backward, for one, writes as if memory were contiguous; pointwise operators follow its strides.
-        follows = is_pointwise(node) or (isinstance(val(node), torch.Tensor) and val(node).is_contiguous())
-        if follows and (variant := out_variant(node.target)) is not None and (memory := self._memory(node)):
+        if (variant := out_variant(node.target)) is not None and (memory := self._memory(node)):
+            if not (is_pointwise(node) or val(node).is_contiguous()):
+                # Softmax, for one, writes as if memory were contiguous; pointwise operators follow its strides.
+                self.ledger.temporary(storage_bytes(val(node)))
+                return f"{memory}.copy_({call(node, self._name)})"
             overload, out = variant
             return f"torch.ops.{overload}({arguments}, {out}={memory})"
         return call(node, self._name)
