@@ -341,6 +341,9 @@ class _Emitter:
         return resolve(node).name
 
     def _call(self, node: fx.Node) -> str:
+        if node.target is aten.view.default:
+            # Some results, as of layer norm's backward, have other strides than torch told when it was traced.
+            return f"{self._name(node.all_input_nodes[0])}.reshape({self._expression(node.args[1])})"
         if is_getitem(node) or is_view(node) or any(user.target is aten._unsafe_view.default for user in node.users):
             return call(node, self._name)  # what is viewed without saying so has no end that is known
         arguments = arguments_of(node, self._name)

@@ -291,3 +291,15 @@ def test_what_is_not_contiguous_is_written_with_its_strides(operator: str, optio
     (result,) = run(code(graph), values)
     torch.testing.assert_close((result,), tuple(evaluate(graph, values)))
     assert result.stride() == (1, 6)  # as views of it were told
+
+
+def test_a_view_copies_what_has_other_strides_than_was_told() -> None:
+    graph = section("""
+  %x : f64[4,6] = batch 0
+  %y = aten.view.default(%x, [24])
+  %z = aten.neg.default(%y)
+  return output 0 %z
+""")
+    x = torch.rand(6, 4, dtype=torch.float64).t()
+    (result,) = run(code(graph), {"x": x})
+    torch.testing.assert_close(result, -x.reshape(24))
