@@ -66,9 +66,10 @@ def blocks_of(region: Region) -> Blocks | None:
     whole = max((found for found in spaces if found is not None), key=lambda found: found.numel)
     values = [value for node in (*region.inputs, *region.operations) if isinstance(value := val(node), Tensor)]
     extents = [whole.extent(value) for value in values]
-    if whole.numel <= BLOCK or None in extents:
+    if None in extents:
         return None
-    return Blocks(whole, any(map(is_reduction, operations)) or not {Extent.ROW, Extent.COLUMN}.isdisjoint(extents))
+    blocks = Blocks(whole, any(map(is_reduction, operations)) or not {Extent.ROW, Extent.COLUMN}.isdisjoint(extents))
+    return blocks if whole.numel > BLOCK and blocks.count > blocks.step else None
 
 
 def keeps_to_itself(region: Region, blocks: Blocks) -> bool:
@@ -108,6 +109,7 @@ def blocked_code(
     inputs = [node for node in region.inputs if blocks.extent(node)]
     outputs = [node for node in region.outputs if node not in picked]
     lines += [f"{names[n]}_all = {names[n]}{_flattened(blocks, n)}" for n in (*inputs, *outputs)]
+    lines += [f"{names[n]} = {names[n]}.view([-1])" for n in region.inputs if n not in inputs and val(n).dim() > 1]
     lines += [line for node in totals for line in _kept_rows(names[node], node, blocks)]
     lines.append(f"for at in range(0, {blocks.count}, {blocks.step}):")
     part = f"_all[at : at + {blocks.step}]"

@@ -83,11 +83,12 @@ class Kernels:
         return self._known(region, names, outs.values(), code.lines, code.workspace_bytes, f"{blocks.unit} at a time")
 
     def _written(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
-        """In Triton; named after what it computes, types included, and whether it is to be tuned."""
+        """In Triton; named after what it computes and returns, types included, and whether it is to be tuned."""
         names = _names(region)
         calls = [call(node, names.__getitem__) for node in region.operations]
         types = [str(type_of(val(node))) for node in region.inputs]
-        key = (calls, types, sorted(in_place.items()), region.autotune)
+        results = [names[node] for node in region.outputs]
+        key = (calls, types, results, sorted(in_place.items()), region.autotune)
         digest = hashlib.sha256(repr(key).encode()).hexdigest()[:8]
         name = f"{title(region)}_{digest}"
         if name not in self.table:

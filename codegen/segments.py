@@ -22,7 +22,7 @@ from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.overwrite import dying
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
-from graphshard.dataflow import has_floats, is_getitem, is_view, resolve
+from graphshard.dataflow import has_floats, is_getitem, is_pointwise, is_view, resolve
 from graphshard.execution import Kernel, Segment, type_of
 from graphshard.program import Section, Slot, val
 from graphshard.region import Region, is_region, region_of, results_of
@@ -341,6 +341,9 @@ class _Emitter:
         return resolve(node).name
 
     def _call(self, node: fx.Node) -> str:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            # Some results, as of layer norm's backward, have other strides than torch told when it was traced.
+            return f"{self._name(node.all_input_nodes[0])}.reshape({self._expression(node.args[1])})"
         if is_getitem(node) or is_view(node):
             return call(node, self._name)
         arguments = arguments_of(node, self._name)
@@ -353,6 +356,10 @@ class _Emitter:
             memory = self._memory(node)
             return f"{memory}.copy_({self._expression(node.args[0])})" if memory else call(node, self._name)
         if (variant := out_variant(node.target)) is not None and (memory := self._memory(node)):
+            if not (is_pointwise(node) or val(node).is_contiguous()):
+                # Softmax, for one, writes as if memory were contiguous; pointwise operators follow its strides.
+                self.ledger.temporary(storage_bytes(val(node)))
+                return f"{memory}.copy_({call(node, self._name)})"
             overload, out = variant
             return f"torch.ops.{overload}({arguments}, {out}={memory})"
         return call(node, self._name)

@@ -80,10 +80,11 @@ FILLS = (
     aten.ones_like.default,
     aten.scalar_tensor.default,
 )
-_RESERVED = (
+RESERVED = (
     *("tl", "triton", "torch", "math", "range", "float", "BLOCK", "ROWS", "COLS"),
     *("x", "x_ok", "row", "row_ok", "col", "col_ok", "block", "rows", "start"),
 )
+"""Names that the text of a kernel has for itself."""
 REDUCTIONS = (aten.sum.dim_IntList, aten.amax.default, aten.amin.default, softmax_stats)
 
 
@@ -146,7 +147,7 @@ class Body:
         self.row: Expr = Integer(0)
         self.anchor: Expr = Integer(0)  # 0 in every valid place: gives a stored block its shape
         self._values: dict[tuple[fx.Node, Index], Tile] = {}
-        self._names = {*taken, *HELPERS, *_RESERVED, *keyword.kwlist}
+        self._names = {*taken, *HELPERS, *RESERVED, *keyword.kwlist}
 
     @contextmanager
     def loop(self, header: str) -> Iterator[None]:
@@ -208,7 +209,7 @@ class Body:
             return tile.text
         if dtype is torch.bool:
             return f"({tile.text} != 0)"
-        if tile.dtype is torch.float64 and compute_type(dtype) is not dtype:  # as ATen: by way of float32
+        if tile.dtype is not torch.float32 and compute_type(dtype) is not dtype:  # as ATen: by way of float32
             return f"{tile.text}.to(tl.float32).to({TYPES[dtype]})"
         return f"{tile.text}.to({TYPES[dtype]})"
 

@@ -11,7 +11,7 @@ import torch
 from sympy import Expr, Integer
 from torch import fx
 
-from graphshard.codegen.triton_body import Access, Body, Buffer
+from graphshard.codegen.triton_body import RESERVED, Access, Body, Buffer
 from graphshard.codegen.triton_index import Sizes, positions_of, product, symbols_of, text
 from graphshard.codegen.triton_ops import HELPERS, compute_type
 from graphshard.codegen.triton_sections import REGISTER_ELEMENTS, Emitted, Places, emit_elements, emit_rows, is_wide
@@ -21,6 +21,11 @@ BLOCK = 1024  # elements a program: 8 a thread, so that loads and stores are 16 
 LOOP_COLS = 2048  # columns a step, where a row does not fit the registers
 MAX_PROGRAMS = 256  # of a kernel that sums over rows: two for each multiprocessor, each writing one row of partial sums
 SECTIONS = 8  # spaces that one kernel serves: its programs look up theirs one by one
+
+_LAUNCHER = frozenset(("programs", "cols", "rows", "meta"))
+"""Names that lines of the launcher have for themselves."""
+_DERIVED = re.compile(r"(n|end_)\d+|.*_(s\d+|out|partial\d*)")
+"""Names of sizes and of the ends of spaces, and those made of others': strides, results and parts of sums."""
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Writer:
         self.helpers: set[str] = set()
         self.outputs: list[Any] = list(graph.output_node().args[0])  # type: ignore[arg-type]
         self.inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self.names = {node: _identifier(node.name) for node in self.inputs}
+        self.names = _names(self.inputs)
         self.overwritten: dict[fx.Node, fx.Node] = {}
         for at, source in in_place.items():
             self.overwritten.setdefault(self.outputs[at], self.inputs[source])
@@ -139,7 +144,7 @@ class Writer:
         warps = 1 if scalar else 4
         lines += self._partial_lines(places, "programs", "(programs,)", group)
         launch = self._assemble(kernel, body_lines, emitted, expressions, places, {"BLOCK": str(block)}, warps)
-        programs = "1" if scalar else grid.replace("{block}", str(block))
+        programs = str(len(group)) if scalar else grid.replace("{block}", str(block))
         tuned = self.autotune and not scalar and not places.partials
         if tuned:
             meta = grid.replace("{block}", 'meta["BLOCK"]')
@@ -153,7 +158,13 @@ class Writer:
             lines.append(self._call(kernel, launch, target, {"BLOCK": str(block)}, str(warps)))
         launch.lines = lines
         what = _count(len(group), "space") + ", " if len(group) > 1 else ""
-        chosen = "autotuned" if tuned else "one program" if scalar else f"blocks of {block} elements, {warps} warps"
+        chosen = (
+            "autotuned"
+            if tuned
+            else _count(len(group), "program")
+            if scalar
+            else f"blocks of {block} elements, {warps} warps"
+        )
         launch.choice = f"{kernel}: {what}{chosen}"
         for at, one in enumerate(emitted):
             launch.loads += [(at, access) for access in one.body.loads]
@@ -400,6 +411,17 @@ class Writer:
 
 def _tuple(items: Sequence[str]) -> str:
     return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
+
+
+def _names(inputs: Sequence[fx.Node]) -> dict[fx.Node, str]:
+    """A parameter for each input, after the node, that neither a kernel nor the launcher has for something else."""
+    names: dict[fx.Node, str] = {}
+    for node in inputs:
+        name = _identifier(node.name)
+        while name in {*names.values(), *RESERVED, *HELPERS, *_LAUNCHER} or _DERIVED.fullmatch(name):
+            name = f"{name}_in"
+        names[node] = name
+    return names
 
 
 def _identifier(name: str) -> str:

@@ -59,14 +59,20 @@ def constant(value: Any, dtype: torch.dtype) -> str:
         value = float(value)
         spelled = repr(value) if math.isfinite(value) else f'float("{value}")'
         return f"tl.full((), {spelled}, {TYPES[dtype]})"
-    return f"tl.full((), {int(value)}, {TYPES[dtype]})"
+    return f"tl.full((), {_wrapped(int(value), dtype)}, {TYPES[dtype]})"
 
 
 def literal(value: Any, dtype: torch.dtype) -> str:
     """A number as Triton beside an operand of that type, whose type it takes."""
     if dtype is torch.bool or (dtype.is_floating_point and not math.isfinite(value)):
         return constant(value, dtype)
-    return repr(float(value) if dtype.is_floating_point else int(value))
+    return repr(float(value) if dtype.is_floating_point else _wrapped(int(value), dtype))
+
+
+def _wrapped(value: int, dtype: torch.dtype) -> int:
+    """The number of that type that has the same last bits: as ATen takes -1 beside uint8."""
+    limits = torch.iinfo(dtype)
+    return (value - limits.min) % (1 << limits.bits) + limits.min
 
 
 HELPERS = {
@@ -119,10 +125,12 @@ def power(x, y):
     """By logarithms in float64, so that a float32 result is rounded once."""
     a = x.to(tl.float64)
     b = y.to(tl.float64)
-    size = tl.exp(b * tl.log(tl.abs(a)))
+    length = tl.abs(a)
+    size = tl.where(length == 1, 1.0, tl.exp(b * tl.log(length)))
     signed = tl.where(b - 2 * tl.floor(b / 2) == 1, -size, size)
-    result = tl.where(a < 0, tl.where(b == tl.floor(b), signed, float("nan")), size)
-    return tl.where(b == 0, 1.0, tl.where(a == 1, 1.0, result)).to(x.dtype)
+    real = (b == tl.floor(b)) | (length == 0) | (length == float("inf"))
+    result = tl.where((a < 0) | (1 / a < 0), tl.where(real, signed, float("nan")), size)  # -0 is negative, too
+    return tl.where((b == 0) | (a == 1), 1.0, result).to(x.dtype)
 ''',
     "log1p": '''
 @triton.jit
@@ -137,7 +145,7 @@ def expm1(x):
     """Kahan's: the error of exp(x) cancels in (u - 1) / log(u)."""
     u = tl.exp(x)
     small = (u - 1) * (x / tl.where(u == 1, 1, tl.log(u)))
-    return tl.where(u == 1, x, tl.where((u == 0) | (u == float("inf")), u - 1, small))
+    return tl.where(u == 1, x, tl.where((u - 1 == -1) | (u == float("inf")), u - 1, small))
 ''',
     "nearest": '''
 @triton.jit
@@ -184,14 +192,19 @@ def _div_mode(node: fx.Node, dtype: torch.dtype) -> str:
     quotient = divided("{0}", "{1}", dtype)
     if mode is None:
         return quotient
+    if mode == "floor":
+        return _floor_divide(node, dtype)
+    return f"toward_zero({quotient})" if dtype.is_floating_point else "({0} // {1})"
+
+
+def _floor_divide(node: fx.Node, dtype: torch.dtype) -> str:
     if dtype.is_floating_point:
-        return f"tl.floor({quotient})" if mode == "floor" else f"toward_zero({quotient})"
-    return "floor_quotient({0}, {1})" if mode == "floor" else "({0} // {1})"
+        raise Unsupported(f"{node.target} of fractions, for which a GPU has no exact remainder")
+    return "floor_quotient({0}, {1})"
 
 
 def _remainder(node: fx.Node, dtype: torch.dtype) -> str:
-    quotient = f"tl.floor({divided('{0}', '{1}', dtype)})" if dtype.is_floating_point else "floor_quotient({0}, {1})"
-    return f"({{0}} - {{1}} * {quotient})"
+    return f"({{0}} - {{1}} * {_floor_divide(node, dtype)})"
 
 
 def _add(node: fx.Node, dtype: torch.dtype) -> str:
@@ -307,6 +320,11 @@ _GELU_TANH = "tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))"
 _SIGMOID = "(1 / (1 + tl.exp(-{0})))"
 
 
+def _rounded(formula: str) -> Formula:
+    """``formula`` of a fraction; a whole number is itself."""
+    return lambda node, dtype: formula if dtype.is_floating_point else "{0}"
+
+
 def _leaky(node: fx.Node, dtype: torch.dtype) -> str:
     slope: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("negative_slope", 0.01)
     return f"tl.where({{0}} > 0, {{0}}, {{0}} * {literal(slope, dtype)})"
@@ -326,6 +344,7 @@ _FORMULAS: dict[Any, Formula] = {
     aten.rsub: _rsub,
     aten.mul: _mul,
     aten.div: _div,
+    aten.floor_divide: _floor_divide,
     aten.remainder: _remainder,
     aten.neg: "(-{0})",
     aten.abs: _abs,
@@ -349,9 +368,9 @@ _FORMULAS: dict[Any, Formula] = {
     aten.relu: "largest({0}, 0)",
     aten.leaky_relu: _leaky,
     aten.gelu: _gelu,
-    aten.floor: "tl.floor({0})",
-    aten.ceil: "tl.ceil({0})",
-    aten.trunc: "toward_zero({0})",
+    aten.floor: _rounded("tl.floor({0})"),
+    aten.ceil: _rounded("tl.ceil({0})"),
+    aten.trunc: _rounded("toward_zero({0})"),
     aten.maximum: "largest({0}, {1})",
     aten.minimum: "smallest({0}, {1})",
     aten.clamp: _clamp,
@@ -383,7 +402,7 @@ _OVERLOADS: dict[Any, Pointwise] = {
     aten.pow.Tensor_Scalar: Pointwise(_pow),
     aten.pow.Tensor_Tensor: Pointwise(_power),
     aten.pow.Scalar: Pointwise(_power),
-    aten.round.default: Pointwise("nearest({0})"),
+    aten.round.default: Pointwise(_rounded("nearest({0})")),
     aten.logical_not.default: Pointwise("({0} == 0)", by_operands=True),
     aten.logical_and.default: _logical("&"),
     aten.logical_or.default: _logical("|"),

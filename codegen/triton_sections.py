@@ -61,8 +61,8 @@ def emit_elements(body: Body, section: Section, places: Places, first: str) -> E
     index = start_index(x, shape_of.shape, shape_of.stride(), body.sizes)
     stores: list[Access] = []
     sums: dict[fx.Node, list[str]] = {}
-    for work in section.works:
-        tile = body.value(work.node, index)
+    # Values first: a result may be stored over what another one reads.
+    for work, tile in [(work, body.value(work.node, index)) for work in section.works]:
         if work.kind == "store":
             stores.append(_store(body, work, places, index, tile))
         else:
@@ -152,15 +152,13 @@ class _Rows:
         levels = self._levels()
         for level in range(1, max(levels.values(), default=0) + 1):
             here = [node for node in self.reductions if levels[node] == level]
-            self._pass(here, [_REDUCERS[node.target](self, node) for node in here])
+            self._pass([_REDUCERS[node.target](self, node) for node in here])
         full = [work for work in self.section.works if self._is_full(work)]
         if full:
-            self._pass(full, [lambda work=work: self._work(work) for work in full])  # type: ignore[misc]
-        for work in self.section.works:
-            if not self._is_full(work):
-                self._work(work)
+            self._pass([lambda: self._work(full)])
+        self._work([work for work in self.section.works if not self._is_full(work)])
 
-    def _pass(self, what: Sequence[Any], steps: Sequence[Callable[[], Any]]) -> None:
+    def _pass(self, steps: Sequence[Callable[[], Any]]) -> None:
         """Run the steps over all columns; what a step returns is run behind the loop."""
         if self.single:
             after = [step() for step in steps]
@@ -205,15 +203,17 @@ class _Rows:
                 self.body.out(f"{name} = tl.zeros({shape}, {dtype})")
                 self.sums[key] = name
 
-    def _work(self, work: Work) -> None:
-        index = self._index(work)
-        tile = self.body.value(work.node, index)
-        if work.kind == "store":
-            self.stores.append(_store(self.body, work, self.places, index, tile))
-            return
-        full = self._is_full(work)
-        mask = "row_ok & col_ok" if full else "row_ok"
-        self.body.out(f"{self.sums[work.into, full]} += tl.where({mask}, {tile.text}, 0)")
+    def _work(self, works: Sequence[Work]) -> None:
+        """All values, then what becomes of them: a result may be stored over what another one reads."""
+        indices = [self._index(work) for work in works]
+        tiles = [self.body.value(work.node, index) for work, index in zip(works, indices, strict=True)]
+        for work, index, tile in zip(works, indices, tiles, strict=True):
+            if work.kind == "store":
+                self.stores.append(_store(self.body, work, self.places, index, tile))
+                continue
+            full = self._is_full(work)
+            mask = "row_ok & col_ok" if full else "row_ok"
+            self.body.out(f"{self.sums[work.into, full]} += tl.where({mask}, {tile.text}, 0)")
 
     def _finish(self) -> None:
         kinds = {work.into: work.kind for work in self.section.works if work.kind != "store"}

@@ -206,7 +206,10 @@ def _sections(works: Sequence[Work], materialised: set[fx.Node]) -> list[Section
         if len(found) > 1:
             raise Unsupported(f"{work.node.target} needs reductions of different shapes: {sorted(found)}")
         if found:
-            spaces.setdefault(found.pop(), []).append(work)
+            rows, cols = found.pop()
+            if work.node.meta["val"].numel() not in (rows, rows * cols):  # one element a row, spread over others
+                raise Unsupported(f"{work.node.target} needs reductions of another shape: {(rows, cols)}")
+            spaces.setdefault((rows, cols), []).append(work)
         else:
             rest.append(work)
     flat: dict[tuple[int, ...], list[Work]] = {}

@@ -180,7 +180,7 @@ def read(folder: Path, manifest: Manifest) -> PlanDirectory:
     """All files of the folder.
 
     Raises:
-        NotAPlanDirectory: a file is missing.
+        NotAPlanDirectory: a file is missing or cannot be read.
         PlanDirectoryChanged: a file is not as it was written.
     """
     contents = {}
@@ -189,6 +189,8 @@ def read(folder: Path, manifest: Manifest) -> PlanDirectory:
             contents[name] = (folder / name).read_bytes()
         except FileNotFoundError:
             raise NotAPlanDirectory(str(folder), f"its {name} is missing") from None
+        except OSError as error:
+            raise _unreadable(folder, name, error) from None
         if _hash(contents[name]) != digest:
             raise PlanDirectoryChanged(str(folder), name)
     return PlanDirectory(folder, manifest, contents)
@@ -199,9 +201,15 @@ def _json(folder: Path) -> dict[str, object]:
         data = json.loads((folder / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise NotAPlanDirectory(str(folder), f"it has no {MANIFEST}") from None
-    except ValueError as error:
+    except OSError as error:
+        raise _unreadable(folder, MANIFEST, error) from None
+    except (ValueError, RecursionError) as error:
         raise NotAPlanDirectory(str(folder), f"its {MANIFEST} is not whole ({error})") from None
     return data if isinstance(data, dict) else {}
+
+
+def _unreadable(folder: Path, name: str, error: OSError) -> NotAPlanDirectory:
+    return NotAPlanDirectory(str(folder), f"its {name} cannot be read ({error.strerror})")
 
 
 def _record(built: Built, folder: str) -> PlanRecord:

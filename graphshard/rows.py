@@ -129,8 +129,10 @@ def _reduces(node: fx.Node) -> Space | None:
     dims = [dims] if isinstance(dims, int) else dims
     if not dims or not value.dim() or [d % value.dim() for d in dims] != [value.dim() - 1]:
         return None
-    found = space_of(value)
-    return found if found.extent(val(node)) is not Extent.COLUMN else None
+    found, result = space_of(value), val(node)
+    if found.length == 1 and result.shape[-1:] != (1,):
+        return None  # beside as many elements a row as there are rows it would be a column
+    return found if found.extent(result) is not Extent.COLUMN else None
 
 
 def _softmax(position: int) -> Callable[[fx.Node], Space | None]:

@@ -223,9 +223,11 @@ def test_each_block_draws_its_part_of_a_mask(shape: str, normed: bool, also: boo
     values = values_of(graph, seed) | {"seed": torch.tensor(seed * 2**60 - 1)}
     (region,) = regions(graph)
     assert "kept" in [node.name for node in region.operations]
+    if normed and "," not in shape:
+        assert blocks_of(region) is None
+        return
     made = code(graph, accumulate=False)
-    if "," in shape or not normed:
-        assert made.kernels, "it is cut, not run as it is"
+    assert made.kernels, "it is cut, not run as it is"
     torch.testing.assert_close(run(made, values), tuple(evaluate(graph, values)), rtol=0, atol=0)
 
 
@@ -358,3 +360,46 @@ def test_loops_mean_what_the_graph_means(lines: str, seed: int) -> None:
     with SMALL:
         results, expected = both(update(lines), seed)
     torch.testing.assert_close(results, expected, rtol=1e-12, atol=0, equal_nan=True)
+
+
+@SMALL
+def test_blocks_have_no_more_dims_than_what_broadcasts_to_them() -> None:
+    graph = update("""
+  %x : f64[4,3,5] = batch 0
+  %column : f64[1,1,5] = batch 1
+  %one : f32[1,1,1] = batch 2
+  %a = aten.neg.default(%x)
+  %b = aten.copy.default(%a, %column)
+  %c = aten.exp.default(%x)
+  %d = aten.add.Tensor(%c, %one)
+  %e = aten.mul.Tensor(%d, %column)
+  return output 0 %b, output 1 %e
+""")
+    results, expected = both(graph)
+    torch.testing.assert_close(results, expected)
+
+
+@SMALL
+def test_one_row_is_not_cut() -> None:
+    graph = update("""
+  %x : f64[1,20] = batch 0
+  %weight : f64[20] = batch 1
+  %n = aten.native_layer_norm.default(%x, [20], %weight, %weight, 1e-05)
+  %y = getitem(%n, 0)
+  %z = aten.neg.default(%y)
+  return output 0 %z
+""")
+    assert [blocks_of(region) for region in regions(graph)] == [None]
+
+
+@SMALL
+def test_what_is_left_of_single_elements_is_no_row_beside_a_square() -> None:
+    graph = update("""
+  %x : f64[6,1] = batch 0
+  %m = aten.amax.default(%x, [1])
+  %d = aten.sub.Tensor(%x, %m)
+  %y = aten.exp.default(%d)
+  return output 0 %y
+""")
+    results, expected = both(graph)
+    torch.testing.assert_close(results, expected)

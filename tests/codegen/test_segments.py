@@ -270,3 +270,36 @@ def test_of_an_embedding_the_rows_that_were_looked_up_are_added(padding: int, fi
 def test_an_embedding_s_gradient_that_is_more_than_a_sum_of_rows_is_its_operator_s(scaled: str, dtype: str) -> None:
     text = EMBEDDING.replace("PADDING, False", f"-1, {scaled}").replace("f32", dtype)
     assert "embedding_dense_backward" in code(section(text)).segment.source
+
+
+STRIDED = """
+  %grad : f64[8,6] = batch 0
+  %shares : f64[8,6] = batch 1
+  %rows = aten.t.default(%grad)
+  %of = aten.t.default(%shares)
+  %y = aten.{operator}(%rows, %of{options})
+  return output 0 %y
+"""
+
+
+@pytest.mark.parametrize(
+    ("operator", "options"), [("_log_softmax_backward_data.default", ", 1, f64"), ("add.Tensor", "")]
+)
+def test_what_is_not_contiguous_is_written_with_its_strides(operator: str, options: str) -> None:
+    graph = section(STRIDED.format(operator=operator, options=options))
+    values = {node.name: torch.rand(8, 6, dtype=torch.float64) for node in graph.inputs}
+    (result,) = run(code(graph), values)
+    torch.testing.assert_close((result,), tuple(evaluate(graph, values)))
+    assert result.stride() == (1, 6)  # as views of it were told
+
+
+def test_a_view_copies_what_has_other_strides_than_was_told() -> None:
+    graph = section("""
+  %x : f64[4,6] = batch 0
+  %y = aten.view.default(%x, [24])
+  %z = aten.neg.default(%y)
+  return output 0 %z
+""")
+    x = torch.rand(6, 4, dtype=torch.float64).t()
+    (result,) = run(code(graph), {"x": x})
+    torch.testing.assert_close(result, -x.reshape(24))

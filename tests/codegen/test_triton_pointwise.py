@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import graphshard.ops  # noqa: F401 - defines graphshard::bernoulli
+from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.triton import supports, write_kernel
 from graphshard.region import Region
 from interpreted import Interpreter
@@ -181,6 +182,37 @@ def test_every_formula(interpreter: Interpreter, dtype: torch.dtype) -> None:
     check(interpreter, lambda x, y: [torch.maximum(x, y), torch.minimum(x, y), x.clamp(-1, 1), torch.relu(x)], x, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_powers_at_the_limits(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    values = torch.tensor([0.0, -0.0, 1, -1, 0.5, -0.5, 2.5, -3, 7, math.inf, -math.inf, math.nan], dtype=dtype)
+    a, b = (grid.reshape(-1) for grid in torch.meshgrid(values, values, indexing="ij"))
+    check(interpreter, lambda a, b: [a.pow(b), 1 / a.pow(b), a.pow(1.5), a.pow(-3), torch.pow(2.0, b)], a, b)
+
+
+def test_differences_from_one_where_an_exponential_has_few_bits(interpreter: Interpreter) -> None:
+    check(interpreter, lambda x: torch.expm1(x) * 2, torch.linspace(-110, 10, 500))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.int8, torch.uint8])
+def test_whole_numbers_that_are_rounded_or_wrapped(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    x, y = (torch.arange(60) % 7 - 3).to(dtype), (torch.arange(60) % 5 + 1).to(dtype)
+
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        rounded = [f(x) + y for f in (torch.floor, torch.ceil, torch.trunc, torch.round)]
+        return [
+            *rounded,
+            x // y,
+            x // 3,
+            x % -3,
+            x.masked_fill(y > 2, -1),
+            x.clamp(-2, 5),
+            x.bfloat16(),
+            (x > y).half(),
+        ]
+
+    check(interpreter, function, x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8, torch.bool])
 def test_whole_numbers_and_truth(interpreter: Interpreter, dtype: torch.dtype) -> None:
     x, y = (torch.arange(60) % 7 - 3).to(dtype), (torch.arange(60) % 5 + 1).to(dtype)
@@ -219,11 +251,33 @@ def test_addresses_of_contiguous_tensors_need_no_division() -> None:
     assert "//" not in source and "%" not in source.replace("1 %", "")
 
 
+def test_single_elements_of_several_shapes(interpreter: Interpreter) -> None:
+    check(interpreter, lambda a, b: [a * 2, b + 1, (a + b) * 3], torch.randn(1), torch.randn(()))
+    check(interpreter, lambda a, b: [a * 2, b + a, a.view(1) - 1], torch.randn(1, 1), torch.randn(40))
+
+
+@pytest.mark.parametrize("name", ["x", "row", "n0", "tl", "triton", "tanh", "rows", "programs", "tanh_1_out", "x_s0"])
+def test_an_input_may_be_called_what_a_kernel_calls_something_else(interpreter: Interpreter, name: str) -> None:
+    first, second = torch.randn(6, 10)[:, ::2], torch.randn(6, 5)
+    region = region_from(lambda a, b: [a.tanh() * b, torch.softmax(a, -1) + b.sum(0)], first, second)
+    region.inputs[0].name, region.inputs[1].name = name, f"{name}_in"
+    check(interpreter, region, first, second)
+
+
+def test_what_returns_something_else_is_another_kernel() -> None:
+    kernels = Kernels(on_gpu=True)
+    added: list[Callable[[Tensor], Any]] = [lambda x: [x * 2, x * 2 + 1], lambda x: x * 2 + 1, lambda x: x * 2 + 1]
+    names = [kernels.add(region_from(function, torch.empty(8)), {}).name for function in added]
+    assert names[0] != names[1] == names[2]
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         (lambda x: x @ x.T, "aten.mm.default"),
         (lambda x: torch.cumsum(x, 0), "aten.cumsum.default"),
+        (lambda x: x % 0.7, "aten.remainder.Scalar of fractions"),
+        (lambda x: torch.div(x, 0.1, rounding_mode="floor"), "of fractions"),
         (lambda x: torch.fft.fft(x), "complex64"),
         (lambda x: x.amax(0), "aten.amax.default over dims [0]"),
         (lambda x: gs.bernoulli(x, torch.zeros(4, dtype=torch.int64), 1), "graphshard.bernoulli.default draws"),
@@ -237,6 +291,20 @@ def test_in_place(interpreter: Interpreter) -> None:
     x, y = torch.randn(40, 60), torch.randn(60, 40)
     kernel = check(interpreter, lambda x, y: [x * 2 + 1, y - 1], x, y, in_place={0: 0, 1: 1})
     assert "empty" not in kernel.source and "copy_" not in kernel.source
+
+
+def test_what_a_result_is_stored_over_has_been_read_by_the_others(interpreter: Interpreter) -> None:
+    x, y, row = torch.randn(40, 60), torch.randn(40, 60), torch.randn(40, 1)
+    kernel = check(interpreter, lambda x, y: [x * 2, x * 2 + y, y - 1], x, y, in_place={0: 1, 1: 0})
+    assert "copy_" not in kernel.source
+    check(
+        interpreter,
+        lambda x, row: [x.sum(1, keepdim=True), row * 2, x + x.amax(1, keepdim=True)],
+        x,
+        row,
+        in_place={0: 1},
+    )
+    check(interpreter, lambda x, y: [torch.softmax(x, 1), y + 1, y * 2], x, y, in_place={0: 1})
 
 
 def test_an_input_that_others_read_is_overwritten_last(interpreter: Interpreter) -> None:

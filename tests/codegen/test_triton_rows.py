@@ -223,6 +223,7 @@ def test_rows_in_a_loop_need_one_pass_for_each_level(interpreter: Interpreter) -
     [
         (lambda x: x.sum(0), "a sum over rows of 100000 columns"),
         (lambda x: x.softmax(-1) + x.view(500, 10000).softmax(-1).view(50, 100000), "reductions of different shapes"),
+        (lambda x: x[:, :1].softmax(-1) * x, "reductions of another shape: (50, 1)"),
     ],
 )
 def test_refusals(function: Callable[[Tensor], Tensor], reason: str) -> None:

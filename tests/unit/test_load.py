@@ -361,7 +361,15 @@ def test_a_missing_file_is_named(changed: Path) -> None:
         loaded(changed)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 0}', '{"format": 1, "torch": "2'])
+@pytest.mark.parametrize("file", ["stage0.py", "manifest.json"])
+def test_a_file_that_cannot_be_read_is_named(changed: Path, file: str) -> None:
+    (changed / file).unlink()
+    (changed / file).symlink_to(changed / file)
+    with pytest.raises(NotAPlanDirectory, match=rf"its {file} cannot be read \(Too many levels"):
+        loaded(changed)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, '{"format": 0}', '{"format": 1, "torch": "2'])
 def test_a_manifest_that_is_none_is_told(changed: Path, content: str) -> None:
     (changed / "manifest.json").write_text(content)
     with pytest.raises(NotAPlanDirectory, match=r"its manifest\.json is (not whole|none of format 2)"):
