@@ -11,6 +11,7 @@ from torch.fx.node import map_arg
 
 from graphshard.analysis import sent_as
 from graphshard.dataflow import is_getitem
+from graphshard.execution import type_of
 from graphshard.program import NodeInfo, Phase, Section, info, set_info, val
 from graphshard.rewrite import add_input, after, call, clone, drop_dead, retype_from
 from graphshard.sums import Places
@@ -111,6 +112,10 @@ class Placer:
             elif node.op == "placeholder" and not self.once:
                 # A buffer that each micro-batch updates lives in one place: what is sent is this one's.
                 value = call(node.graph, aten.clone.default, (value,), record)
+            elif not _fills_its_memory(node):
+                # A part of another value: what is sent is copied anyway, and this way the rest can go.
+                dense = {"memory_format": torch.contiguous_format}
+                value = call(node.graph, aten.clone.default, (value,), record, **dense)
             new = call(node.graph, gs.transfer.default, (value, src, stage), replace(record, stage=stage))
         self.transfers.append(new)
         self.sent[node, stage] = new
@@ -119,6 +124,12 @@ class Placer:
     def _record(self, node: fx.Node, stage: int) -> NodeInfo:
         phase = Phase.UPDATE if self.once else info(node).phase
         return NodeInfo(phase=phase, module=info(node).module, stage=stage, made_by="pipeline-cut")
+
+
+def _fills_its_memory(node: fx.Node) -> bool:
+    """Whether the elements of a tensor lie in one run of memory, in whatever order."""
+    value = val(node)
+    return not isinstance(value, torch.Tensor) or type_of(value).storage_bytes == value.nbytes
 
 
 def _last_pick(node: fx.Node) -> fx.Node:
