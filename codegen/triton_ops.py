@@ -127,7 +127,7 @@ def power(x, y):
     b = y.to(tl.float64)
     length = tl.abs(a)
     size = tl.where(length == 1, 1.0, tl.exp(b * tl.log(length)))
-    signed = tl.where(b - 2 * tl.floor(b / 2) == 1, -size, size)
+    signed = tl.where(b - 2 * tl.floor(b / 2) == 1, size * -1.0, size)  # of 0, -size is 0
     real = (b == tl.floor(b)) | (length == 0) | (length == float("inf"))
     result = tl.where((a < 0) | (1 / a < 0), tl.where(real, signed, float("nan")), size)  # -0 is negative, too
     return tl.where((b == 0) | (a == 1), 1.0, result).to(x.dtype)
