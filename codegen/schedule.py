@@ -16,7 +16,7 @@ import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, permutations
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -117,7 +117,9 @@ def zb_h2(stages: int, microbatches: int) -> Schedule:
     Stage s begins with twice as many forwards as 1F1B's and puts its weight gradients off by ``2 * s`` micro-batches,
     so that every stage holds at most ``2 * stages - 1``.
     """
-    return _schedule(stages, microbatches, lambda stage: 2 * (stages - stage - 1), put_off=lambda stage: 2 * stage)
+    return _schedule(
+        stages, microbatches, warmup=lambda stage: 2 * (stages - stage - 1), put_off=lambda stage: 2 * stage
+    )
 
 
 def forward_only(stages: int, microbatches: int) -> Schedule:
@@ -132,6 +134,10 @@ BY_NAME: Mapping[str, Callable[[int, int], Schedule]] = {
     "zb-h2": zb_h2,
 }
 """The table of training schedules, by the name that a plan's ``schedule=`` gives."""
+
+UNEVEN = ("zb-h2",)
+"""Those that are for speed, whatever memory they take: their stages get unequal :func:`shares` of the work. The others
+would gain less by that than the memory of the first stage, which is the fullest, grows."""
 
 
 def make(name: str, stages: int, microbatches: int) -> Schedule:
@@ -252,13 +258,14 @@ def shares(schedule: Schedule, cost_f: float = 1.0, cost_b: float = 1.0, cost_w:
 
 
 def _shifts(stages: int) -> Tensor:
-    """Ways to shift work, [ways, stages], each row adding up to 0: from one stage to another, from one to all others,
+    """Ways to shift work, [ways, stages], each row adding up to 0: from one stage to the next, from one to all others,
     from the stages behind a boundary to those before it; and back."""
     one = torch.eye(stages, dtype=torch.float64)
-    pairs = [one[i] - one[j] for i, j in permutations(range(stages), 2)]
+    pairs = [one[i] - one[i + 1] for i in range(stages - 1)]
     alone = [one[i] - one.mean(0) for i in range(stages)]
     halves = [one[:i].mean(0) - one[i:].mean(0) for i in range(1, stages)]
-    return torch.stack([*pairs, *alone, *(-row for row in alone), *halves, *(-row for row in halves)])
+    ways = torch.stack([*pairs, *alone, *halves])
+    return torch.cat([ways, -ways])
 
 
 def _makespans(schedule: Schedule, costs: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Where to cut a line of work into pipeline stages: the slowest stage as fast as possible, few bytes across the cuts.
+"""Where to cut a line of work into pipeline stages: the slowest stage, for its share of the work, as fast as possible,
+few bytes across the cuts.
 
 Pure numbers, no graph. The search is the linear partition problem by dynamic programming over cut positions (as in
 Narayanan et al. 2019, "PipeDream", section 3.1), with every pair of positions priced at once.
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -58,13 +59,20 @@ def search(
     return found.cuts(limit_bytes, shares or (1 / stages,) * stages)
 
 
+def times(line: Line, cut: Sequence[int], byte_cost: float) -> list[float]:
+    """What each stage of a cut takes."""
+    ends = (0, *cut, len(line.costs))
+    sent = line.crossing
+    return [sum(line.costs[a:b]) + byte_cost * (sent[a] + sent[b]) for a, b in pairwise(ends)]
+
+
 def least_limit(line: Line, stages: int) -> float:
     """The parameter bytes of the largest stage, for the cut that makes it smallest; inf if there is no cut."""
     found = _Search(line, stages, 0.0)
-    return bottleneck([torch.where(found.time.isinf(), math.inf, found.held)] * stages)
+    return _bottleneck([torch.where(found.time.isinf(), math.inf, found.held)] * stages)
 
 
-def bottleneck(prices: Sequence[Tensor]) -> float:
+def _bottleneck(prices: Sequence[Tensor]) -> float:
     """The smallest possible largest price of a stage; ``prices`` has one matrix [from, to] for each stage."""
     best = prices[0][0]
     for price in prices[1:]:
@@ -89,7 +97,7 @@ class _Search:
     def cuts(self, limit_bytes: float, shares: Sequence[float]) -> tuple[int, ...] | None:
         time = torch.where(self.held <= limit_bytes, self.time, math.inf)
         times = [time / (share * self.stages) for share in shares]
-        slowest = bottleneck(times)
+        slowest = _bottleneck(times)
         if math.isinf(slowest):
             return None
         # Among equal bytes the most even cut: squares of shares of the slowest, all stages together less than a byte.

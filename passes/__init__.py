@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from graphshard.codegen.schedule import UNEVEN
 from graphshard.errors import UnknownPass
 from graphshard.passes.bucket import BucketCollectives
 from graphshard.passes.fuse import Fuse
@@ -26,7 +27,7 @@ def default_passes(plan: Plan) -> list[Pass]:
     chosen: list[Pass | None] = [
         Normalize(),  # weight views per phase, or zero could not free weights between forward and backward
         _precision(plan),  # before all that counts bytes; behind normalize, which knows no casts of parameters yet
-        PipelineCut(plan.stage_starts, plan.schedule),  # before sharding: which parameters share a bucket depends on it
+        _pipeline_cut(plan),  # before sharding: which parameters share a bucket depends on the stage
         _memory_policy(plan),  # before sharding: what is gathered is never kept, but gathered again for the backward
         Recompute() if plan.recompute or plan.memory else None,  # obeys it
         Zero(stage=plan.zero_stage),  # one bucket per parameter, the simplest thing that is right
@@ -40,6 +41,10 @@ def default_passes(plan: Plan) -> list[Pass]:
 
 
 # What a budget leaves open is the planner's to choose; see planner.py.
+
+
+def _pipeline_cut(plan: Plan) -> PipelineCut:
+    return PipelineCut(plan.stage_starts, plan.schedule if plan.schedule in UNEVEN else "")
 
 
 def _memory_policy(plan: Plan) -> MemoryPolicy | None:

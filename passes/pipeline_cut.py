@@ -1,9 +1,10 @@
 """Cut a program into pipeline stages.
 
-The forward is cut where the schedule finishes first and few bytes cross; the backward follows. Every value that
-another stage reads goes through a ``transfer`` straight from the stage that makes it. What is cheap to compute (masks,
-positions, views of weights) is computed on each stage instead. A parameter that several stages read becomes a replica
-on each: every one accumulates its own gradients; in the epilogue each adds up all of them, in one order, and updates.
+The forward is cut where the slowest stage is fastest, or the schedule finishes first, and few bytes cross; the backward
+follows. Every value that another stage reads goes through a ``transfer`` straight from the stage that makes it. What is
+cheap to compute (masks, positions, views of weights) is computed on each stage instead. A parameter that several stages
+read becomes a replica on each: every one accumulates its own gradients; in the epilogue each adds up all of them, in
+one order, and updates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import fx
 from graphshard.codegen import schedule as schedules
 from graphshard.dataflow import is_getitem, upstream
 from graphshard.errors import PassOptionError, StageCountMismatch, StageTooSmall, TooManyStages
-from graphshard.partition import least_limit, most_stages, search
+from graphshard.partition import Line, least_limit, most_stages, search, times
 from graphshard.pipeline import Context
 from graphshard.placing import Placer
 from graphshard.program import Level, NodeInfo, Phase, Program, Role, Section, Slot, info, set_info
@@ -32,12 +33,16 @@ aten = torch.ops.aten
 gs = torch.ops.graphshard
 
 
+LEAST_GAIN = 0.01
+"""Part of the makespan for which stages are made unequal."""
+
+
 @dataclass(frozen=True)
 class PipelineCut:
     """``stages``: module paths where stages 1 and later begin; empty: chosen by cost.
 
     ``byte_flops``: what sending a byte costs, in FLOPs. ``limit_gb``: parameter bytes a stage may hold, in 10^9 bytes.
-    ``schedule``: by name, the one whose shares of the work stages get; empty: equal shares.
+    ``schedule``: by name, the one that is to finish first; empty: stages are equal.
     """
 
     stages: tuple[str, ...] = ()
@@ -70,27 +75,43 @@ class PipelineCut:
         if ctx.placement is not None and holders:
             staging.obey(holders, ctx.placement.operations)
         else:
-            staging.cut(self._positions(staging, program.stages, program.microbatches))
+            staging.cut(self._positions(staging, program))
         staging.assign(holders)
         _place_body(program, staging)
         place_prologue(program)
         place_epilogue(program)
         return program
 
-    def _positions(self, staging: BodyStaging, stages: int, microbatches: int) -> tuple[int, ...]:
+    def _positions(self, staging: BodyStaging, program: Program) -> tuple[int, ...]:
+        stages = program.stages
         if self.stages:
             if len(self.stages) != stages - 1:
                 raise StageCountMismatch(len(self.stages), stages)
             return staging.begins(self.stages)
         line = staging.describe_line()
         limit = math.inf if self.limit_gb is None else self.limit_gb * 1e9
-        parts = schedules.shares(schedules.make(self.schedule, stages, microbatches)) if self.schedule else ()
-        found = search(line, stages, self.byte_flops, limit, parts)
+        found = search(line, stages, self.byte_flops, limit)
         if found is not None:
+            if self.schedule and any(info(node).phase is Phase.BACKWARD for node in program.body.nodes()):
+                schedule = schedules.make(self.schedule, stages, program.microbatches)
+                found = for_schedule(schedule, line, found, self.byte_flops, limit)
             return found
         if (most := most_stages(line)) < stages:
             raise TooManyStages(stages, most)
         raise StageTooSmall(limit / 1e9, stages, least_limit(line, stages) / 1e9)
+
+
+def for_schedule(
+    schedule: schedules.Schedule, line: Line, equal: tuple[int, ...], byte_cost: float, limit_bytes: float = math.inf
+) -> tuple[int, ...]:
+    """The cut into the shares that ``schedule`` wants; ``equal``, the one into equal stages, if that is as good, which
+    it may be because items are coarse. F, B and W are taken for equal parts of a stage's work, as in Qi et al. 2023,
+    section 2.1."""
+    found = search(line, len(schedule.stages), byte_cost, limit_bytes, schedules.shares(schedule))
+    if found is None:
+        return equal
+    slow, fast = (schedules.simulate(schedule, *[times(line, cut, byte_cost)] * 3).makespan for cut in (equal, found))
+    return found if fast < (1 - LEAST_GAIN) * slow else equal
 
 
 def _single_stage(program: Program) -> None:

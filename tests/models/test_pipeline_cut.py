@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from graphshard.analysis import weight_views_cross
+from graphshard.codegen.schedule import make, simulate
 from graphshard.mesh import Mesh
+from graphshard.partition import Line, search, times
 from graphshard.passes.normalize import Normalize
-from graphshard.passes.pipeline_cut import PipelineCut
+from graphshard.passes.pipeline_cut import PipelineCut, for_schedule
 from graphshard.pipeline import Context, Placement
 from graphshard.program import Phase, Program, Role, Section, Slot, info, val
 from graphshard.rewrite import call, copy_section, drop_dead
@@ -180,3 +182,46 @@ def test_a_tied_weight_has_a_replica_on_each_stage_that_reads_it() -> None:
     assert staged.params["transformer.wte.weight"].stages == (0, 3)
     slots = {slot.stage for slot in staged.body.output_slots if slot.name == "grad:transformer.wte.weight"}
     assert slots == {0, 3}, "each accumulates its own gradients: none is sent per micro-batch"
+
+
+class Layers(nn.Module):
+    """``count`` layers, of which every one takes as long as any other."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh()) for _ in range(count)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+def layers_a_stage(count: int, stages: int, schedule: str, microbatches: int, mode: Mode = "train") -> list[int]:
+    model, x = Layers(count), torch.randn(64, 64)
+    program = capture(model, nn.functional.mse_loss, (x, x), {}, mode=mode, microbatches=microbatches).program
+    staged = PipelineCut(schedule=schedule).run(program, Context(Mesh((("pp", stages),))))
+    held = Counter(param.stages[0] for param in staged.params.values())
+    return [held[stage] for stage in range(stages)]
+
+
+def test_stages_are_unequal_only_where_a_schedule_gains_by_it() -> None:
+    assert layers_a_stage(20, 2, "", 4) == [10, 10]
+    assert layers_a_stage(20, 2, "gpipe", 4) == [10, 10]
+    first, second = layers_a_stage(20, 2, "1f1b", 4)
+    assert first > second
+    assert layers_a_stage(20, 2, "1f1b", 64) == [10, 10], "of many micro-batches the slowest stage decides"
+    assert layers_a_stage(20, 2, "1f1b", 4, mode="evaluate") == [10, 10], "there is no backward to wait for"
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-h2"])
+@pytest.mark.parametrize("stages", [2, 3, 4])
+def test_a_cut_for_a_schedule_is_never_slower_than_the_equal_one(stages: int, name: str) -> None:
+    """Whole layers: those nearest to the best shares may be worse than equal ones, as of 1F1B with 14 layers."""
+    schedule = make(name, stages, 2 * stages)
+    for count in range(stages, 33):
+        line = Line((1.0,) * count, (0.0,) * (count + 1), (True,) * (count + 1))
+        equal = search(line, stages, 0.0)
+        assert equal is not None
+        found = for_schedule(schedule, line, equal, 0.0)
+        slow, fast = (simulate(schedule, *[times(line, cut, 0.0)] * 3).makespan for cut in (equal, found))
+        assert fast <= slow
