@@ -53,7 +53,9 @@ def out_variant(target: Any) -> tuple[str, str] | None:
         other = getattr(target.overloadpacket, name)
         outs = [argument for argument in other._schema.arguments if argument.is_out]
         rest = [(argument.name, str(argument.type)) for argument in other._schema.arguments if not argument.is_out]
-        if rest == given and len(outs) == 1 and other.has_kernel_for_dispatch_key("CPU"):
+        if rest != given or len(outs) != 1:
+            continue
+        if other.has_kernel_for_dispatch_key("CPU") or other is torch.ops.aten.stack.out:  # written by hand, as cat's
             return str(other), outs[0].name
     return None
 
