@@ -226,31 +226,31 @@ def simulate(schedule: Schedule, cost_f: Cost = 1.0, cost_b: Cost = 1.0, cost_w:
     return Simulation(makespan, max(bubble, 0.0), tuple(_peak(actions) for actions in schedule.stages))
 
 
-LEAST_GAIN = 1e-4
+_LEAST_GAIN = 1e-4
 """Part of the makespan below which :func:`shares` does not make stages more uneven."""
 
 
 @functools.lru_cache
-def shares(schedule: Schedule, cost_f: float = 1.0, cost_b: float = 1.0, cost_w: float = 1.0) -> tuple[float, ...]:
+def shares(schedule: Schedule) -> tuple[float, ...]:
     """The part of the work that each stage should have for ``schedule`` to finish first; they add up to 1.
 
-    The costs are of one micro-batch on all stages together. Equal parts are best for many micro-batches. Of few, a
-    stage that starts late and stops early should have less, if the schedule keeps the stages before it busy meanwhile.
+    F, B and W are taken for equal parts of a stage's work, as in Qi et al. 2023, section 2.1. Equal shares are best for
+    many micro-batches. Of few, a stage that starts late and stops early should have less, if the schedule keeps the
+    stages before it busy meanwhile.
 
     The makespan is the longest of many paths, each linear in the shares, so it is convex: a pattern search (Hooke and
     Jeeves 1961) that shifts work between stages, ever less of it, comes close to the best shares.
     """
     count = len(schedule.stages)
-    costs = torch.tensor([cost_f, cost_b, cost_w], dtype=torch.float64)[:, None, None]
     best = torch.full((count,), 1 / count, dtype=torch.float64)
-    least = _makespans(schedule, costs * best[:, None]).item()
+    least = _makespans(schedule, best.expand(len(KINDS), 1, count).mT).item()
     shifts = _shifts(count)
     step = 0.2 / count
     while count > 1 and step * count > 0.002:
         tried = torch.cat([best + part * step * shifts for part in (1.0, 0.5, 0.25)])
         tried = tried[(tried > 0).all(1)]
-        makespan, which = _makespans(schedule, costs * tried.T).min(0)
-        if makespan.item() < least * (1 - LEAST_GAIN):
+        makespan, which = _makespans(schedule, tried.expand(len(KINDS), *tried.shape).mT).min(0)
+        if makespan.item() < least * (1 - _LEAST_GAIN):
             least, best = makespan.item(), tried[int(which)]
         else:
             step /= 2

@@ -158,14 +158,8 @@ class Writer:
             lines.append(self._call(kernel, launch, target, {"BLOCK": str(block)}, str(warps)))
         launch.lines = lines
         what = _count(len(group), "space") + ", " if len(group) > 1 else ""
-        chosen = (
-            "autotuned"
-            if tuned
-            else _count(len(group), "program")
-            if scalar
-            else f"blocks of {block} elements, {warps} warps"
-        )
-        launch.choice = f"{kernel}: {what}{chosen}"
+        fixed = _count(len(group), "program") if scalar else f"blocks of {block} elements, {warps} warps"
+        launch.choice = f"{kernel}: {what}{'autotuned' if tuned else fixed}"
         for at, one in enumerate(emitted):
             launch.loads += [(at, access) for access in one.body.loads]
             launch.stores += [(at, access, scalar or counts[at] != 1) for access in one.stores]

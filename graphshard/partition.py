@@ -96,13 +96,13 @@ class _Search:
 
     def cuts(self, limit_bytes: float, shares: Sequence[float]) -> tuple[int, ...] | None:
         time = torch.where(self.held <= limit_bytes, self.time, math.inf)
-        times = [time / (share * self.stages) for share in shares]
-        slowest = _bottleneck(times)
+        scaled = [time / (share * self.stages) for share in shares]
+        slowest = _bottleneck(scaled)
         if math.isinf(slowest):
             return None
         # Among equal bytes the most even cut: squares of shares of the slowest, all stages together less than a byte.
-        uneven = ((time / max(slowest, 1.0)).square() / (2 * self.stages) for time in times)
-        fast = (time <= slowest * (1 + SLACK) for time in times)
+        uneven = ((time / max(slowest, 1.0)).square() / (2 * self.stages) for time in scaled)
+        fast = (time <= slowest * (1 + SLACK) for time in scaled)
         first, *others = (
             torch.where(ok, self.sent[:, None] + more, math.inf) for ok, more in zip(fast, uneven, strict=True)
         )

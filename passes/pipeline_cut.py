@@ -105,8 +105,7 @@ def for_schedule(
     schedule: schedules.Schedule, line: Line, equal: tuple[int, ...], byte_cost: float, limit_bytes: float = math.inf
 ) -> tuple[int, ...]:
     """The cut into the shares that ``schedule`` wants; ``equal``, the one into equal stages, if that is as good, which
-    it may be because items are coarse. F, B and W are taken for equal parts of a stage's work, as in Qi et al. 2023,
-    section 2.1."""
+    it may be because items are coarse."""
     found = search(line, len(schedule.stages), byte_cost, limit_bytes, schedules.shares(schedule))
     if found is None:
         return equal
