@@ -24,6 +24,7 @@ from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit
 from graphshard.codegen.sends import Ahead, sent_ahead
 from graphshard.codegen.storages import category, saved_roots
+from graphshard.codegen.sums import Sums, sums_of
 from graphshard.codegen.watched import watched
 from graphshard.codegen.workspace import storage_bytes
 from graphshard.communication import MOVES
@@ -238,12 +239,14 @@ class _StageLowering:
             slots |= {slot for slot in epilogue.input_slots if slot.name.startswith("grad:")}
         return {node for slot, node in self.program.body.outputs.items() if slot in slots}
 
-    def _finish(self, streams: Iterable[list[_Piece]], section: Section, accumulators: frozenset[Slot]) -> None:
+    def _finish(self, streams: Iterable[list[_Piece]], section: Section, accumulators: Collection[Slot]) -> None:
         """Find what each segment reads and leaves, and emit its code."""
         all_pieces = [piece for stream in streams for piece in stream]
+        runs = [piece.outputs for piece in all_pieces if piece.kind == "run"]
+        sums = sums_of(section, accumulators, runs, self.kernels.on_gpu)
         read_outside: dict[fx.Node, set[int]] = {}
         for index, piece in enumerate(all_pieces):
-            for source in self._sources(piece):
+            for source in self._sources(piece, sums):
                 read_outside.setdefault(source, set()).add(index)
         returned = set(section.outputs.values())
         for index, piece in enumerate(all_pieces):
@@ -256,8 +259,10 @@ class _StageLowering:
                 for n in nodes
                 if (n in returned or read_outside.get(n, set()) - {index}) and not isinstance(val(n), tuple)
             ]
+            begins = sums.begins(nodes)
+            outputs += begins
             watch = self.watch and section is self.program.body
-            write = partial(emit, accumulators=accumulators, watch=watch)
+            write = partial(emit, sums=sums, watch=watch)
             kernels = self.kernels.of(nodes[0])
             code = write(piece.segment, nodes, outputs, section, kernels)
             self.segments[piece.segment] = code.segment
@@ -275,23 +280,25 @@ class _StageLowering:
                 self.segments[piece.first_segment] = first.segment
                 piece.first_inputs = first.inputs
                 self.initialised |= code.accumulators
+            sums.begun.update(begins)
             assert inside.isdisjoint(piece.inputs)
             piece.outputs = outputs
             self.beside |= dict.fromkeys(outputs, piece.inputs)
 
-    def _accumulators(self) -> frozenset[Slot]:
+    def _accumulators(self) -> list[Slot]:
         """Carries that the prologue sets to zero."""
-        return frozenset(
+        return [
             slot
             for slot, node in self.program.prologue.outputs.items()
             if slot.role is Role.CARRY and node.target is torch.ops.aten.full.default and node.args[1] == 0
-        )
+        ]
 
-    def _sources(self, piece: _Piece) -> Iterator[fx.Node]:
+    def _sources(self, piece: _Piece, sums: Sums) -> Iterator[fx.Node]:
         if piece.kind == "run":
             for node in piece.outputs:
                 for source in node.all_input_nodes:
-                    yield resolve(source)
+                    if source not in sums.ahead:
+                        yield resolve(source)
         elif piece.kind in ("issue", "send"):
             assert piece.node is not None
             given = self._contribution(piece.node)
@@ -499,7 +506,7 @@ class _StageLowering:
         unwanted = {n for s, n in section.outputs.items() if s in skip and len(n.users) == 1}
         nodes = [n for n in nodes if n not in unwanted]
         pieces = self._pieces(nodes, f"s{self.stage}_{prefix.strip('.')}")
-        self._finish([pieces], section, frozenset())
+        self._finish([pieces], section, [])
         name = self._namer(section, None, prefix)
         self._collect(section, nodes, name)
         arriving = [_Piece("recv", n) for n in nodes if n.target is gs.transfer.default and n.args[2] == self.stage]

@@ -20,6 +20,7 @@ from graphshard.codegen.expressions import arguments_of, call, out_variant, spel
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.overwrite import dying
+from graphshard.codegen.sums import Sums, adds_rows, placeable
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_pointwise, is_view, resolve
@@ -71,25 +72,24 @@ def emit(
     section: Section,
     kernels: Kernels,
     *,
-    accumulators: frozenset[Slot] = frozenset(),
+    sums: Sums | None = None,
     first: bool = False,
     watch: bool = False,
 ) -> Code:
     """Code for ``nodes``, in order, that returns ``outputs``.
 
-    ``accumulators``: carries that start at zero. An ``add(carry, value)`` to one that nobody else reads is done in
-    place; ``first``: it overwrites. ``kernels`` takes what regions become. ``watch``: every floating-point value is
-    shown to a function of that name.
+    ``sums`` are done in place; ``first``: they overwrite. ``kernels`` takes what regions become. ``watch``: every
+    floating-point value is shown to a function of that name.
     """
-    return _Emitter(name, nodes, outputs, section, kernels, accumulators, first, watch).run()
+    return _Emitter(name, nodes, outputs, section, kernels, sums or Sums(), first, watch).run()
 
 
 @dataclass
 class _Destination:
-    """A flat buffer that a pack fills."""
+    """A flat buffer that a pack fills: its own, or the carry that it is added to."""
 
     pack: fx.Node
-    buffer: str
+    buffer: fx.Node
     overwrite: bool
     started: bool = False
 
@@ -101,7 +101,7 @@ class _Emitter:
     outputs: list[fx.Node]
     section: Section
     kernels: Kernels
-    accumulators: frozenset[Slot]
+    sums: Sums
     first: bool
     watch: bool
     lines: list[str] = field(default_factory=list)
@@ -109,18 +109,14 @@ class _Emitter:
 
     def run(self) -> Code:
         self.inside = set(self.nodes)
-        self.accumulated = self._accumulations()
+        self.accumulated = {node: node.all_input_nodes[0] for node in self.nodes if node in self.sums.slots}
+        self.ahead = {node: self.sums.ahead[node] for node in self.nodes if node in self.sums.ahead}
         self.packs = self._destinations()
         self.placed = self._placements()
         self.folded = self._folded_casts()
-        inputs: dict[fx.Node, None] = {}
-        for node in self.nodes:
-            for source in node.all_input_nodes:
-                source = resolve(source)
-                if source not in self.inside and not self._skips(node, source):
-                    inputs[source] = None
+        inputs = self._inputs()
         self.adams = self._updates(inputs)
-        self.last_use = self._last_uses()
+        self.last_use = self._last_uses(inputs)
         self.ledger = Ledger(list(inputs))
         header = [f"def {self.name}(args, coordinates, device, memory):"]
         if inputs:
@@ -152,49 +148,42 @@ class _Emitter:
             self.ledger.aliases(self.outputs),
         )
         if not self.first:
-            self.reused |= {node: node.all_input_nodes[0] for node in self.accumulated}
-        return Code(segment, list(inputs), set(self.accumulated.values()), self.reused)
+            self.reused |= self.accumulated
+        summed = {self.section.inputs[carry] for carry in (*self.accumulated.values(), *self.ahead.values())}
+        return Code(segment, list(inputs), summed, self.reused)
 
     # Analysis
 
-    def _accumulations(self) -> dict[fx.Node, Slot]:
-        """``add(carry, value)`` nodes that update their carry in place."""
-        found: dict[fx.Node, Slot] = {}
-        written = self.section.outputs if self.accumulators else {}
-        for node in self.nodes if self.accumulators else ():
-            if node.target is not aten.add.Tensor or node.kwargs or len(node.all_input_nodes) != 2:
-                continue
-            carry = node.all_input_nodes[0]
-            slot = self.section.inputs.get(carry)
-            if slot in self.accumulators and written.get(slot) is node and len(carry.users) == 1:
-                found[node] = slot
-        return found
-
     def _destinations(self) -> dict[fx.Node, _Destination]:
-        """The buffer each pack writes to: the accumulator itself if the pack's only reader accumulates it."""
+        """The buffer each pack writes to: the accumulator itself if the pack's only reader accumulates it, unless this
+        is the first time, when the pack's buffer becomes the accumulator."""
         result: dict[fx.Node, _Destination] = {}
         for node in self.nodes:
             if node.target is not gs.pack.default:
                 continue
-            reader = next(iter(node.users)) if len(node.users) == 1 else None
-            if reader is not None and reader in self.accumulated and not self.first:
-                result[node] = _Destination(node, reader.all_input_nodes[0].name, overwrite=False, started=True)
+            carry = self.accumulated.get(next(iter(node.users))) if len(node.users) == 1 else None
+            if carry is not None and self._holds(carry):
+                result[node] = _Destination(node, carry, self.first, started=True)
             else:
-                result[node] = _Destination(node, node.name, overwrite=True)
+                result[node] = _Destination(node, node, overwrite=True)
         return result
 
+    def _holds(self, carry: fx.Node) -> bool:
+        """Whether the carry is there when the segment begins."""
+        return not self.first or carry in self.sums.begun
+
     def _placements(self) -> dict[fx.Node, tuple[_Destination, int]]:
-        """Products and embeddings' gradients that are written straight into a pack's buffer, which is all they are
-        for."""
-        placed: dict[fx.Node, tuple[_Destination, int]] = {}
-        for pack, destination in self.packs.items():
-            parts: Any = pack.args[0]
-            offsets: Any = pack.args[1]
-            for part, offset in zip(parts, offsets, strict=True):
-                placeable = part.target is aten.mm.default or (_adds_rows(part) and not self.kernels.on_gpu)
-                if part in self.inside and placeable and len(part.users) == 1:
-                    placed[part] = (destination, offset)
-        return placed
+        """Parts that are written straight into a pack's buffer, of packs that are here or in later segments."""
+        destinations = dict(self.packs)
+        for part, carry in self.ahead.items():
+            pack = next(iter(part.users))
+            destinations.setdefault(pack, _Destination(pack, carry, self.first, self._holds(carry)))
+        return {
+            part: (destination, offset)
+            for pack, destination in destinations.items()
+            for part, offset in zip(list_arg(pack, 0), list_arg(pack, 1), strict=True)
+            if part in self.inside and placeable(part, self.kernels.on_gpu)
+        }
 
     def _folded_casts(self) -> dict[fx.Node, fx.Node]:
         """Casts that only a pack reads, to what they cast: writing to the pack's buffer casts by itself."""
@@ -206,9 +195,16 @@ class _Emitter:
             if part.kwargs.keys() == {"dtype"} and part not in self.outputs and not self.watch
         }
 
-    def _skips(self, node: fx.Node, source: fx.Node) -> bool:
-        """The first micro-batch does not read the accumulator."""
-        return self.first and node in self.accumulated and source is node.args[0]
+    def _inputs(self) -> dict[fx.Node, None]:
+        """What the segment reads, or accumulates into, in order."""
+        inputs: dict[fx.Node, None] = {}
+        for node in self.nodes:
+            carry = self.accumulated.get(node) or self.ahead.get(node)
+            sources = [source for source in node.all_input_nodes if source not in self.sums.ahead]
+            for source in map(resolve, [*sources, *([carry] if carry is not None else [])]):
+                if source not in self.inside and (source is not carry or self._holds(carry)):
+                    inputs[source] = None
+        return inputs
 
     def _updates(self, inputs: Mapping[fx.Node, None]) -> dict[fx.Node, FusedAdam]:
         """The regions that are an update for which torch has a kernel, where the scalars that it wants are at hand."""
@@ -218,7 +214,7 @@ class _Emitter:
         found = {node: adam for node in long if (adam := find_adam(node, self.section))}
         return {n: a for n, a in found.items() if all(s in self.inside or s in inputs for s in (a.step, a.lr))}
 
-    def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
+    def _last_uses(self, inputs: Mapping[fx.Node, None]) -> dict[fx.Node, list[fx.Node]]:
         """Which values are dead after each node."""
         last: dict[fx.Node, fx.Node] = {}
         self.defined: set[fx.Node] = set()
@@ -230,7 +226,7 @@ class _Emitter:
             last.setdefault(node, node)
             if node in self.adams:
                 last |= dict.fromkeys((self.adams[node].step, self.adams[node].lr), node)
-        aliases = {n: n.args[0] for n in self.accumulated if not self.first}
+        aliases = {node: carry for node, carry in self.accumulated.items() if carry in inputs}
         kept = set(self.outputs) | {aliases[n] for n in self.outputs if n in aliases}
         result: dict[fx.Node, list[fx.Node]] = {}
         for value, node in last.items():
@@ -297,7 +293,7 @@ class _Emitter:
                 destination, offset = self.placed[node]
                 value = self._view(destination, node, offset)
             elif node in self.packs:
-                value = self.packs[node].buffer
+                value = self.packs[node].buffer.name
             self._line(f"watch({node.name!r}, {value})")
 
     def _alone(self, node: fx.Node) -> tuple[Region, dict[int, int]] | None:
@@ -369,29 +365,29 @@ class _Emitter:
         if destination.started:
             return
         destination.started = True
-        pack = destination.pack
-        value = val(pack)
+        pack, buffer = destination.pack, destination.buffer
+        value = val(buffer)
         made = f"torch.empty({value.numel()}, dtype={value.dtype}, device=device)"
-        self._define(pack, self._memory(pack) or made)
-        self.ledger.makes(pack)
+        self._define(buffer, self._memory(buffer) or made)
+        self.ledger.makes(buffer)
         end = 0
         placed = zip(list_arg(pack, 0), list_arg(pack, 1), strict=True)
         for part, offset in sorted(placed, key=lambda item: item[1]):
             if offset > end:
-                self._line(f"{pack.name}[{end}:{offset}].zero_()")
+                self._line(f"{buffer.name}[{end}:{offset}].zero_()")
             end = offset + val(part).numel()
         if end < value.numel():
-            self._line(f"{pack.name}[{end}:].zero_()")
+            self._line(f"{buffer.name}[{end}:].zero_()")
 
     def _view(self, destination: _Destination, part: fx.Node, offset: int) -> str:
         shape = tuple(val(part).shape)
-        flat = f"{destination.buffer}[{offset}:{offset + math.prod(shape)}]"
+        flat = f"{destination.buffer.name}[{offset}:{offset + math.prod(shape)}]"
         return flat if len(shape) == 1 else f"{flat}.view({list(shape)})"
 
     def _place(self, node: fx.Node, destination: _Destination, offset: int) -> None:
         self._start(destination)
         view = self._view(destination, node, offset)
-        if _adds_rows(node):
+        if adds_rows(node):
             self._add_rows(node, view, destination.overwrite)
             return
         left, right = (self._expression(a) for a in node.args)
@@ -426,15 +422,14 @@ class _Emitter:
         self._start(destination)
         pack = destination.pack
         for part, offset in zip(pack.args[0], pack.args[1], strict=True):  # type: ignore[arg-type]
-            if part not in self.placed:
+            if part not in self.placed and part not in self.sums.ahead:
                 method = "copy_" if destination.overwrite else "add_"
                 value = self._expression(self.folded.get(part, part))
                 self._line(f"{self._view(destination, part, offset)}.{method}({value})")
 
     def _accumulate(self, node: fx.Node) -> None:
-        carry, value = node.args
-        assert isinstance(carry, fx.Node) and isinstance(value, fx.Node)
-        if self.first:
+        carry, value = node.all_input_nodes
+        if not self._holds(carry):
             # The value becomes the accumulator, which later micro-batches write to: nobody else may hold it.
             shared = len(value.users) > 1 or is_view(value) or is_getitem(value) or value.op == "placeholder"
             self._define(node, f"{self._expression(value)}.clone()" if shared else self._expression(value))
@@ -444,7 +439,7 @@ class _Emitter:
                 self.ledger.shares(node, resolve(value))
             return
         destination = self.packs.get(value)
-        if destination is None or destination.overwrite:
+        if destination is None or destination.buffer is not carry:
             self._line(f"{carry.name}.add_({self._expression(value)})")
         self._define(node, carry.name)
         self.ledger.shares(node, carry)
@@ -456,13 +451,6 @@ class _Emitter:
 def _count(node: fx.Node) -> int:
     """How many results the node has."""
     return len(val(node)) if isinstance(val(node), tuple) else 1
-
-
-def _adds_rows(node: fx.Node) -> bool:
-    """Whether the node adds the rows of its operand up in rows of its result. Low precision rounds a sum once."""
-    if node.target is not aten.embedding_dense_backward.default or node.args[4]:
-        return False
-    return val(node).dtype in (torch.float32, torch.float64) and len(val(node).shape) == 2
 
 
 def _copies(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from graphshard import text
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.segments import Code, emit
+from graphshard.codegen.sums import sums_of
 from graphshard.execution import Kernel
 from graphshard.passes.fuse import Fuse
 from graphshard.pipeline import Context
@@ -50,10 +51,26 @@ def returned(graph: Section) -> list[fx.Node]:
 
 def code(graph: Section, *, first: bool = False, accumulate: bool = True) -> Made:
     """A segment of all operations. Carries are accumulated in place, as in a body, or read like anything else."""
-    carries = frozenset(slot for slot in graph.input_slots if slot.role is Role.CARRY and accumulate)
-    kernels = Kernels()
-    made = emit("f", list(graph.nodes()), returned(graph), graph, kernels, accumulators=carries, first=first)
+    carries = [slot for slot in graph.input_slots if slot.role is Role.CARRY and accumulate]
+    nodes, kernels = list(graph.nodes()), Kernels()
+    sums = sums_of(graph, carries, [nodes], on_gpu=False)
+    made = emit("f", nodes, returned(graph), graph, kernels, sums=sums, first=first)
     return Made(**vars(made), kernels=kernels.table)
+
+
+def parts(graph: Section, runs: list[list[fx.Node]], *, first: bool) -> list[Made]:
+    """A segment of each of ``runs``, all operations together. Every part of a sum is written to its carry."""
+    carries = [slot for slot in graph.input_slots if slot.role is Role.CARRY]
+    sums = sums_of(graph, carries, runs, on_gpu=False)
+    result = []
+    for nodes in runs:
+        begins = sums.begins(nodes)
+        outputs = [node for node in returned(graph) if node in nodes] + begins
+        kernels = Kernels()
+        made = emit("f", nodes, outputs, graph, kernels, sums=sums, first=first)
+        sums.begun.update(begins)
+        result.append(Made(**vars(made), kernels=kernels.table))
+    return result
 
 
 def run(made: Made, values: Mapping[str, Tensor], coordinates: Mapping[str, int] | None = None) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from graphshard.codegen import segments
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.segments import emit
-from segment_code import code, evaluate, run, section
+from segment_code import code, evaluate, parts, run, section
 
 GRADIENTS = """
   %x : f32[2,3] = batch 0
@@ -21,6 +21,19 @@ GRADIENTS = """
   %weight = aten.mm.default(%xt, %gy)
   %bias = aten.sum.dim_IntList(%gy, [0])
   %flat = graphshard.pack.default([%weight, %bias], [0, 16], 32)
+  %total1 = aten.add.Tensor(%total, %flat)
+  return carry "grad:w" %total1
+"""
+
+
+TWO = """
+  %x : f32[2,3] = batch 0
+  %gy : f32[2,4] = batch 1
+  %total : f32[32] = carry "grad:w"
+  %transposed = aten.t.default(%x)
+  %a = aten.mm.default(%transposed, %gy)
+  %b = aten.mm.default(%transposed, %gy)
+  %flat = graphshard.pack.default([%a, %b], [0, 16], 32)
   %total1 = aten.add.Tensor(%total, %flat)
   return carry "grad:w" %total1
 """
@@ -70,6 +83,35 @@ def test_a_product_is_written_to_its_place() -> None:
     later = code(graph).segment.source
     assert "total[0:12].view([3, 4]).addmm_(xt, gy)" in later
     assert "torch.empty" not in later
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_product_of_an_earlier_segment_is_written_to_its_place(first: bool) -> None:
+    """The first time that segment makes the accumulator, zero where no gradient lies."""
+    graph = section(GRADIENTS)
+    transposed, weight, *rest = graph.nodes()
+    earlier, later = parts(graph, [[transposed, weight], rest], first=first)
+    assert (earlier.segment.outputs, later.segment.outputs) == (("total",), ("total1",))
+    assert ("total" in earlier.segment.inputs) is not first and "weight" not in later.segment.inputs
+    values = inputs()
+    before = torch.zeros(32) if first else torch.full((32,), 2.0)
+    (total,) = run(earlier, values | {"total": before.clone()})
+    (result,) = run(later, values | {"total": total})
+    assert result.data_ptr() == total.data_ptr()
+    assert torch.equal(result, before + packed(values))
+
+
+def test_only_the_first_of_the_earlier_segments_makes_the_accumulator() -> None:
+    graph = section(TWO)
+    transposed, weight, other, *rest = graph.nodes()
+    made = parts(graph, [[transposed, weight], [other], rest], first=True)
+    assert ["total" in segment.segment.inputs for segment in made] == [False, True, True]
+    values = inputs()
+    (total,) = run(made[0], values)
+    for segment in made[1:]:
+        (total,) = run(segment, values | {"total": total, "transposed": values["x"].t()})
+    gradient = values["x"].t() @ values["gy"]
+    assert torch.equal(total, torch.cat([gradient.flatten(), torch.zeros(4), gradient.flatten(), torch.zeros(4)]))
 
 
 def test_a_product_that_is_read_elsewhere_is_copied() -> None:

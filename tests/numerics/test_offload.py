@@ -176,6 +176,45 @@ def test_a_view_of_a_hoisted_gather_is_no_storage_of_its_own(tmp_path: Path) -> 
     check("zero3:size=2,budget_gb=1+accum2", "activations=cpu", "sgd", tmp_path)
 
 
+class Mixing(nn.Module):
+    """[batch, channels, rows, 16] both ways."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.across = nn.Conv2d(channels, channels, 3, padding=1)
+        self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = self.down(torch.relu(self.up(torch.relu(self.across(x)))))
+        return x + mixed
+
+
+@pytest.mark.parametrize(
+    "plan", ["dp1+accum4", "zero3:size=2,budget_gb=1+accum2", "pp2:microbatches=4", "pp2:schedule=zb-h2,microbatches=4"]
+)
+def test_a_product_is_rounded_with_what_it_is_added_to(plan: str) -> None:
+    """Also where activations that come back lie between it and its bucket, which other micro-batches added to."""
+
+    def run(plan: str) -> tuple[Compiled, list[Tensor]]:
+        torch.manual_seed(0)
+        model, x = nn.Sequential(Mixing(8), Mixing(8)), torch.randn(16, 8, 8, 16)
+        made = graphshard.compile(
+            model,
+            plan,
+            loss_fn=nn.functional.mse_loss,
+            optimizer=OPTIMIZERS["adamw"](model),
+            executor="local",
+            measure_memory=True,
+        )
+        losses = [made.step(x, x.square()) for _ in range(3)]
+        return made, [*losses, *made.state_dict().values()]
+
+    moved, found = run(f"{plan}+offload:activations=cpu")
+    assert all(torch.equal(a, b) for a, b in zip(found, run(plan)[1], strict=True))
+    for rank in moved.report()["ranks"]:
+        assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
+
+
 def test_state_that_the_first_step_makes(tmp_path: Path) -> None:
     check("zero1:size=2", "optimizer=nvme,params=cpu", "sgd", tmp_path)
 
