@@ -3,19 +3,32 @@
 Values whose times do not overlap can lie in the same place, so that the block is hardly larger than the most that is
 alive at once, in whatever order values come and go; and because it is the same in every step, the system is asked for
 none of its pages twice. Not in it are values that outlive the step, and what torch's operators make for themselves.
+
+What ranks of one machine gather is the same on each of them: it can lie in memory that they share, laid out likewise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from graphshard.execution import ExecutionPlan, Op
-from graphshard.spans import Span, memory_spans
+from graphshard.execution import ExecutionPlan, Instruction, Op
+from graphshard.spans import Span, items_before, memory_spans
 
 ALIGNMENT = 64  # bytes, as of what torch allocates on a CPU
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A place in the memory that the ranks along ``axis`` share: a byte offset, and the position of the instruction
+    that reads last what lies there."""
+
+    axis: str
+    offset: int
+    until: int
 
 
 @dataclass(frozen=True)
@@ -23,19 +36,34 @@ class Layout:
     """Byte offsets of what a step of a rank makes: ``runs``, by the position of a RUN, those of the places of its
     segment, None for one that is not in the block; ``made``, by the position of a communication, that of its result.
 
-    ``alive_bytes``: the most that is in use at once, which no layout can do without.
+    ``alive_bytes``: the most that is in use at once, which no layout can do without. ``gathered``, by the position of
+    a GATHER: where its result lies in shared memory, of which there are ``shared_bytes`` by axis.
     """
 
     nbytes: int = 0
     alive_bytes: int = 0
     runs: dict[int, tuple[int | None, ...]] = field(default_factory=dict)
     made: dict[int, int] = field(default_factory=dict)
+    gathered: dict[int, Gathered] = field(default_factory=dict)
+    shared_bytes: dict[str, int] = field(default_factory=dict)
 
 
-def lay_out(plan: ExecutionPlan, stage: int, first: bool = False) -> Layout:
-    """The layout for the ranks of ``stage`` of the first step, or of a later one."""
+def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collection[str] = ()) -> Layout:
+    """The layout for the ranks of ``stage`` of the first step, or of a later one. ``shared``: the axes along which
+    ranks share memory."""
     instructions = plan.stages[stage].step(first)
     spans = memory_spans(plan, stage, first)
+    begins = items_before(plan, stage, first)
+    gathered: dict[int, Gathered] = {}
+    shared_bytes: dict[str, int] = {}
+    for axis in shared:
+        mine = [span for span in spans if _gathers(instructions[span.position], axis)]
+        until = [bisect_right(begins, span.end) - 1 for span in mine]
+        read = [at for at, last in enumerate(until) if instructions[last].op is not Op.WAIT]  # it is there when it ends
+        offsets, shared_bytes[axis] = pack([(mine[at].nbytes, mine[at].begin, mine[at].end) for at in read])
+        for at, offset in zip(read, offsets, strict=True):
+            gathered[mine[at].position] = Gathered(axis, offset, until[at])
+    spans = [span for span in spans if span.position not in gathered]
     offsets, nbytes = pack([(span.nbytes, span.begin, span.end) for span in spans])
     found = {(span.position, span.place): offset for span, offset in zip(spans, offsets, strict=True)}
     segments = plan.stages[stage].segments
@@ -45,7 +73,11 @@ def lay_out(plan: ExecutionPlan, stage: int, first: bool = False) -> Layout:
         if ins.op is Op.RUN
     }
     made = {at: offset for (at, place), offset in found.items() if place is None}
-    return Layout(nbytes, _most(spans), runs, made)
+    return Layout(nbytes, _most(spans), runs, made, gathered, shared_bytes)
+
+
+def _gathers(ins: Instruction, axis: str) -> bool:
+    return ins.op is Op.GATHER and ins.axis == axis
 
 
 def pack(spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:

@@ -53,13 +53,19 @@ def memory_spans(plan: ExecutionPlan, stage: int, first: bool = False) -> list[S
     ]
 
 
+def items_before(plan: ExecutionPlan, stage: int, first: bool = False) -> list[int]:
+    """How many items of code are before each instruction of a step, and at last how many there are."""
+    segments = plan.stages[stage].segments
+    lengths = (segments[ins.name].items if ins.op is Op.RUN else 1 for ins in plan.stages[stage].step(first))
+    return [0, *accumulate(lengths)]
+
+
 class _Walk:
     def __init__(self, plan: ExecutionPlan, stage: int, first: bool) -> None:
         self.blocks: list[_Block] = []
         self._mesh, self._segments = plan.mesh, plan.stages[stage].segments
         self._instructions = plan.stages[stage].step(first)
-        lengths = [self._segments[ins.name].items if ins.op is Op.RUN else 1 for ins in self._instructions]
-        self._begins = [0, *accumulate(lengths)]
+        self._begins = items_before(plan, stage, first)
         self._waits = match_waits(self._instructions)
         self._block_of: dict[Ref, _Block] = {}
         self._now = 0  # the last item of the instruction

@@ -1,10 +1,10 @@
-"""One rank's block of memory, in which a step's values lie where the plan's layout says; see graphshard/arena.py."""
+"""Blocks of memory in which a step's values lie where the plan's layout says; see graphshard/arena.py."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +12,21 @@ from torch import Tensor
 from graphshard.arena import Layout
 from graphshard.execution import Place, TensorType
 
+Block = mmap.mmap | bytearray
+
 Wanted = tuple[int, TensorType]
 """A byte offset, and the tensor that begins there."""
 
 
 class Arena:
-    """Grows to the largest layout that is used in it: steps of several plans, which never run at once, share it."""
+    """Grows to the largest layout that is used in it: steps of several plans, which never run at once, share it.
 
-    def __init__(self) -> None:
-        self._block: mmap.mmap | bytearray = bytearray()
+    ``block`` makes one of so many bytes.
+    """
+
+    def __init__(self, block: Callable[[int], Block] | None = None) -> None:
+        self._make = block or _new_block
+        self._block: Block = bytearray()
         self._given: list[tuple[Sequence[Wanted], list[Tensor]]] = []
 
     @property
@@ -34,15 +40,25 @@ class Arena:
         for _, tensors in self._given:
             tensors.clear()
         self._block = bytearray()  # before there is another one
-        self._block = _new_block(nbytes)
+        self._block = self._make(nbytes)
         for wanted, tensors in self._given:
-            tensors += map(self._tensor, wanted)
+            if self._holds(wanted):
+                tensors += map(self._tensor, wanted)
 
     def tensors(self, wanted: Sequence[Wanted]) -> list[Tensor]:
-        """Tensors in the block, which must be large enough; the list has others after it has grown."""
-        result = list(map(self._tensor, wanted))
+        """Tensors in the block; the list has others after it has grown, and none before it is large enough."""
+        result = list(map(self._tensor, wanted)) if self._holds(wanted) else []
         self._given.append((wanted, result))
         return result
+
+    def offset(self, tensor: Tensor) -> int:
+        """Where in the block the tensor begins, in bytes; -1: it is not there."""
+        begin = torch.frombuffer(self._block, dtype=torch.uint8).data_ptr() if self._block else 0
+        offset = tensor.data_ptr() - begin
+        return offset if 0 <= offset < self.nbytes else -1
+
+    def _holds(self, wanted: Sequence[Wanted]) -> bool:
+        return all(offset + kind.storage_bytes <= self.nbytes for offset, kind in wanted)
 
     def _tensor(self, wanted: Wanted) -> Tensor:
         offset, kind = wanted
@@ -52,14 +68,51 @@ class Arena:
         return part.as_strided(kind.shape, kind.stride)
 
 
-class Placing:
-    """Memory for what the instructions of a step make: in ``arena`` where ``layout`` says so, newly allocated
-    otherwise."""
+class SharedArena(Arena):
+    """A block that several ranks have, each of which makes a part of the values there. They reserve it together.
 
-    def __init__(self, device: torch.device, arena: Arena | None = None, layout: Layout | None = None) -> None:
+    ``tell`` lets the others know that this rank has let go of one more value. All run the same instructions: nobody
+    reads what lay in some place if all have let go of as many values as this rank had when it asked for the place.
+    """
+
+    def __init__(self, block: Callable[[int], Block], tell: Callable[[], None]) -> None:
+        super().__init__(block)
+        self._tell = tell
+        self.let_go_of = 0
+
+    def let_go(self) -> None:
+        """This rank does not read one of the values there any more."""
+        self.let_go_of += 1
+        self._tell()
+
+
+class Placing:
+    """Memory for what the instructions of a step make: in ``arena``, or in the one that ranks along an axis share,
+    where ``layout`` says so, newly allocated otherwise."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        arena: Arena | None = None,
+        layout: Layout | None = None,
+        shared: Mapping[str, SharedArena] | None = None,
+    ) -> None:
         self._device, self._arena, self._layout = device, arena, layout or Layout()
+        self._shared = shared or {}
         if arena is not None:
             arena.reserve(self._layout.nbytes)
+
+    def share(self) -> None:
+        """Have all the memory that other ranks share: they call it at the same point."""
+        for axis, nbytes in self._layout.shared_bytes.items():
+            self._shared[axis].reserve(nbytes)
+
+    def behind(self) -> dict[int, list[Callable[[], None]]]:
+        """What to call behind instructions, by position."""
+        found: dict[int, list[Callable[[], None]]] = {}
+        for place in self._layout.gathered.values():
+            found.setdefault(place.until, []).append(self._shared[place.axis].let_go)
+        return found
 
     def of_run(self, position: int, places: Sequence[Place]) -> Callable[[int], Tensor]:
         """What the segment of a RUN calls with the number of a place."""
@@ -80,6 +133,9 @@ class Placing:
 
     def of_result(self, position: int, kind: TensorType) -> Callable[[], Tensor]:
         """What gives memory for the result of a communication."""
+        if (gathered := self._layout.gathered.get(position)) is not None:
+            common = self._shared[gathered.axis].tensors([(gathered.offset, kind)])
+            return lambda: common[0]
         offset = self._layout.made.get(position)
         if offset is None or self._arena is None:
             return lambda: self._new(kind)
@@ -94,7 +150,7 @@ class Placing:
         return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self._device)
 
 
-def _new_block(nbytes: int) -> mmap.mmap | bytearray:
+def _new_block(nbytes: int) -> Block:
     """Memory whose pages are there once they are written to; large ones, where the system has them."""
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return bytearray(nbytes)

@@ -94,6 +94,7 @@ class DistributedExecutor(Executor):
         if device.type == "cpu":
             self._neighbours = Neighbours(self._groups.control, timeout_s)
             self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
+            self._shared = self._link.arenas if self.arenas else {}
         self._blame = Blame(mesh, self.rank)
         self._fingerprints: dict[int, tuple[int, int]] = {}
         self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
@@ -195,6 +196,8 @@ class DistributedExecutor(Executor):
                 self._complete(agreement, "comparing plans")  # before anything that could hang if they differ
         if not loaded.steps:
             self._agree(agreement)
+            with self._together():
+                loaded.machines[self.rank].share()
         with self._together(NonFiniteStep):  # all ranks raise it
             return self._run_agreed(loaded, values, first, agreement)
 

@@ -26,7 +26,7 @@ from graphshard.offloaded import offloaded
 from graphshard.plan_options import PLACES
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
-from graphshard.runtime.arena import Arena, Placing
+from graphshard.runtime.arena import Arena, Placing, SharedArena
 from graphshard.runtime.cuda_graphs import SegmentGraphs, graphs_of, recorder_of, uncaptured
 from graphshard.runtime.feed import STORED, Feed, sort_feed
 from graphshard.runtime.machine import Communicator, Machine, Value
@@ -94,6 +94,7 @@ class Executor(ABC):
         # On an accelerator torch keeps what is freed; and where memory is measured each value has some of its own.
         alone = device.type != "cpu" or measure_memory or self.recorder is not None
         self.arenas = {} if alone else {rank: Arena() for rank in self.ranks}
+        self._shared: Mapping[str, SharedArena] = {}  # by axis, memory that ranks along it have in common
         self._loaded: dict[int, Loaded] = {}
 
     def choices(self) -> dict[str, str]:
@@ -112,7 +113,9 @@ class Executor(ABC):
         if not self.arenas:
             return "each value has memory of its own, to be measured"
         largest = max(arena.nbytes for arena in self.arenas.values())
-        return f"in one block of {human(largest)} a rank, laid out before the step; see graphshard/arena.py"
+        common = sum(arena.nbytes for arena in self._shared.values())
+        told = f", and what is gathered in {human(common)} that ranks share" if common else ""
+        return f"in one block of {human(largest)} a rank{told}, laid out before the step; see graphshard/arena.py"
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:
         """By rank, the memory that the last step of ``plan`` took, on ranks of other processes too; empty unless it was
@@ -203,13 +206,12 @@ class Executor(ABC):
         stage = self.mesh.coordinates(rank)["pp"]
         for first in variants(plan):
             if (stage, first) not in layouts:
-                layouts[stage, first] = lay_out(plan, stage, first)
-        later = Placing(self.device, self.arenas[rank], layouts[stage, False])
-        first_one = layouts.get((stage, True))
-        return {
-            False: later,
-            True: later if first_one is None else Placing(self.device, self.arenas[rank], first_one),
+                layouts[stage, first] = lay_out(plan, stage, first, self._shared)
+        placing = {
+            first: Placing(self.device, self.arenas[rank], layouts[stage, first], self._shared)
+            for first in variants(plan)
         }
+        return {True: placing[False]} | placing
 
     def _graphs(self, plan: ExecutionPlan, rank: int) -> SegmentGraphs | None:
         """What records the segments of a rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Protocol
@@ -128,10 +128,16 @@ class Machine:
         self.reads: dict[bool, dict[Ref, tuple[Slot, TensorType]]] = reads
         self.homes = stage_plan.homes
         self.results: dict[Ref, Slot] = result_refs(plan, self.stage)
+        self._placing = placing
         self._places_in = {first: {ref: resolver.place(ref) for ref in refs} for first, refs in reads.items()}
         self._places_out = {ref: resolver.place(ref) for ref in self.results}
         self._size = resolver.size
         self._place = resolver.place
+
+    def share(self) -> None:
+        """Have the memory that ranks share, before the first step. All of them call it at the same point."""
+        for placing in self._placing.values():
+            placing.share()
 
     @property
     def instruction(self) -> Instruction:
@@ -290,10 +296,13 @@ class _Resolver:
     ) -> list[Action]:
         self._placing, self.graphs = placing, graphs
         moves = {wait for wait, started in waits.items() if instructions[started].op in MOVES}
-        return [
+        actions = [
             _settle(waits[position]) if position in moves else self._action(position, ins, waits)
             for position, ins in enumerate(instructions)
         ]
+        for position, more in placing.behind().items():
+            actions[position] = _followed(actions[position], more)
+        return actions
 
     def _action(self, position: int, ins: Instruction, waits: Mapping[int, int]) -> Action:
         match ins.op:
@@ -462,6 +471,16 @@ class _Resolver:
                 return all_reduce
             case _:
                 return broadcast
+
+
+def _followed(action: Action, more: Sequence[Callable[[], None]]) -> Action:
+    def run(environment: Environment, handles: Handles) -> Handle | None:
+        blocked = action(environment, handles)
+        for call in more:
+            call()
+        return blocked
+
+    return run
 
 
 def _wait(started: int) -> Action:

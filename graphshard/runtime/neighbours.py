@@ -2,8 +2,11 @@
 
 The reader uses it there and answers with a note, so that its owner can write the next value into the same block. Blocks
 and sockets have no names in the file system: nothing stays behind, however a process ends; and a peer that ends is
-known at once, because its sockets close. Everything happens on the calling thread. Only ``wait_for`` blocks: a note
-that a full socket does not take stays here until it does.
+known at once, because its sockets close. Everything happens on the calling thread. Only ``wait_for`` and ``common``
+block: a note that a full socket does not take stays here until it does.
+
+Beside blocks of one owner there are common ones, into which several ranks write where they have agreed to; notes say
+what is there, and who has let go of how much.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import select
 import socket
 import struct
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -34,6 +37,9 @@ _SWITCH = "GRAPHSHARD_SHARED_MEMORY"  # "0" in the environment: this rank has no
 _NAMESPACES = ("pid", "net")  # processes that share these reach each other's sockets and see the same process ids
 
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
 class PeerGone(RuntimeError):
     """Another process has ended, or has said that it cannot go on."""
 
@@ -47,11 +53,15 @@ class _Kind(IntEnum):
     VALUE = 1  # a value lies in this block
     READ = 2  # I have read it
     ALARM = 3  # I cannot go on
+    COMMON = 4  # here is the memory that we have in common: the note carries its file descriptor
+    PART = 5  # my part of a value lies there
+    GONE = 6  # I have let go of one more value there
 
 
 @dataclass
 class Arrival:
-    """A value that a peer puts into its shared memory; ``value`` is its bytes there, once it has come."""
+    """A value that a peer puts into its shared memory; ``value`` is its bytes there, once it has come. Of a part of a
+    common value it is empty, and ``block`` is where that is."""
 
     peer: int
     value: Tensor | None = None
@@ -72,8 +82,10 @@ class _Peer:
     link: socket.socket
     blocks: dict[int, Tensor] = field(default_factory=dict)
     expected: dict[int, deque[Arrival]] = field(default_factory=dict)  # by channel: asked for and not here
-    early: dict[int, deque[tuple[int, int]]] = field(default_factory=dict)  # here and not asked for: (block, bytes)
+    early: dict[int, deque[tuple[int, Tensor]]] = field(default_factory=dict)  # here and not asked for, with its block
     unsent: deque[tuple[bytes, int | None]] = field(default_factory=deque)
+    common: dict[int, mmap.mmap] = field(default_factory=dict)  # by channel, not taken yet
+    let_go: Counter[int] = field(default_factory=Counter)  # by channel: values in common memory
     gone: bool = False  # its end is closed
     alarm: bool = False  # it cannot go on
 
@@ -151,11 +163,46 @@ class Neighbours:
         for peer in peers:
             self._send(self._peers[peer], note)
 
+    def common(self, members: Sequence[int], channel: int, nbytes: int, deadline: float) -> mmap.mmap:
+        """Memory of at least so many bytes that all ``members`` have, this rank among them; they call it together, and
+        the first of them makes it.
+
+        Raises:
+            PeerGone: the first one has ended.
+            TookTooLong: it has made none by the ``deadline`` (of time.monotonic).
+            OSError: the machine has no memory left for it.
+        """
+        maker, *others = members
+        if maker not in self._peers:
+            size = _whole_pages(nbytes)
+            note = _NOTE.pack(_Kind.COMMON, channel, 0, size)
+            with _shared_memory(size) as descriptor:
+                for peer in others:
+                    self._send(self._peers[peer], note, descriptor)
+                return mmap.mmap(descriptor, size)
+        while channel not in self._peers[maker].common:
+            self.wait_for([maker], deadline)
+        return self._peers[maker].common.pop(channel)
+
+    def tell_part(self, peers: Sequence[int], channel: int, place: int, nbytes: int) -> None:
+        """This rank's part of the next common value lies at ``place``: ``peers`` expect it as any other value."""
+        for peer in peers:
+            self._send(self._peers[peer], _NOTE.pack(_Kind.PART, channel, place, nbytes))
+
+    def tell_gone(self, peers: Sequence[int], channel: int) -> None:
+        """This rank has let go of one more value in common memory."""
+        for peer in peers:
+            self._send(self._peers[peer], _NOTE.pack(_Kind.GONE, channel, 0, 0))
+
+    def let_go(self, peers: Sequence[int], channel: int) -> int:
+        """How many common values all of ``peers`` have let go of, as of what was taken in."""
+        return min(self._peers[peer].let_go[channel] for peer in peers)
+
     def expect(self, peer: int, channel: int) -> Arrival:
         """The next value that ``peer`` puts in on ``channel`` and that was not expected before."""
         state, arrival = self._peers[peer], Arrival(peer)
         if early := state.early.get(channel):
-            _fill(state, arrival, *early.popleft())
+            _fill(arrival, *early.popleft())
         else:
             state.expected.setdefault(channel, deque()).append(arrival)
         return arrival
@@ -233,16 +280,12 @@ class Neighbours:
             best = min(fits, key=lambda block: block.memory.numel())
             self._free.remove(best)
             return best
-        size = max(1, -(-size // mmap.PAGESIZE)) * mmap.PAGESIZE
-        descriptor = os.memfd_create("graphshard")
-        try:
-            os.posix_fallocate(descriptor, 0, size)  # an error here, not a signal at the first write
+        size = _whole_pages(size)
+        with _shared_memory(size) as descriptor:
             block = _Block(len(self._blocks), _map(descriptor, size))
             note = _NOTE.pack(_Kind.BLOCK, 0, block.number, size)
             for peer in self._peers.values():
                 self._send(peer, note, descriptor)
-        finally:
-            os.close(descriptor)
         self._blocks.append(block)
         return block
 
@@ -282,30 +325,55 @@ class Neighbours:
                 peer.gone = True
                 self._poll.unregister(peer.link)
                 return
-            kind, channel, number, size = _NOTE.unpack(note)
-            if kind == _Kind.BLOCK:
-                peer.blocks[number] = _map(descriptors[0], size)
-                os.close(descriptors[0])
-            elif kind == _Kind.READ:
+            self._take_in(peer, note, descriptors)
+
+    def _take_in(self, peer: _Peer, note: bytes, descriptors: Sequence[int]) -> None:
+        kind, channel, number, size = _NOTE.unpack(note)
+        match kind:
+            case _Kind.VALUE | _Kind.PART:
+                value = peer.blocks[number][:size] if kind == _Kind.VALUE else _NOTHING
+                if expected := peer.expected.get(channel):
+                    _fill(expected.popleft(), number, value)
+                else:
+                    peer.early.setdefault(channel, deque()).append((number, value))
+            case _Kind.READ:
                 block = self._blocks[number]
                 block.readers -= 1
                 if not block.readers:
                     self._free.append(block)
-            elif kind == _Kind.ALARM:
+            case _Kind.GONE:
+                peer.let_go[channel] += 1
+            case _Kind.ALARM:
                 peer.alarm = True
-            elif expected := peer.expected.get(channel):
-                _fill(peer, expected.popleft(), number, size)
-            else:
-                peer.early.setdefault(channel, deque()).append((number, size))
+            case _Kind.BLOCK:
+                peer.blocks[number] = _map(descriptors[0], size)
+                os.close(descriptors[0])
+            case _Kind.COMMON:
+                peer.common[channel] = mmap.mmap(descriptors[0], size)
+                os.close(descriptors[0])
 
 
 def _socket() -> socket.socket:
     return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def _fill(peer: _Peer, arrival: Arrival, block: int, size: int) -> None:
-    arrival.block = block
-    arrival.value = peer.blocks[block][:size]
+def _fill(arrival: Arrival, block: int, value: Tensor) -> None:
+    arrival.block, arrival.value = block, value
+
+
+def _whole_pages(nbytes: int) -> int:
+    return max(1, -(-nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+
+
+@contextlib.contextmanager
+def _shared_memory(nbytes: int) -> Iterator[int]:
+    """A file descriptor of memory without a name."""
+    descriptor = os.memfd_create("graphshard")
+    try:
+        os.posix_fallocate(descriptor, 0, nbytes)  # an error here, not a signal at the first write
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _map(descriptor: int, size: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distributed.processes import report
+from graphshard.execution import TensorType
 from graphshard.mesh import Mesh
 from graphshard.runtime.machine import Communicator
 from graphshard.runtime.neighbours import Neighbours, PeerGone, TookTooLong
@@ -77,6 +78,32 @@ def ends(link: Neighbours) -> dict[str, object]:
     return found
 
 
+def common(link: Neighbours) -> dict[str, object]:
+    """Values that are gathered one over the other: none is written before the slower rank has read what was there."""
+    communicator = SharedMemoryCommunicator(Mesh((("shard", 2),)), RANK, link, Mock(spec=Communicator), timeout_s=20.0)
+    arena = communicator.arenas["shard"]
+    kind = TensorType((1000,), torch.float32, (1,))
+    places = arena.tensors([(256, kind)])
+    arena.reserve(256 + kind.nbytes)
+    found, copied = [], 0
+    for index in range(50):
+        (output,) = places
+        gather = communicator.all_gather("shard", output, torch.full((500,), 2.0 * index + RANK))
+        gather.wait()
+        if index % 2 == RANK:
+            time.sleep(0.002)  # the other one is in the next turn
+        found.append(output.view(2, 500).unique(dim=1).flatten().tolist())
+        arena.let_go()
+        copied += len(link._blocks)
+    elsewhere = ""
+    (output,) = arena.tensors([(64 * RANK, kind)])
+    try:
+        communicator.all_gather("shard", output, torch.ones(500)).wait()
+    except PeerGone as error:
+        elsewhere = str(error)
+    return {"right": found == [[2.0 * i, 2.0 * i + 1] for i in range(50)], "copied": copied, "elsewhere": elsewhere}
+
+
 def silent(link: Neighbours) -> dict[str, object]:
     """Nothing comes: that is an error where it was waited for, and none where a rank only looks for it."""
     if RANK:
@@ -96,7 +123,7 @@ def main() -> None:
     assert dist.group.WORLD is not None
     link = Neighbours(dist.group.WORLD, 20.0)
     assert link.ranks == {OTHER}
-    report({"values": values, "many": many, "ends": ends, "silent": silent}[sys.argv[1]], link)
+    report({"values": values, "many": many, "ends": ends, "silent": silent, "common": common}[sys.argv[1]], link)
 
 
 if __name__ == "__main__":

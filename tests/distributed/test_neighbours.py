@@ -20,6 +20,12 @@ def test_a_peer_that_has_ended() -> None:
     assert waiting == {"taken": [1.0] * 3, "take": "rank 1 has ended", "put": "rank 1 has ended"}
 
 
+def test_memory_in_common_is_written_when_nobody_reads_it() -> None:
+    for rank, result in enumerate(launch("neighbours_rank.py", 2, "common")):
+        told = f"rank {1 - rank} puts its part of what is gathered elsewhere"
+        assert result == {"right": True, "copied": 0, "elsewhere": told}
+
+
 def test_nothing_in_time() -> None:
     waiting, _ = launch("neighbours_rank.py", 2, "silent")
     assert waiting == {"message": "nothing from ranks [1] in time"}

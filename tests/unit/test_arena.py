@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphshard
-from graphshard.arena import ALIGNMENT, lay_out, pack
+from graphshard.arena import ALIGNMENT, Gathered, Layout, lay_out, pack
 from graphshard.execution import ExecutionPlan, Instruction, Op, Place, Ref, Segment, StagePlan, TensorType
 from graphshard.mesh import Mesh
-from graphshard.runtime.arena import Arena, Placing
+from graphshard.runtime.arena import Arena, Placing, SharedArena
 from graphshard.runtime.local import LocalExecutor
 from graphshard.spans import Span, memory_spans
 
@@ -105,6 +105,39 @@ def test_communication_reads_and_writes_until_its_wait() -> None:
     assert memory_spans(plan, 0) == [Span(256, 0, 2, 0, 0), Span(128, 1, 3, 1)]
     forgotten = plan_of(run("f", "", "a"), reduce, free, segments=segments)
     assert memory_spans(forgotten, 0) == [], "nobody waits, so nobody knows when it is over"
+
+
+def gather(source: str, result: str) -> tuple[Instruction, Instruction]:
+    started = Instruction(Op.GATHER, "all_gather", (ref(source),), (ref(result),), axis="dp", type=F32)
+    return started, Instruction(Op.WAIT, inputs=(ref(result),))
+
+
+def test_what_ranks_gather_lies_in_memory_that_they_share() -> None:
+    """By turns in two places, for as long as it is read; but not what the step leaves, or nobody reads."""
+    segments = {"f": Segment("f", "", ("w",), (), ends=(0,)), "g": Segment("g", "", ("w",), (), ends=(0,))}
+    a, b, c, unread, kept = (gather("shard", name) for name in ("a", "b", "c", "unread", "kept"))
+    body = [*a, b[0], run("f", "a", "", "a"), b[1], c[0], run("g", "b", ""), Instruction(Op.FREE, inputs=(ref("b"),))]
+    body += [c[1], run("f", "c", "", "c"), unread[0], Instruction(Op.FREE, inputs=(ref("unread"),)), unread[1], *kept]
+    plan = plan_of(*body, segments=segments)
+    layout = lay_out(plan, 0, shared=("dp",))
+    assert layout.gathered == {0: Gathered("dp", 0, 3), 2: Gathered("dp", 512, 7), 5: Gathered("dp", 0, 9)}
+    assert layout.shared_bytes == {"dp": 1024}
+    assert set(layout.made) == {10}
+    assert not lay_out(plan, 0).gathered and set(lay_out(plan, 0).made) == {0, 2, 5, 10}
+
+
+def test_a_rank_tells_what_it_lets_go_of() -> None:
+    told: list[int] = []
+    arena = SharedArena(bytearray, lambda: told.append(arena.let_go_of))
+    (place,) = (layout := Layout(gathered={0: Gathered("dp", 64, 3)}, shared_bytes={"dp": 320})).gathered.values()
+    placing = Placing(CPU, Arena(), layout, {"dp": arena})
+    memory = placing.of_result(0, F32)
+    placing.share()
+    assert arena.offset(memory()) == place.offset and arena.offset(torch.empty(1)) == -1
+    ((position, calls),) = placing.behind().items()
+    for call in calls:
+        call()
+    assert (position, told) == (3, [1])
 
 
 def test_a_block_that_grows_moves_what_was_given() -> None:
