@@ -24,7 +24,7 @@ from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit
 from graphshard.codegen.sends import Ahead, sent_ahead
 from graphshard.codegen.storages import category, saved_roots
-from graphshard.codegen.sums import Sums, sums_of
+from graphshard.codegen.accumulation import Sums, sums_of
 from graphshard.codegen.watched import watched
 from graphshard.codegen.workspace import storage_bytes
 from graphshard.communication import MOVES

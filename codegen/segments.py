@@ -20,7 +20,7 @@ from graphshard.codegen.expressions import arguments_of, call, out_variant, spel
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.overwrite import dying
-from graphshard.codegen.sums import Sums, adds_rows, placeable
+from graphshard.codegen.accumulation import Sums, adds_rows, placeable
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_pointwise, is_view, resolve

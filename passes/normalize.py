@@ -45,6 +45,10 @@ _RESHAPES = (
     aten.squeeze.dims,
 )
 _PERMUTES = (aten.t.default, aten.transpose.int, aten.permute.default)
+_SPLITS = {
+    aten.unsafe_split.Tensor: aten.split.Tensor,
+    aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
+}
 _JOINS = (aten.cat.default, aten.stack.default)
 _ONE = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
@@ -118,7 +122,10 @@ def _become(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], ch
 
 
 def _canonical(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
-    """``_unsafe_view`` and aliasing ``reshape`` are ``view``; a view's size holds no -1."""
+    """``_unsafe_view`` and aliasing ``reshape`` are ``view``; a view's size holds no -1; ``unsafe_split`` is ``split``."""
+    if node.target in _SPLITS:
+        node.target = _SPLITS[node.target]
+        return node
     if node.target not in (aten._unsafe_view.default, aten.reshape.default, aten.view.default):
         return node
     size = list(val(node).shape)

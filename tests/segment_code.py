@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_map_only
 
 from graphshard import text
+from graphshard.codegen.accumulation import sums_of
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.segments import Code, emit
-from graphshard.codegen.sums import sums_of
 from graphshard.execution import Kernel
 from graphshard.passes.fuse import Fuse
 from graphshard.pipeline import Context
