@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from torch import Tensor
@@ -25,6 +26,9 @@ from graphshard.runtime.neighbours import Arrival, Neighbours, PeerGone
 _PIECE_BYTES = 2**23
 _UNDER_WAY = 4
 """Pieces, over one axis, that a rank puts into shared memory before it has read the answer to the first of them."""
+
+_LISTEN_S = 0.01
+"""How long a rank that waits for another machine listens to its neighbours at a time."""
 
 _SMALL_BYTES = 2**18  # goes at once, and is not counted
 
@@ -127,6 +131,23 @@ class Gather:
         return True
 
 
+class Beyond:
+    """What leaves the machine. While this rank waits for it, it serves what its neighbours wait for: a rank of another
+    machine may wait for one of them."""
+
+    __slots__ = ("_handle", "_link", "peers")
+
+    def __init__(self, link: SharedMemoryCommunicator, handle: Handle) -> None:
+        self._link, self._handle = link, handle
+        self.peers = getattr(handle, "peers", ())
+
+    def done(self) -> bool:
+        return self._handle.done()
+
+    def wait(self) -> None:
+        self._link.serve_during(self._handle.wait)
+
+
 class SharedMemoryCommunicator:
     """Asynchronous communication of ``rank``; see machine.Communicator. ``beyond`` serves what leaves the machine.
 
@@ -145,13 +166,14 @@ class SharedMemoryCommunicator:
         self._transfers = 3 * len(self._at)
         self.arenas = {axis: self._arena(axis) for axis in sorted(self._near)}
         self._gathers: dict[str, deque[Gather]] = {axis: deque() for axis in self._near}  # whose part is to be written
+        self._waiters = ThreadPoolExecutor(1, "graphshard-beyond")
         self._reducing: deque[Exchange] = deque()  # first halves of all-reduces, in the order of their start
         # By axis, what is not complete and in pieces: none may begin before an earlier one, as order is all there is.
         self._queues: dict[str, deque[Pieces]] = {axis: deque() for axis in self._at}
 
     def all_gather(self, axis: str, output: Tensor, source: Tensor) -> Handle:
         if axis not in self._near or not source.numel():
-            return self._beyond.all_gather(axis, output, source)
+            return Beyond(self, self._beyond.all_gather(axis, output, source))
         mine, parts, channel = source.view(-1), output.view(len(self._members[axis]), -1), self._channels[axis]
         if (place := self.arenas[axis].offset(output)) >= 0:
             gather = Gather(self, axis, place, parts[self._at[axis]], mine, self.arenas[axis].let_go_of)
@@ -168,7 +190,7 @@ class SharedMemoryCommunicator:
 
     def reduce_scatter(self, axis: str, output: Tensor, source: Tensor) -> Handle:
         if axis not in self._near or not source.numel():
-            return self._beyond.reduce_scatter(axis, output, source)
+            return Beyond(self, self._beyond.reduce_scatter(axis, output, source))
         parts, total = source.view(len(self._members[axis]), -1), output.view(-1)
 
         def start(piece: slice) -> Exchange:
@@ -178,7 +200,7 @@ class SharedMemoryCommunicator:
 
     def all_reduce(self, axis: str, value: Tensor) -> Handle:
         if axis not in self._near or not value.numel():
-            return self._beyond.all_reduce(axis, value)
+            return Beyond(self, self._beyond.all_reduce(axis, value))
         flat, channel, put = value.view(-1), self._channels[axis] + 1, self._neighbours.put
 
         def start(piece: slice) -> Exchange:
@@ -191,7 +213,7 @@ class SharedMemoryCommunicator:
 
     def broadcast(self, axis: str, value: Tensor, source: int) -> Handle:
         if axis not in self._near or not value.numel():
-            return self._beyond.broadcast(axis, value, source)
+            return Beyond(self, self._beyond.broadcast(axis, value, source))
         channel, flat = self._channels[axis], value.view(-1)
 
         def start(piece: slice) -> Exchange:
@@ -206,7 +228,7 @@ class SharedMemoryCommunicator:
     def send(self, stage: int, wire: Tensor) -> Handle:
         peer = self._members["pp"][stage]
         if peer not in self._neighbours.ranks or not wire.numel():
-            return self._beyond.send(stage, wire)
+            return Beyond(self, self._beyond.send(stage, wire))
         self._go_on()
         self._neighbours.put([peer], self._transfers, wire)
         return Exchange(self)
@@ -214,7 +236,7 @@ class SharedMemoryCommunicator:
     def recv(self, stage: int, wire: Tensor) -> Handle:
         peer = self._members["pp"][stage]
         if peer not in self._neighbours.ranks or not wire.numel():
-            return self._beyond.recv(stage, wire)
+            return Beyond(self, self._beyond.recv(stage, wire))
         arrival = self._neighbours.expect(peer, self._transfers)
         return Exchange(self, [arrival], lambda values: _copy(values[0], wire))
 
@@ -241,6 +263,22 @@ class SharedMemoryCommunicator:
         self._neighbours.check()
         self._neighbours.listen(wait_s)
         self._go_on()
+
+    def serve_during(self, wait: Callable[[], None]) -> None:
+        """Call ``wait``, which does not return before others have done something, and meanwhile go on with what is
+        under way here."""
+        if not self._is_awaited():  # nor will it be, as this rank begins nothing meanwhile
+            wait()
+            return
+        waiting = self._waiters.submit(wait)
+        while self._is_awaited() and not waiting.done():
+            self._neighbours.listen(_LISTEN_S)
+            self._go_on()
+        waiting.result()
+
+    def _is_awaited(self) -> bool:
+        """Whether neighbours may wait for something that this rank has begun and not ended."""
+        return bool(self._reducing) or any(map(any, (self._queues.values(), self._gathers.values())))
 
     def release(self, arrivals: Sequence[Arrival]) -> None:
         """The values have been read."""

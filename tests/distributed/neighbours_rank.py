@@ -1,4 +1,4 @@
-"""What each of the two processes of test_neighbours.py runs: values through shared memory. Arguments: scenario."""
+"""What each of the processes of test_neighbours.py runs: values through shared memory. Arguments: scenario."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import torch.distributed as dist
 from distributed.processes import report
 from graphshard.execution import TensorType
 from graphshard.mesh import Mesh
+from graphshard.runtime import neighbours
+from graphshard.runtime.collectives import TorchCommunicator
+from graphshard.runtime.groups import make_groups
 from graphshard.runtime.machine import Communicator
 from graphshard.runtime.neighbours import Neighbours, PeerGone, TookTooLong
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
 RANK = int(os.environ["RANK"])
-OTHER = 1 - RANK
+OTHER = RANK ^ 1
 MANY = 3000
 
 
@@ -118,12 +121,44 @@ def silent(link: Neighbours) -> dict[str, object]:
     return {}
 
 
+def machines(link: Neighbours) -> dict[str, object]:
+    """Rank 2 waits for rank 0 of the other machine, which waits for rank 1, which waits for rank 3 there; and that for
+    what rank 2 has begun."""
+    mesh = Mesh((("pp", 2), ("shard", 2)))
+    beyond = TorchCommunicator(mesh, RANK, make_groups(mesh, torch.device("cpu"), 20.0, False), True, 20.0)
+    communicator = SharedMemoryCommunicator(mesh, RANK, link, beyond, timeout_s=20.0)
+    value = torch.full((10,), float(RANK))
+    if RANK < 2:
+        if RANK == 1:
+            communicator.recv(1, value).wait()
+        communicator.broadcast("shard", value, 1).wait()
+        if RANK == 0:
+            communicator.send(1, value).wait()
+        return {"value": value.tolist()}
+    if RANK == 3:
+        time.sleep(0.3)
+    total = value.clone()
+    reduced = communicator.all_reduce("shard", total)
+    if RANK == 3:
+        reduced.wait()
+        communicator.send(0, total).wait()
+    else:
+        communicator.recv(0, value).wait()
+        reduced.wait()
+    return {"value": total.tolist()}
+
+
+SCENARIOS = {"values": values, "many": many, "ends": ends, "silent": silent, "common": common, "machines": machines}
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     assert dist.group.WORLD is not None
+    if sys.argv[1] == "machines":
+        neighbours._place = lambda: f"machine {RANK // 2}"
     link = Neighbours(dist.group.WORLD, 20.0)
-    assert link.ranks == {OTHER}
-    report({"values": values, "many": many, "ends": ends, "silent": silent, "common": common}[sys.argv[1]], link)
+    assert link.ranks == {RANK ^ 1}
+    report(SCENARIOS[sys.argv[1]], link)
 
 
 if __name__ == "__main__":

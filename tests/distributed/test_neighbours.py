@@ -1,4 +1,4 @@
-"""Values through shared memory between two processes."""
+"""Values through shared memory between processes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ def test_memory_in_common_is_written_when_nobody_reads_it() -> None:
     for rank, result in enumerate(launch("neighbours_rank.py", 2, "common")):
         told = f"rank {1 - rank} puts its part of what is gathered elsewhere"
         assert result == {"right": True, "copied": 0, "elsewhere": told}
+
+
+def test_who_waits_for_another_machine_serves_its_neighbours() -> None:
+    assert launch("neighbours_rank.py", 4, "machines") == [{"value": [5.0] * 10}] * 4
 
 
 def test_nothing_in_time() -> None:
