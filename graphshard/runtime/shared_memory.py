@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
+from threading import Thread
 
 from torch import Tensor
 
@@ -166,7 +167,6 @@ class SharedMemoryCommunicator:
         self._transfers = 3 * len(self._at)
         self.arenas = {axis: self._arena(axis) for axis in sorted(self._near)}
         self._gathers: dict[str, deque[Gather]] = {axis: deque() for axis in self._near}  # whose part is to be written
-        self._waiters = ThreadPoolExecutor(1, "graphshard-beyond")
         self._reducing: deque[Exchange] = deque()  # first halves of all-reduces, in the order of their start
         # By axis, what is not complete and in pieces: none may begin before an earlier one, as order is all there is.
         self._queues: dict[str, deque[Pieces]] = {axis: deque() for axis in self._at}
@@ -270,7 +270,7 @@ class SharedMemoryCommunicator:
         if not self._is_awaited():  # nor will it be, as this rank begins nothing meanwhile
             wait()
             return
-        waiting = self._waiters.submit(wait)
+        waiting = _in_background(wait)
         while self._is_awaited() and not waiting.done():
             self._neighbours.listen(_LISTEN_S)
             self._go_on()
@@ -370,6 +370,22 @@ class SharedMemoryCommunicator:
             waiting.begun.append(waiting.starts.popleft()())
             began = True
         return began
+
+
+def _in_background(call: Callable[[], None]) -> Future[None]:
+    """What becomes of ``call``, in a thread that no process waits for when it ends."""
+    outcome = Future[None]()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
+
+    Thread(target=run, name="graphshard-beyond", daemon=True).start()
+    return outcome
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
