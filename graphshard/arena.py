@@ -5,6 +5,7 @@ alive at once, in whatever order values come and go; and because it is the same 
 none of its pages twice. Not in it are values that outlive the step, and what torch's operators make for themselves.
 
 What ranks of one machine gather is the same on each of them: it can lie in memory that they share, laid out likewise.
+What they reduce can lie there, too, for the others to read: each has a part of that memory for its own.
 """
 
 from __future__ import annotations
@@ -32,12 +33,21 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class Given:
+    """A place in the part that a rank has for its own of what ranks along ``axis`` share: a byte offset."""
+
+    axis: str
+    offset: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """Byte offsets of what a step of a rank makes: ``runs``, by the position of a RUN, those of the places of its
     segment, None for one that is not in the block; ``made``, by the position of a communication, that of its result.
 
     ``alive_bytes``: the most that is in use at once, which no layout can do without. ``gathered``, by the position of
-    a GATHER: where its result lies in shared memory, of which there are ``shared_bytes`` by axis.
+    a GATHER: where its result lies in shared memory, of which there are ``shared_bytes`` by axis. ``given``, by the
+    position of a RUN and its place: what lies behind that, where each rank has ``given_bytes`` by axis for its own.
     """
 
     nbytes: int = 0
@@ -46,6 +56,8 @@ class Layout:
     made: dict[int, int] = field(default_factory=dict)
     gathered: dict[int, Gathered] = field(default_factory=dict)
     shared_bytes: dict[str, int] = field(default_factory=dict)
+    given: dict[tuple[int, int], Given] = field(default_factory=dict)
+    given_bytes: dict[str, int] = field(default_factory=dict)
 
 
 def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collection[str] = ()) -> Layout:
@@ -54,18 +66,20 @@ def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collec
     instructions = plan.stages[stage].step(first)
     spans = memory_spans(plan, stage, first)
     begins = items_before(plan, stage, first)
+    last = {span: bisect_right(begins, span.end) - 1 for span in spans}  # the instruction behind which it is not needed
     gathered: dict[int, Gathered] = {}
-    shared_bytes: dict[str, int] = {}
+    given: dict[tuple[int, int], Given] = {}
+    shared_bytes, given_bytes = {}, {}
     for axis in shared:
-        mine = [span for span in spans if _gathers(instructions[span.position], axis)]
-        until = [bisect_right(begins, span.end) - 1 for span in mine]
-        read = [at for at, last in enumerate(until) if instructions[last].op is not Op.WAIT]  # it is there when it ends
-        offsets, shared_bytes[axis] = pack([(mine[at].nbytes, mine[at].begin, mine[at].end) for at in read])
-        for at, offset in zip(read, offsets, strict=True):
-            gathered[mine[at].position] = Gathered(axis, offset, until[at])
-    spans = [span for span in spans if span.position not in gathered]
-    offsets, nbytes = pack([(span.nbytes, span.begin, span.end) for span in spans])
-    found = {(span.position, span.place): offset for span, offset in zip(spans, offsets, strict=True)}
+        gathers = [span for span in spans if _gathers(instructions[span.position], axis)]
+        # What nobody reads is still on its way when it is let go.
+        offsets, shared_bytes[axis] = _packed([s for s in gathers if instructions[last[s]].op is not Op.WAIT])
+        gathered |= {span.position: Gathered(axis, offset, last[span]) for span, offset in offsets.items()}
+        offsets, given_bytes[axis] = _packed([span for span in spans if span.given == axis and span.place is not None])
+        given |= {(s.position, s.place): Given(axis, offset) for s, offset in offsets.items() if s.place is not None}
+    spans = [s for s in spans if s.position not in gathered and (s.position, s.place) not in given]
+    offsets, nbytes = _packed(spans)
+    found = {(span.position, span.place): offset for span, offset in offsets.items()}
     segments = plan.stages[stage].segments
     runs = {
         at: tuple(found.get((at, place)) for place in range(len(segments[ins.name].places)))
@@ -73,7 +87,13 @@ def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collec
         if ins.op is Op.RUN
     }
     made = {at: offset for (at, place), offset in found.items() if place is None}
-    return Layout(nbytes, _most(spans), runs, made, gathered, shared_bytes)
+    return Layout(nbytes, _most(spans), runs, made, gathered, shared_bytes, given, given_bytes)
+
+
+def _packed(spans: Sequence[Span]) -> tuple[dict[Span, int], int]:
+    """Offsets, and the bytes they take together."""
+    offsets, nbytes = pack([(span.nbytes, span.begin, span.end) for span in spans])
+    return dict(zip(spans, offsets, strict=True)), nbytes
 
 
 def _gathers(ins: Instruction, axis: str) -> bool:

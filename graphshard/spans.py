@@ -20,7 +20,8 @@ _IN_PLACE = ("all_reduce", "broadcast")  # a source that is handed over becomes 
 class Span:
     """Memory that the instruction at ``position`` asks for: for a ``place`` of its segment, None: for its result.
 
-    It is needed from item ``begin`` to item ``end``, both included, in items of code since the step began.
+    It is needed from item ``begin`` to item ``end``, both included, in items of code since the step began. ``given``:
+    the axis along which a reduce-scatter reads it.
     """
 
     nbytes: int
@@ -28,6 +29,7 @@ class Span:
     end: int
     position: int
     place: int | None = None
+    given: str = ""
 
 
 @dataclass(eq=False)
@@ -36,6 +38,7 @@ class _Block:
     begin: int
     position: int
     place: int | None = None
+    given: str = ""
     users: int = 0  # names, and communications under way
     end: int | None = None  # known while there are no users
     endless: bool = False
@@ -47,7 +50,7 @@ def memory_spans(plan: ExecutionPlan, stage: int, first: bool = False) -> list[S
     walk = _Walk(plan, stage, first)
     walk.run()
     return [
-        Span(block.nbytes, block.begin, block.end, block.position, block.place)
+        Span(block.nbytes, block.begin, block.end, block.position, block.place, block.given)
         for block in walk.blocks
         if block.nbytes and not block.users and block.end is not None and not block.endless
     ]
@@ -119,6 +122,8 @@ class _Walk:
         """Start a communication; what it reads and writes."""
         source = self._block_of.get(ins.inputs[0]) if ins.inputs else None
         result: _Block | None = None
+        if source is not None and ins.name == "reduce_scatter":
+            source.given = ins.axis
         if ins.name in _IN_PLACE and ins.last:
             result = source
         elif ins.op in (Op.GATHER, Op.REDUCE, Op.RECV) and ins.type is not None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphshard.arena import Layout
+from graphshard.arena import Given, Layout
 from graphshard.execution import Place, TensorType
 
 Block = mmap.mmap | bytearray
@@ -57,6 +57,10 @@ class Arena:
         offset = tensor.data_ptr() - begin
         return offset if 0 <= offset < self.nbytes else -1
 
+    def bytes(self, offset: int, nbytes: int) -> Tensor:
+        """What lies there, as uint8."""
+        return torch.frombuffer(self._block, dtype=torch.uint8, count=nbytes, offset=offset)
+
     def _holds(self, wanted: Sequence[Wanted]) -> bool:
         return all(offset + kind.storage_bytes <= self.nbytes for offset, kind in wanted)
 
@@ -69,15 +73,17 @@ class Arena:
 
 
 class SharedArena(Arena):
-    """A block that several ranks have, each of which makes a part of the values there. They reserve it together.
+    """A block that several ranks have, which reserve it together; this one is the one at ``place`` of ``members``.
 
-    ``tell`` lets the others know that this rank has let go of one more value. All run the same instructions: nobody
-    reads what lay in some place if all have let go of as many values as this rank had when it asked for the place.
+    ``tell`` lets the others know that this rank has let go of one more value that all read. All run the same
+    instructions: nobody reads what lay in some place if all have let go of as many values as this rank had when it
+    asked for the place.
     """
 
-    def __init__(self, block: Callable[[int], Block], tell: Callable[[], None]) -> None:
+    def __init__(self, block: Callable[[int], Block], tell: Callable[[], None], place: int, members: int) -> None:
         super().__init__(block)
         self._tell = tell
+        self.place, self.members = place, members
         self.let_go_of = 0
 
     def let_go(self) -> None:
@@ -105,7 +111,8 @@ class Placing:
     def share(self) -> None:
         """Have all the memory that other ranks share: they call it at the same point."""
         for axis, nbytes in self._layout.shared_bytes.items():
-            self._shared[axis].reserve(nbytes)
+            arena = self._shared[axis]
+            arena.reserve(nbytes + arena.members * self._layout.given_bytes[axis])
 
     def behind(self) -> dict[int, list[Callable[[], None]]]:
         """What to call behind instructions, by position."""
@@ -123,13 +130,23 @@ class Placing:
         inside = self._inside([(offsets[number], kinds[number]) for number in numbers])
         if len(numbers) == len(places):
             return inside.__getitem__
-        index = {number: at for at, number in enumerate(numbers)}
+        found = {number: (inside, at) for at, number in enumerate(numbers)}
+        for number, kind in enumerate(kinds):
+            if (given := self._layout.given.get((position, number))) is not None:
+                found[number] = self._to_give(given, kind), 0
 
         def memory(number: int) -> Tensor:
-            at = index.get(number)
-            return self._new(kinds[number]) if at is None else inside[at]
+            if (where := found.get(number)) is None:
+                return self._new(kinds[number])
+            tensors, at = where
+            return tensors[at]
 
         return memory
+
+    def _to_give(self, given: Given, kind: TensorType) -> list[Tensor]:
+        """Memory of this rank's own, which others read."""
+        arena, nbytes = self._shared[given.axis], self._layout.given_bytes[given.axis]
+        return arena.tensors([(self._layout.shared_bytes[given.axis] + arena.place * nbytes + given.offset, kind)])
 
     def of_result(self, position: int, kind: TensorType) -> Callable[[], Tensor]:
         """What gives memory for the result of a communication."""

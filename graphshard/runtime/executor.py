@@ -114,7 +114,7 @@ class Executor(ABC):
             return "each value has memory of its own, to be measured"
         largest = max(arena.nbytes for arena in self.arenas.values())
         common = sum(arena.nbytes for arena in self._shared.values())
-        told = f", and what is gathered in {human(common)} that ranks share" if common else ""
+        told = f", and what is gathered or reduced in one of {human(common)} that ranks share" if common else ""
         return f"in one block of {human(largest)} a rank{told}, laid out before the step; see graphshard/arena.py"
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:

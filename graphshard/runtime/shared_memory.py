@@ -3,8 +3,8 @@
 By trial, an exchange of 10 MB between two ranks takes 2.3 ms here and three to four times that in gloo over loopback,
 whose threads also take the cores and the caches from the computation.
 
-Large values go in pieces, a few at a time, so that what lies in shared memory is small beside them. What is gathered
-need not go at all where its place is memory that all members have: each writes its part there, once for all.
+Large values go in pieces, a few at a time, so that what lies in shared memory is small beside them. What lies in memory
+that all members have need not go at all; see common_memory.py.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from threading import Thread
 from torch import Tensor
 
 from graphshard.mesh import Mesh
-from graphshard.runtime.arena import Block, SharedArena
+from graphshard.runtime.arena import SharedArena
 from graphshard.runtime.collectives import add_up
+from graphshard.runtime.common_memory import CHANNELS, CommonMemory, Gather, Reduction
 from graphshard.runtime.machine import Communicator, Handle
-from graphshard.runtime.neighbours import Arrival, Neighbours, PeerGone
+from graphshard.runtime.neighbours import Arrival, Neighbours
 
 _PIECE_BYTES = 2**23
 _UNDER_WAY = 4
@@ -93,45 +94,6 @@ class Pieces:
         return self.done()
 
 
-class Gather:
-    """A value in memory that all members have, this rank's part of which is ``source``; ``write`` puts it there once
-    nobody reads what lay there before."""
-
-    __slots__ = ("_arrivals", "_asked", "_link", "_part", "_place", "_source", "axis", "peers")
-
-    def __init__(
-        self, link: SharedMemoryCommunicator, axis: str, place: int, part: Tensor, source: Tensor, asked: int
-    ) -> None:
-        self._link, self.axis, self._place, self._asked = link, axis, place, asked
-        self._part: Tensor | None = part
-        self._source: Tensor | None = source
-        self._arrivals = link.expect_parts(axis)
-        self.peers = [arrival.peer for arrival in self._arrivals]
-
-    def write(self) -> bool:
-        """Whether this rank's part is there."""
-        if self._part is not None and self._source is not None and self._link.have_let_go(self.axis, self._asked):
-            self._part.copy_(self._source)
-            self._link.tell_part(self.axis, self._place, self._part.nbytes)
-            self._part = self._source = None
-        return self._part is None
-
-    def done(self) -> bool:
-        return not self._arrivals and self._part is None
-
-    def wait(self) -> None:
-        self._link.complete(self)
-
-    def complete(self) -> bool:
-        """Whether all parts are there."""
-        if self._part is not None or any(arrival.value is None for arrival in self._arrivals):
-            return False
-        if elsewhere := [arrival.peer for arrival in self._arrivals if arrival.block != self._place]:
-            raise PeerGone(f"rank {elsewhere[0]} puts its part of what is gathered elsewhere")
-        self._arrivals = []
-        return True
-
-
 class Beyond:
     """What leaves the machine. While this rank waits for it, it serves what its neighbours wait for: a rank of another
     machine may wait for one of them."""
@@ -150,10 +112,7 @@ class Beyond:
 
 
 class SharedMemoryCommunicator:
-    """Asynchronous communication of ``rank``; see machine.Communicator. ``beyond`` serves what leaves the machine.
-
-    ``arenas``: by axis, memory that the members along it have in common.
-    """
+    """Asynchronous communication of ``rank``; see machine.Communicator. ``beyond`` serves what leaves the machine."""
 
     def __init__(self, mesh: Mesh, rank: int, neighbours: Neighbours, beyond: Communicator, timeout_s: float) -> None:
         self._neighbours, self._beyond, self._timeout_s = neighbours, beyond, timeout_s
@@ -161,12 +120,14 @@ class SharedMemoryCommunicator:
         self._members = {axis: mesh.group(rank, axis) for axis in self._at}
         self._others = {axis: [peer for peer in peers if peer != rank] for axis, peers in self._members.items()}
         self._near = {axis for axis, peers in self._others.items() if peers and neighbours.ranks.issuperset(peers)}
-        # Three channels for an axis, because an all-reduce is two exchanges, and for common memory; and one for
-        # transfers between stages.
-        self._channels = {axis: 3 * place for place, axis in enumerate(self._at)}
-        self._transfers = 3 * len(self._at)
-        self.arenas = {axis: self._arena(axis) for axis in sorted(self._near)}
-        self._gathers: dict[str, deque[Gather]] = {axis: deque() for axis in self._near}  # whose part is to be written
+        # Two channels for an axis, because an all-reduce is two exchanges, and one for transfers between stages.
+        self._channels = {axis: (2 + CHANNELS) * place for place, axis in enumerate(self._at)}
+        self._transfers = (2 + CHANNELS) * len(self._at)
+        self._common = {
+            axis: CommonMemory(neighbours, self._members[axis], rank, channel + 2, timeout_s, self.complete)
+            for axis, channel in self._channels.items()
+            if axis in self._near
+        }
         self._reducing: deque[Exchange] = deque()  # first halves of all-reduces, in the order of their start
         # By axis, what is not complete and in pieces: none may begin before an earlier one, as order is all there is.
         self._queues: dict[str, deque[Pieces]] = {axis: deque() for axis in self._at}
@@ -174,13 +135,10 @@ class SharedMemoryCommunicator:
     def all_gather(self, axis: str, output: Tensor, source: Tensor) -> Handle:
         if axis not in self._near or not source.numel():
             return Beyond(self, self._beyond.all_gather(axis, output, source))
+        common = self._common[axis]
+        if (place := common.arena.offset(output)) >= 0:
+            return self._begun(common.gather(output, source, place))
         mine, parts, channel = source.view(-1), output.view(len(self._members[axis]), -1), self._channels[axis]
-        if (place := self.arenas[axis].offset(output)) >= 0:
-            gather = Gather(self, axis, place, parts[self._at[axis]], mine, self.arenas[axis].let_go_of)
-            self._gathers[axis].append(gather)
-            self._neighbours.listen()
-            self._go_on()
-            return gather
 
         def start(piece: slice) -> Exchange:
             self._neighbours.put(self._others[axis], channel, mine[piece])
@@ -191,6 +149,9 @@ class SharedMemoryCommunicator:
     def reduce_scatter(self, axis: str, output: Tensor, source: Tensor) -> Handle:
         if axis not in self._near or not source.numel():
             return Beyond(self, self._beyond.reduce_scatter(axis, output, source))
+        common = self._common[axis]
+        if (place := common.arena.offset(source)) >= 0:
+            return self._begun(common.reduce(output, source, place))
         parts, total = source.view(len(self._members[axis]), -1), output.view(-1)
 
         def start(piece: slice) -> Exchange:
@@ -240,7 +201,7 @@ class SharedMemoryCommunicator:
         arrival = self._neighbours.expect(peer, self._transfers)
         return Exchange(self, [arrival], lambda values: _copy(values[0], wire))
 
-    def complete(self, exchange: Exchange | Pieces | Gather) -> None:
+    def complete(self, exchange: Exchange | Pieces | Gather | Reduction) -> None:
         """Wait until ``exchange`` is complete.
 
         Raises:
@@ -278,32 +239,23 @@ class SharedMemoryCommunicator:
 
     def _is_awaited(self) -> bool:
         """Whether neighbours may wait for something that this rank has begun and not ended."""
-        return bool(self._reducing) or any(map(any, (self._queues.values(), self._gathers.values())))
+        waiting = any(common.is_awaited() for common in self._common.values())
+        return waiting or bool(self._reducing) or any(self._queues.values())
 
     def release(self, arrivals: Sequence[Arrival]) -> None:
         """The values have been read."""
         for arrival in arrivals:
             self._neighbours.release(arrival)
 
-    def expect_parts(self, axis: str) -> list[Arrival]:
-        """Of the others, of the next value in common memory."""
-        return [self._neighbours.expect(peer, self._channels[axis] + 2) for peer in self._others[axis]]
+    @property
+    def arenas(self) -> dict[str, SharedArena]:
+        """By axis, memory that the members along it have in common."""
+        return {axis: common.arena for axis, common in self._common.items()}
 
-    def tell_part(self, axis: str, place: int, nbytes: int) -> None:
-        """This rank's part of a value in common memory is there."""
-        self._neighbours.tell_part(self._others[axis], self._channels[axis] + 2, place, nbytes)
-
-    def have_let_go(self, axis: str, count: int) -> bool:
-        """Whether all others have let go of so many values in common memory."""
-        return self._neighbours.let_go(self._others[axis], self._channels[axis] + 2) >= count
-
-    def _arena(self, axis: str) -> SharedArena:
-        members, others, channel = self._members[axis], self._others[axis], self._channels[axis] + 2
-
-        def block(nbytes: int) -> Block:
-            return self._neighbours.common(members, channel, nbytes, time.monotonic() + self._timeout_s)
-
-        return SharedArena(block, lambda: self._neighbours.tell_gone(others, channel))
+    def _begun(self, handle: Handle) -> Handle:
+        self._neighbours.listen()
+        self._go_on()
+        return handle
 
     def _in_pieces(self, axis: str, value: Tensor, start: Callable[[slice], Exchange]) -> Handle:
         """A communication over ``axis``, of ``value`` and what is as long; ``start`` begins it for some elements."""
@@ -346,11 +298,10 @@ class SharedMemoryCommunicator:
         return Exchange(self, [self._neighbours.expect(peer, channel) for peer in others], add)
 
     def _go_on(self) -> None:
-        """Begin the second half of all-reduces whose first half has arrived, and pieces that wait for earlier ones;
-        write parts of what is gathered."""
-        for gathers in self._gathers.values():
-            while gathers and gathers[0].write():
-                gathers.popleft()
+        """Begin the second half of all-reduces whose first half has arrived, and pieces that wait for earlier ones; go
+        on in common memory."""
+        for common in self._common.values():
+            common.go_on()
         went_on = True
         while went_on:  # what began may have been waited for
             while self._reducing and self._reducing[0].complete():

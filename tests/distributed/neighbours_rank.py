@@ -98,13 +98,25 @@ def common(link: Neighbours) -> dict[str, object]:
         found.append(output.view(2, 500).unique(dim=1).flatten().tolist())
         arena.let_go()
         copied += len(link._blocks)
+    own = arena.tensors([(1024 + 4096 * RANK, kind)])
+    arena.reserve(1024 + 2 * 4096)
+    totals = []
+    for index in range(50):
+        own[0].copy_(torch.arange(1000.0) + index * (RANK + 1))  # the other one has read what was there
+        total = torch.empty(500)
+        reduction = communicator.reduce_scatter("shard", total, own[0])
+        if index % 2 == RANK:
+            time.sleep(0.002)
+        reduction.wait()
+        totals.append(torch.equal(total, 2 * torch.arange(1000.0)[500 * RANK : 500 * (RANK + 1)] + 3 * index))
     elsewhere = ""
     (output,) = arena.tensors([(64 * RANK, kind)])
     try:
         communicator.all_gather("shard", output, torch.ones(500)).wait()
     except PeerGone as error:
         elsewhere = str(error)
-    return {"right": found == [[2.0 * i, 2.0 * i + 1] for i in range(50)], "copied": copied, "elsewhere": elsewhere}
+    right = found == [[2.0 * i, 2.0 * i + 1] for i in range(50)]
+    return {"right": right, "totals": all(totals), "copied": copied, "elsewhere": elsewhere}
 
 
 def silent(link: Neighbours) -> dict[str, object]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphshard
-from graphshard.arena import ALIGNMENT, Gathered, Layout, lay_out, pack
+from graphshard.arena import ALIGNMENT, Gathered, Given, Layout, lay_out, pack
 from graphshard.execution import ExecutionPlan, Instruction, Op, Place, Ref, Segment, StagePlan, TensorType
 from graphshard.mesh import Mesh
 from graphshard.runtime.arena import Arena, Placing, SharedArena
@@ -102,7 +102,7 @@ def test_communication_reads_and_writes_until_its_wait() -> None:
     wait = Instruction(Op.WAIT, inputs=(ref("b"),))
     free = Instruction(Op.FREE, inputs=(ref("b"),))
     plan = plan_of(run("f", "", "a"), reduce, wait, free, segments=segments)
-    assert memory_spans(plan, 0) == [Span(256, 0, 2, 0, 0), Span(128, 1, 3, 1)]
+    assert memory_spans(plan, 0) == [Span(256, 0, 2, 0, 0, given="dp"), Span(128, 1, 3, 1)]
     forgotten = plan_of(run("f", "", "a"), reduce, free, segments=segments)
     assert memory_spans(forgotten, 0) == [], "nobody waits, so nobody knows when it is over"
 
@@ -126,14 +126,37 @@ def test_what_ranks_gather_lies_in_memory_that_they_share() -> None:
     assert not lay_out(plan, 0).gathered and set(lay_out(plan, 0).made) == {0, 2, 5, 10}
 
 
+def test_what_ranks_reduce_lies_where_the_others_can_read_it() -> None:
+    segments = {"f": Segment("f", "", (), ("a",), places=(Place(F32, 0, 1), Place(F32, 0, 0, (0,))))}
+    reduce = Instruction(
+        Op.REDUCE, "reduce_scatter", (ref("a"),), (ref("b"),), frozenset([ref("a")]), axis="dp", type=F32
+    )
+    step = (
+        run("f", "", "a"),
+        reduce,
+        Instruction(Op.WAIT, inputs=(ref("b"),)),
+        Instruction(Op.FREE, inputs=(ref("b"),)),
+    )
+    layout = lay_out(plan_of(*step, segments=segments), 0, shared=("dp",))
+    assert (layout.given, layout.given_bytes) == ({(0, 1): Given("dp", 0)}, {"dp": 256})
+    assert layout.runs == {0: (0, None)}
+
+
 def test_a_rank_tells_what_it_lets_go_of() -> None:
     told: list[int] = []
-    arena = SharedArena(bytearray, lambda: told.append(arena.let_go_of))
-    (place,) = (layout := Layout(gathered={0: Gathered("dp", 64, 3)}, shared_bytes={"dp": 320})).gathered.values()
+    arena = SharedArena(bytearray, lambda: told.append(arena.let_go_of), place=1, members=2)
+    layout = Layout(
+        runs={1: (None, None)},
+        gathered={0: Gathered("dp", 64, 3)},
+        shared_bytes={"dp": 320},
+        given={(1, 0): Given("dp", 128)},
+        given_bytes={"dp": 512},
+    )
     placing = Placing(CPU, Arena(), layout, {"dp": arena})
-    memory = placing.of_result(0, F32)
+    gathered, made = placing.of_result(0, F32), placing.of_run(1, (Place(F32, 0, 0), Place(F32, 0, 0)))
     placing.share()
-    assert arena.offset(memory()) == place.offset and arena.offset(torch.empty(1)) == -1
+    assert arena.nbytes == 320 + 2 * 512
+    assert [arena.offset(tensor) for tensor in (gathered(), made(0), made(1))] == [64, 320 + 512 + 128, -1]
     ((position, calls),) = placing.behind().items()
     for call in calls:
         call()

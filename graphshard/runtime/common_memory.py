@@ -1,0 +1,173 @@
+"""Collectives of ranks of one machine in memory that they have in common: what is gathered is written there once, for
+all of them, and what is reduced is read where it was made.
+
+All ranks run the same instructions, and notes say how far each is; see neighbours.py.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from graphshard.runtime.arena import Block, SharedArena
+from graphshard.runtime.collectives import add_up
+from graphshard.runtime.machine import Handle
+from graphshard.runtime.neighbours import Arrival, Neighbours, PeerGone
+
+CHANNELS = 2
+"""How many channels of Neighbours one takes: a note for a gather may come behind one for a later reduction."""
+
+
+class CommonMemory:
+    """That of ``members``, all ranks along an axis, one of which is ``rank``. ``channel`` is the first of its own;
+    ``complete`` waits for a handle."""
+
+    def __init__(
+        self,
+        neighbours: Neighbours,
+        members: Sequence[int],
+        rank: int,
+        channel: int,
+        timeout_s: float,
+        complete: Callable[[Gather | Reduction], None],
+    ) -> None:
+        self._neighbours, self._members, self._timeout_s = neighbours, members, timeout_s
+        self.others = [peer for peer in members if peer != rank]
+        self.rank, self.complete = rank, complete
+        self._gathering, self._reducing = channel, channel + 1
+        self._gathers: deque[Gather] = deque()  # whose part is to be written
+        self._reductions: deque[Reduction] = deque()  # that are to be added up
+        self._reduced = 0
+        self.arena = SharedArena(self._block, self._let_go, members.index(rank), len(members))
+
+    def gather(self, output: Tensor, source: Tensor, place: int) -> Handle:
+        """``output``, which lies at ``place`` on all members, becomes their ``source`` tensors in order."""
+        parts = output.view(len(self._members), -1)
+        gather = Gather(self, place, parts[self.arena.place], source.view(-1), self.arena.let_go_of)
+        self._gathers.append(gather)
+        return gather
+
+    def reduce(self, output: Tensor, source: Tensor, place: int) -> Handle:
+        """``output`` becomes this rank's part of the sum of the members' ``source`` tensors, of which this rank's lies
+        at ``place``."""
+        self._neighbours.tell_part(self.others, self._reducing, place, source.nbytes)
+        self._reduced += 1
+        reduction = Reduction(self, source.view(len(self._members), -1)[self.arena.place], output.view(-1))
+        self._reductions.append(reduction)
+        return reduction
+
+    def go_on(self) -> None:
+        """Do what can be done of what was begun."""
+        while self._gathers and self._gathers[0].write():
+            self._gathers.popleft()
+        while self._reductions and self._reductions[0].add_up():
+            self._reductions.popleft()
+
+    def is_awaited(self) -> bool:
+        """Whether others may wait for something that this rank has begun and not ended."""
+        return bool(self._gathers or self._reductions)
+
+    def expected(self, kind: type[Gather] | type[Reduction]) -> list[Arrival]:
+        """Of the others, of the next value of a kind."""
+        channel = self._gathering if kind is Gather else self._reducing
+        return [self._neighbours.expect(peer, channel) for peer in self.others]
+
+    def may_write(self, count: int) -> bool:
+        """Whether the others have let go of so many values that were gathered."""
+        return self._neighbours.let_go(self.others, self._gathering) >= count
+
+    def wrote(self, place: int, nbytes: int) -> None:
+        """This rank's part of what is gathered at ``place`` is there."""
+        self._neighbours.tell_part(self.others, self._gathering, place, nbytes)
+
+    def was_read(self, count: int) -> bool:
+        """Whether the others have added up so many values."""
+        return self._neighbours.let_go(self.others, self._reducing) >= count
+
+    def read(self) -> None:
+        """This rank has added up one more value."""
+        self._neighbours.tell_gone(self.others, self._reducing)
+
+    @property
+    def reduced(self) -> int:
+        """How many reductions this rank has begun."""
+        return self._reduced
+
+    def _block(self, nbytes: int) -> Block:
+        return self._neighbours.common(self._members, self._gathering, nbytes, time.monotonic() + self._timeout_s)
+
+    def _let_go(self) -> None:
+        self._neighbours.tell_gone(self.others, self._gathering)
+
+
+class Gather:
+    """``source`` is to become ``part`` of the value at ``place``, once the others have let go of the values that this
+    rank had let go of when it ``asked``: these may have lain there."""
+
+    __slots__ = ("_arrivals", "_asked", "_memory", "_place", "_unwritten", "peers")
+
+    def __init__(self, memory: CommonMemory, place: int, part: Tensor, source: Tensor, asked: int) -> None:
+        self._memory, self._place, self._asked = memory, place, asked
+        self._unwritten: tuple[Tensor, Tensor] | None = part, source
+        self._arrivals = memory.expected(Gather)
+        self.peers = memory.others
+
+    def write(self) -> bool:
+        """Whether this rank's part is there."""
+        if self._unwritten is not None and self._memory.may_write(self._asked):
+            part, source = self._unwritten
+            part.copy_(source)
+            self._memory.wrote(self._place, part.nbytes)
+            self._unwritten = None
+        return self._unwritten is None
+
+    def done(self) -> bool:
+        return self._unwritten is None and not self._arrivals
+
+    def wait(self) -> None:
+        self._memory.complete(self)
+
+    def complete(self) -> bool:
+        """Whether all parts are there."""
+        if self._unwritten is not None or any(arrival.value is None for arrival in self._arrivals):
+            return False
+        if elsewhere := [arrival.peer for arrival in self._arrivals if arrival.block != self._place]:
+            raise PeerGone(f"rank {elsewhere[0]} puts its part of what is gathered elsewhere")
+        self._arrivals = []
+        return True
+
+
+class Reduction:
+    """``total`` is to become the sum of ``mine`` and what the others have for this rank; what this rank has for them
+    must stay until they have read it."""
+
+    __slots__ = ("_arrivals", "_count", "_memory", "_mine", "_total", "peers")
+
+    def __init__(self, memory: CommonMemory, mine: Tensor, total: Tensor) -> None:
+        self._memory, self._mine, self._total, self._count = memory, mine, total, memory.reduced
+        self._arrivals = memory.expected(Reduction)
+        self.peers = memory.others
+
+    def add_up(self) -> bool:
+        """Whether the sum is there."""
+        if self._arrivals and all(arrival.value is not None for arrival in self._arrivals):
+            arena, nbytes = self._memory.arena, self._mine.nbytes
+            terms = [arena.bytes(a.block + arena.place * nbytes, nbytes).view(self._mine.dtype) for a in self._arrivals]
+            terms.insert(arena.place, self._mine)
+            add_up(terms, self._total)
+            self._memory.read()
+            self._arrivals = []
+        return not self._arrivals
+
+    def done(self) -> bool:
+        return self.complete()
+
+    def wait(self) -> None:
+        self._memory.complete(self)
+
+    def complete(self) -> bool:
+        """Whether the sum is there, and the others have read what they need."""
+        return not self._arrivals and self._memory.was_read(self._count)
