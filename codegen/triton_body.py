@@ -21,6 +21,7 @@ from sympy import Expr, Integer
 from torch import Tensor, fx
 
 from graphshard.codegen.triton_decompose import over_count, pick, softmax_stats
+from graphshard.codegen.triton_helpers import HELPERS
 from graphshard.codegen.triton_index import (
     At,
     Div,
@@ -38,7 +39,6 @@ from graphshard.codegen.triton_index import (
 )
 from graphshard.codegen.triton_ops import (
     CASTS,
-    HELPERS,
     SELECTS,
     TYPES,
     Pointwise,
