@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 Formula = str | Callable[[fx.Node, torch.dtype], str]
 
@@ -186,6 +187,12 @@ def _neg_one_to_one(node: fx.Node, dtype: torch.dtype) -> str:
     return f"tl.where({{0}} > 0, {one}, tl.where({{0}} < 0, -{one}, 0))"
 
 
+def _signbit(node: fx.Node, dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "is_negative({0})"
+    return "({0} < 0)" if dtype.is_signed else "({0} != {0})"
+
+
 def _not(node: fx.Node, dtype: torch.dtype) -> str:
     return "({0} == 0)" if dtype is torch.bool else "(~{0})"
 
@@ -219,12 +226,44 @@ def _gelu_backward(node: fx.Node, dtype: torch.dtype) -> str:
 
 
 _GELU_TANH = "tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))"
+_LEG = "tl.sqrt((1 - {0}) * (1 + {0}))"
+"""The other leg of a right triangle whose longest side is 1."""
 _SIGMOID = "(1 / (1 + tl.exp(-{0})))"
 
 
 def _rounded(formula: str) -> Formula:
     """``formula`` of a fraction; a whole number is itself."""
     return lambda node, dtype: formula if dtype.is_floating_point else "{0}"
+
+
+def _round_decimals(node: fx.Node, dtype: torch.dtype) -> str:
+    if not dtype.is_floating_point:
+        raise Unsupported(f"{node.target} of whole numbers")
+    decimals: Any = node.kwargs["decimals"]
+    power = literal(10.0 ** abs(decimals), dtype)
+    if decimals < 0:
+        return f"(nearest({divided('{0}', power, dtype)}) * {power})"
+    return divided(f"nearest({{0}} * {power})", power, dtype)
+
+
+def _fmod(node: fx.Node, dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        raise Unsupported(f"{node.target} of fractions, for which a GPU has no exact remainder")
+    return "({0} % {1})"
+
+
+def _shifted(sign: str) -> Formula:
+    """By as many bits as the type has, or by less than none, as by all: nothing is left but the sign."""
+
+    def formula(node: fx.Node, dtype: torch.dtype) -> str:
+        if dtype.is_floating_point:
+            raise Unsupported(f"{node.target} of fractions")
+        bits = torch.iinfo(dtype).bits
+        outside = f"({{1}} < 0) | ({{1}} >= {bits})" if dtype.is_signed else f"({{1}} >= {bits})"
+        nothing = f"{{0}} >> {bits - 1}" if dtype.is_signed and sign == ">>" else "0"
+        return f"tl.where({outside}, {nothing}, {{0}} {sign} {{1}})"
+
+    return formula
 
 
 def _leaky(node: fx.Node, dtype: torch.dtype) -> str:
@@ -257,12 +296,23 @@ _FORMULAS: dict[Any, Formula] = {
     aten.expm1: "expm1({0})",
     aten.log: "tl.log({0})",
     aten.log2: "tl.log2({0})",
+    aten.log10: f"(tl.log({{0}}) * {1 / math.log(10)})",
     aten.log1p: "log1p({0})",
     aten.sqrt: lambda node, dtype: root("{0}", dtype),
     aten.rsqrt: lambda node, dtype: divided("1.0", root("{0}", dtype), dtype),
     aten.reciprocal: lambda node, dtype: divided("1.0", "{0}", dtype),
     aten.sin: "tl.sin({0})",
     aten.cos: "tl.cos({0})",
+    aten.tan: lambda node, dtype: divided("tl.sin({0})", "tl.cos({0})", dtype),
+    aten.asin: "arctangent({0}, " + _LEG + ")",
+    aten.acos: "arctangent(" + _LEG + ", {0})",
+    aten.atan: lambda node, dtype: f"arctangent({{0}}, {constant(1, dtype)})",
+    aten.atan2: "arctangent({0}, {1})",
+    aten.sinh: "sinh({0})",
+    aten.cosh: "cosh({0})",
+    aten.asinh: "asinh({0})",
+    aten.acosh: "acosh({0})",
+    aten.atanh: "atanh({0})",
     aten.erf: "tl.erf({0})",
     aten.tanh: "tanh({0})",
     aten.sigmoid: _SIGMOID,
@@ -273,6 +323,11 @@ _FORMULAS: dict[Any, Formula] = {
     aten.floor: _rounded("tl.floor({0})"),
     aten.ceil: _rounded("tl.ceil({0})"),
     aten.trunc: _rounded("toward_zero({0})"),
+    aten.copysign: "with_sign(tl.abs({0}), {1})",
+    aten.hypot: "hypotenuse({0}, {1})",
+    aten.fmod: _fmod,
+    aten.fmax: "tl.where(({0} > {1}) | ({1} != {1}), {0}, {1})",
+    aten.fmin: "tl.where(({0} < {1}) | ({1} != {1}), {0}, {1})",
     aten.maximum: "largest({0}, {1})",
     aten.minimum: "smallest({0}, {1})",
     aten.clamp: _clamp,
@@ -285,6 +340,10 @@ _FORMULAS: dict[Any, Formula] = {
     aten.bitwise_or: "({0} | {1})",
     aten.bitwise_xor: "({0} ^ {1})",
     aten.bitwise_not: _not,
+    aten.bitwise_left_shift: _shifted("<<"),
+    aten.bitwise_right_shift: _shifted(">>"),
+    aten.__lshift__: _shifted("<<"),
+    aten.__rshift__: _shifted(">>"),
     aten.gelu_backward: _gelu_backward,
     aten.silu_backward: "({0} * " + _SIGMOID.format("{1}") + " * (1 + {1} * (1 - " + _SIGMOID.format("{1}") + ")))",
     aten.tanh_backward: "({0} * (1 - {1} * {1}))",
@@ -305,13 +364,15 @@ _OVERLOADS: dict[Any, Pointwise] = {
     aten.pow.Tensor_Tensor: Pointwise(_power),
     aten.pow.Scalar: Pointwise(_power),
     aten.round.default: Pointwise(_rounded("nearest({0})")),
+    aten.round.decimals: Pointwise(_round_decimals),
+    aten.signbit.default: Pointwise(_signbit, by_operands=True),
     aten.logical_not.default: Pointwise("({0} == 0)", by_operands=True),
     aten.logical_and.default: _logical("&"),
     aten.logical_or.default: _logical("|"),
     aten.logical_xor.default: _logical("^"),
     aten.isnan.default: Pointwise("({0} != {0})", by_operands=True),
     aten.isinf.default: Pointwise('(tl.abs({0}) == float("inf"))', by_operands=True),
-    torch.ops.prims.convert_element_type.default: Pointwise("{0}"),
+    prims.convert_element_type.default: Pointwise("{0}"),
 } | {
     overload: _compared(sign)
     for packet, sign in (
@@ -325,6 +386,38 @@ _OVERLOADS: dict[Any, Pointwise] = {
     for overload in (packet.Tensor, packet.Scalar)
 }
 
+VIEWS = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+)
+"""Operators that show another's value, which a kernel reads at other places."""
+
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+"""The same, of several results."""
+
+FILLS = (
+    aten.full.default,
+    aten.full_like.default,
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.ones.default,
+    aten.ones_like.default,
+    aten.scalar_tensor.default,
+    prims.scalar_tensor.default,
+)
+"""Operators that make the same number everywhere."""
+
 SELECTS = (
     aten.where.self,
     aten.where.ScalarOther,
@@ -335,8 +428,13 @@ SELECTS = (
 )
 """Operators that choose by a mask, whose type is not that of the rest."""
 
-CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+CASTS = (aten._to_copy.default, prims.convert_element_type.default)
 """Operators that round to the type of their result, where others keep float32 until they are stored."""
+
+
+_PLAIN = ("default", "Tensor", "Scalar", "Tensor_Scalar", "Scalar_Tensor")
+"""Overloads that differ in which operands are numbers alone."""
+_OTHERS = frozenset((*VIEWS, *SPLITS, *FILLS, *SELECTS, aten.arange.default))
 
 
 def pointwise(target: Any) -> Pointwise | None:
@@ -345,5 +443,10 @@ def pointwise(target: Any) -> Pointwise | None:
         return _OVERLOADS[target]
     packet = getattr(target, "overloadpacket", None)
     name = str(target).rpartition(".")[2]
-    known = packet in _FORMULAS and name in ("default", "Tensor", "Scalar")
+    known = packet in _FORMULAS and name in _PLAIN
     return Pointwise(_FORMULAS[packet]) if known else None
+
+
+def has_form(target: Any) -> bool:
+    """Whether kernels have the operator as it is."""
+    return target in _OTHERS or pointwise(target) is not None
