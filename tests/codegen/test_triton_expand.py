@@ -181,11 +181,20 @@ def test_nearly_all_pointwise_operators_can_be_in_a_kernel() -> None:
     assert missing <= WITHOUT
 
 
-def test_a_decomposition_that_makes_something_larger_is_none() -> None:
-    """That of a sum up to each element is a triangle of sums."""
-    for dim in (0, 1):
-        region = region_from(lambda x: torch.cumsum(x, dim), torch.empty(4, 8))  # noqa: B023
-        assert "aten.cumsum.default is no operator that kernels have" in supports(region)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_by_decompositions_that_reduce(interpreter: Interpreter, dtype: torch.dtype) -> None:
+    def function(x: Tensor, y: Tensor) -> list[Tensor]:
+        losses = (F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.soft_margin_loss)
+        return [loss(x, y, reduction=how) for loss in losses for how in ("none", "mean", "sum")]
+
+    x, y = torch.randn(2, 6, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    check(interpreter, function, x, y, scale=5)
+
+
+def test_what_no_decomposition_makes_simpler_is_refused_by_its_own_name() -> None:
+    for function, name in ((torch.special.log_ndtr, "special_log_ndtr"), (lambda x: x.cumsum(1), "cumsum")):
+        region = region_from(function, torch.empty(4, 8))
+        assert supports(region) == f"aten.{name}.default is no operator that kernels have"
 
 
 def test_a_decomposition_that_fails_is_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
