@@ -17,8 +17,8 @@ def computing(nodes: Iterable[fx.Node]) -> int:
     return sum(not (is_view(node) or is_getitem(node)) for node in nodes)
 
 
-def make_region(section: Section, nodes: Iterable[fx.Node], autotune: bool) -> None:
-    """A region of the group that ``nodes`` are, where the last of them is; none, if but one does what others read. No
+def make_region(section: Section, nodes: Iterable[fx.Node], autotune: bool) -> fx.Node | None:
+    """A region of the group that ``nodes`` are, where the last of them is; None, if but one does what others read. No
     path leads from one to another through what is no member."""
     group = set(nodes)
     # No other node of the group reads a sum over all rows, which is there behind the last of them.
@@ -33,7 +33,7 @@ def make_region(section: Section, nodes: Iterable[fx.Node], autotune: bool) -> N
     needed = upstream(results, stop=lambda node: node not in group)
     kept = [node for node in members if node in needed]
     if computing(kept) < 2:
-        return  # nobody reads the others
+        return None  # nobody reads the others
     inside = set(kept)
     # What reads the region, views of its results too, waits until the last of its nodes is there.
     behind: dict[fx.Node, None] = {}
@@ -52,6 +52,8 @@ def make_region(section: Section, nodes: Iterable[fx.Node], autotune: bool) -> N
         old.replace_all_uses_with(new, lambda user: user not in inside)
     for node in reversed(kept):
         section.graph.erase_node(node)
+    result = next(iter(made.values()))
+    return result.all_input_nodes[0] if is_getitem(result) else result
 
 
 def _shown(node: fx.Node, group: Collection[fx.Node]) -> fx.Node:
