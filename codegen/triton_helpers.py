@@ -173,7 +173,7 @@ def nearest(x):
     low = tl.floor(x)
     rest = x - low
     up = (rest > 0.5) | ((rest == 0.5) & (low - 2 * tl.floor(low / 2) == 1))
-    return tl.where(up, low + 1, low)
+    return with_sign(tl.abs(tl.where(up, low + 1, low)), x)
 ''',
     "toward_zero": '''
 @triton.jit

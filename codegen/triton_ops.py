@@ -317,7 +317,7 @@ _FORMULAS: dict[Any, Formula] = {
     aten.tanh: "tanh({0})",
     aten.sigmoid: _SIGMOID,
     aten.silu: "({0} * " + _SIGMOID + ")",
-    aten.relu: "largest({0}, 0)",
+    aten.relu: "tl.where({0} < 0, 0, {0})",
     aten.leaky_relu: _leaky,
     aten.gelu: _gelu,
     aten.floor: _rounded("tl.floor({0})"),

@@ -110,7 +110,9 @@ def test_zeros_have_the_sign_that_aten_gives_them(interpreter: Interpreter, dtyp
 
     def function(x: Tensor, y: Tensor) -> list[Tensor]:
         odd = [torch.sinh(x), torch.asinh(x), torch.atanh(x), torch.tan(x), torch.asin(x), torch.atan(x)]
-        return [torch.signbit(f) for f in (*odd, torch.copysign(x, y), torch.atan2(x, y), torch.atan2(y, x))]
+        rounded = [torch.relu(x), torch.round(x * 0.3), torch.round(x * 0.03, decimals=1)]
+        both = [torch.copysign(x, y), torch.atan2(x, y), torch.atan2(y, x)]
+        return [torch.signbit(f) for f in (*odd, *rounded, *both)]
 
     check(interpreter, function, x, y)
 
