@@ -14,10 +14,12 @@ from graphshard.codegen.expressions import call
 from graphshard.codegen.idioms import FusedAdam
 from graphshard.codegen.overwrite import fits, overwritten
 from graphshard.codegen.triton import supports, write_kernel
+from graphshard.codegen.triton_parts import parts, refused
 from graphshard.codegen.workspace import storage_bytes
 from graphshard.dataflow import is_getitem
 from graphshard.execution import Kernel, type_of
 from graphshard.homes import on_host
+from graphshard.make_region import make_region
 from graphshard.program import Program, Section, val
 from graphshard.region import Region, kind, region_of, title
 from graphshard.rewrite import copied, inline
@@ -25,24 +27,44 @@ from graphshard.rewrite import copied, inline
 
 @dataclass
 class Kernels:
-    """The kernels of a plan, by name, for a CPU or a GPU; ``left``: how many regions run as the operators they are, by
-    what they would be called, with the reason."""
+    """The kernels of a plan, by name, for a CPU or a GPU; ``left``: how many regions run as the operators they are, or
+    some of them, by what they would be called, with the reason."""
 
     on_gpu: bool = False
     placed: bool = True  # whether segments can be given memory for results
     table: dict[str, Kernel] = field(default_factory=dict)
     left: Counter[str] = field(default_factory=Counter)
+    refusals: dict[str, str] = field(default_factory=dict)  # why Triton takes none, by what a region means
 
     def chosen(self, program: Program) -> Program:
-        """A copy of ``program`` in which regions that no kernel is written for are the operations they were made of."""
+        """A copy of ``program`` in which regions that no kernel is written for are the operations they were made of, or
+        smaller regions with what is in no kernel between them."""
         result = copied(program)
         for section in result.sections().values():
             regions = [(node, node.target) for node in section.nodes() if isinstance(node.target, Region)]
             for node, region, reason in [(n, r, self.of(n)._refusal(n, r, section)) for n, r in regions]:
                 if reason:
-                    self.left[f"{title(region)}: {reason}"] += 1
-                    inline(section, node)
+                    self.of(node)._take_apart(section, node, region, reason)
         return result
+
+    def _take_apart(self, section: Section, node: fx.Node, region: Region, reason: str) -> None:
+        """The operations of a region that is no kernel; for a GPU those that are none themselves, and the rest as
+        regions."""
+        without = refused(region, self._triton_refusal) if self.on_gpu else {}
+        made = inline(section, node)
+        titles = []
+        for group in parts(region, without) if without else []:
+            part = make_region(section, [made[n] for n in group], region.autotune)
+            if part is None:
+                continue
+            assert isinstance(part.target, Region)
+            titles.append(title(part.target))
+            if refusal := self._refusal(part, part.target, section):
+                self._take_apart(section, part, part.target, refusal)
+        if titles:
+            reasons = "; ".join(dict.fromkeys(without.values()))
+            reason = f"in parts, {' and '.join(titles)}, around what no Triton kernel is written for: {reasons}"
+        self.left[f"{title(region)}: {reason}"] += 1
 
     def of(self, node: fx.Node) -> Kernels:
         """The kernels, in the same table, of the device that ``node`` is for."""
@@ -51,13 +73,20 @@ class Kernels:
     def _refusal(self, node: fx.Node, region: Region, section: Section) -> str:
         """Why there is to be no kernel; "" if there is."""
         if self.on_gpu:
-            reason = supports(region)
-            return f"Triton takes no {reason}" if reason else ""
+            reason = self._triton_refusal(region)
+            return f"no Triton kernel: {reason}" if reason else ""
         blocks = blocks_of(region)
         if blocks is None:
             return "all of it would be one block"
         worthwhile = keeps_to_itself(region, blocks) or self.overwrites(node, region, section)
         return "" if worthwhile else "it keeps nothing long to itself"
+
+    def _triton_refusal(self, region: Region) -> str:
+        """Why Triton takes no such region; "" if it does."""
+        meaning = _meaning(region, _names(region))
+        if meaning not in self.refusals:
+            self.refusals[meaning] = supports(region)
+        return self.refusals[meaning]
 
     def overwrites(self, node: fx.Node, region: Region, section: Section) -> dict[int, int]:
         """Which results of ``node``, as a region, its kernel can write over which operands, by position."""
@@ -85,11 +114,8 @@ class Kernels:
     def _written(self, region: Region, in_place: Mapping[int, int]) -> Kernel:
         """In Triton; named after what it computes and returns, types included, and whether it is to be tuned."""
         names = _names(region)
-        calls = [call(node, names.__getitem__) for node in region.operations]
-        types = [str(type_of(val(node))) for node in region.inputs]
-        results = [names[node] for node in region.outputs]
-        key = (calls, types, results, sorted(in_place.items()), region.autotune)
-        digest = hashlib.sha256(repr(key).encode()).hexdigest()[:8]
+        key = f"{_meaning(region, names)}{sorted(in_place.items())}{region.autotune}"
+        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         name = f"{title(region)}_{digest}"
         if name not in self.table:
             self.table[name] = write_kernel(region, name, in_place, autotune=region.autotune)
@@ -185,3 +211,10 @@ def _names(region: Region) -> dict[fx.Node, str]:
         names[node] = f"{word}{counts[word]}"
         counts[word] += 1
     return names
+
+
+def _meaning(region: Region, names: Mapping[fx.Node, str]) -> str:
+    """What the region computes, of which types, and returns: the same text for all that one kernel serves."""
+    calls = [call(node, names.__getitem__) for node in region.operations]
+    types = [str(type_of(val(node))) for node in region.inputs]
+    return repr((calls, types, [names[node] for node in region.outputs]))

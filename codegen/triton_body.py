@@ -21,6 +21,7 @@ from sympy import Expr, Integer
 from torch import Tensor, fx
 
 from graphshard.codegen.triton_decompose import over_count, pick, softmax_stats
+from graphshard.codegen.triton_helpers import HELPERS, TYPED, called
 from graphshard.codegen.triton_index import (
     At,
     Div,
@@ -38,9 +39,11 @@ from graphshard.codegen.triton_index import (
 )
 from graphshard.codegen.triton_ops import (
     CASTS,
-    HELPERS,
+    FILLS,
     SELECTS,
+    SPLITS,
     TYPES,
+    VIEWS,
     Pointwise,
     Unsupported,
     compute_type,
@@ -55,31 +58,6 @@ from graphshard.random_ops import threshold
 aten = torch.ops.aten
 gs = torch.ops.graphshard
 
-VIEWS = (
-    aten.view.default,
-    aten._unsafe_view.default,
-    aten.reshape.default,
-    aten.unsqueeze.default,
-    aten.squeeze.default,
-    aten.squeeze.dim,
-    aten.squeeze.dims,
-    aten.permute.default,
-    aten.transpose.int,
-    aten.t.default,
-    aten.expand.default,
-    aten.slice.Tensor,
-    aten.select.int,
-)
-SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
-FILLS = (
-    aten.full.default,
-    aten.full_like.default,
-    aten.zeros.default,
-    aten.zeros_like.default,
-    aten.ones.default,
-    aten.ones_like.default,
-    aten.scalar_tensor.default,
-)
 RESERVED = (
     *("tl", "triton", "torch", "math", "range", "float", "BLOCK", "ROWS", "COLS"),
     *("x", "x_ok", "row", "row_ok", "col", "col_ok", "block", "rows", "start"),
@@ -183,9 +161,7 @@ class Body:
 
     def emit(self, name: str, text: str, dtype: torch.dtype, inner: bool) -> Tile:
         """A statement that gives ``text`` a name."""
-        for helper in HELPERS:
-            if re.search(rf"\b{helper}\(", text):
-                self.helpers.add(helper)
+        self.helpers |= called(text)
         name = self.name(name)
         (self.out if inner else self.before)(f"{name} = {_bare(text)}")
         return Tile(name, dtype, inner)
@@ -282,7 +258,7 @@ class Body:
     def _fill(self, node: fx.Node) -> Tile:
         value: Any = {"zeros": 0, "zeros_like": 0, "ones": 1, "ones_like": 1}.get(_packet(node.target))
         if value is None:
-            value = node.args[0 if node.target is aten.scalar_tensor.default else 1]
+            value = node.args[0 if _packet(node.target) == "scalar_tensor" else 1]
         dtype = compute_type(node.meta["val"].dtype)
         return Tile(constant(value, dtype), dtype, False)
 
@@ -352,7 +328,7 @@ class Body:
                 torch.result_type(*types) if len(types) == 2 else reduce(torch.promote_types, [types[0].dtype])
             )
         formula = found.formula if isinstance(found.formula, str) else found.formula(node, dtype)
-        exact = "power(" in formula  # it asks its operands for their type
+        exact = any(f"{helper}(" in formula for helper in TYPED)
         tiles = [self._operand(node, argument, index, dtype, exact) for argument in node.args]
         spelled = [self.cast(tile, dtype) for tile in tiles]
         if formula == "{0}":

@@ -1,4 +1,5 @@
-"""Composite operators of a region as pointwise operators and reductions, accumulated in float32 or more.
+"""Composite operators of a region as pointwise operators and reductions, accumulated in float32 or more: by rules of
+ours, or, what has neither rule nor form, by torch's own decompositions.
 
 Operators of ours appear, which ATen does not have: :func:`softmax_stats`, which a kernel computes in one pass over a
 row however long it is, :func:`pick`, one element of each row, :func:`total` and :func:`over_count`.
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import graphshard.ops  # noqa: F401 - defines graphshard::sq_norm
-from graphshard.codegen.triton_ops import Unsupported, compute_type
+from graphshard.codegen.triton_expand import expanded
+from graphshard.codegen.triton_ops import Unsupported, compute_type, has_form
 from graphshard.region import Region
 
 aten = torch.ops.aten
@@ -60,22 +62,37 @@ class _Decomposer:
 
     def run(self, region: Region) -> fx.Graph:
         made: dict[fx.Node, Any] = {}
-        for node in region.graph.nodes:
-            if node.op == "placeholder":
-                made[node] = self.graph.placeholder(node.name)
-                made[node].meta["val"] = _typed(node.meta["val"])
-            elif node.op == "call_function":
+        for node in region.inputs:
+            made[node] = self.graph.placeholder(node.name)
+            made[node].meta["val"] = _typed(node.meta["val"])
+        self.follow(region.graph, made)
+        self.graph.output(tuple(self.result(made[node], node) for node in region.outputs))
+        return self.graph
+
+    def follow(self, graph: fx.Graph, made: dict[fx.Node, Any]) -> None:
+        """Compute here what the operations of ``graph`` do: ``made`` has its inputs, and gets all else."""
+        for node in graph.nodes:
+            if node.op == "call_function":
                 args = fx.map_arg(node.args, made.__getitem__)
                 kwargs = fx.map_arg(node.kwargs, made.__getitem__)
                 if node.target is operator.getitem and not isinstance(args[0], fx.Node):
                     made[node] = args[0][args[1]]
-                elif node.target in _RULES:
-                    made[node] = _RULES[node.target](self, _typed(node.meta["val"]), *args, **kwargs)
                 else:
-                    made[node] = self.graph.call_function(node.target, args, kwargs)
-                    made[node].meta["val"] = _typed(node.meta["val"])
-        self.graph.output(tuple(self.result(made[node], node) for node in region.outputs))
-        return self.graph
+                    made[node] = self.operation(node.target, args, kwargs, _typed(node.meta["val"]))
+
+    def operation(self, target: Any, args: Any, kwargs: Any, like: Any) -> Any:
+        """The results, typed ``like`` this, of an operator of the region: by its rule, its form or torch's own."""
+        if target in _RULES:
+            return _RULES[target](self, like, *args, **kwargs)
+        graph = None if has_form(target) else expanded(target, (args, kwargs), _RULES)
+        if graph is None:
+            node = self.graph.call_function(target, args, kwargs)
+            node.meta["val"] = like
+            return node
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, fx.Node)]
+        made: dict[fx.Node, Any] = dict(zip(graph.find_nodes(op="placeholder"), given, strict=True))
+        self.follow(graph, made)
+        return fx.map_arg(graph.output_node().args[0], made.__getitem__)
 
     def result(self, made: fx.Node, node: fx.Node) -> fx.Node:
         """The result with the strides that the region gives it."""

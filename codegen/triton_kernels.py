@@ -12,8 +12,9 @@ from sympy import Expr, Integer
 from torch import fx
 
 from graphshard.codegen.triton_body import RESERVED, Access, Body, Buffer
+from graphshard.codegen.triton_helpers import HELPERS
 from graphshard.codegen.triton_index import Sizes, positions_of, product, symbols_of, text
-from graphshard.codegen.triton_ops import HELPERS, compute_type
+from graphshard.codegen.triton_ops import compute_type
 from graphshard.codegen.triton_sections import REGISTER_ELEMENTS, Emitted, Places, emit_elements, emit_rows, is_wide
 from graphshard.codegen.triton_split import Section, Split
 

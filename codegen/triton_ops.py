@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 Formula = str | Callable[[fx.Node, torch.dtype], str]
 
@@ -73,104 +74,6 @@ def _wrapped(value: int, dtype: torch.dtype) -> int:
     """The number of that type that has the same last bits: as ATen takes -1 beside uint8."""
     limits = torch.iinfo(dtype)
     return (value - limits.min) % (1 << limits.bits) + limits.min
-
-
-HELPERS = {
-    "drawn": '''
-@triton.jit
-def drawn(seed, at):
-    """Word ``at % 4`` of the block that Philox-4x32-10 makes for counter ``at // 4``."""
-    counter = tl.cast(at, tl.int64) >> 2
-    low = counter.to(tl.uint32)
-    zero = low * 0
-    a, b, c, d = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
-    word = tl.cast(at, tl.int64) & 3
-    return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
-''',
-    "drawn_in_fours": '''
-@triton.jit
-def drawn_in_fours(seed, at):
-    """The same where each four numbers in a row begin with a multiple of 4: their block is computed once."""
-    counter = tl.min(tl.reshape(at, [at.numel // 4, 4]), axis=1).to(tl.int64) >> 2
-    low = counter.to(tl.uint32)
-    zero = low * 0
-    a, b, c, d = tl.philox(seed, low, (counter >> 32).to(tl.uint32), zero, zero)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), at.shape)
-''',
-    "tanh": '''
-@triton.jit
-def tanh(x):
-    """Near zero, where 1 - exp(-2|x|) cancels, Lambert's continued fraction cut at the seventh level."""
-    s = x * x
-    small = x * (135135 + s * (17325 + s * (378 + s))) / (135135 + s * (62370 + s * (3150 + s * 28)))
-    e = tl.exp(-2 * tl.abs(x))
-    large = (1 - e) / (1 + e)
-    return tl.where(tl.abs(x) < 0.5, small, tl.where(x < 0, -large, large))
-''',
-    "largest": '''
-@triton.jit
-def largest(a, b):
-    """The larger one; NaN if either is."""
-    return tl.where((a > b) | (a != a), a, b)
-''',
-    "smallest": '''
-@triton.jit
-def smallest(a, b):
-    """The smaller one; NaN if either is."""
-    return tl.where((a < b) | (a != a), a, b)
-''',
-    "power": '''
-@triton.jit
-def power(x, y):
-    """By logarithms in float64, so that a float32 result is rounded once."""
-    a = x.to(tl.float64)
-    b = y.to(tl.float64)
-    length = tl.abs(a)
-    size = tl.where(length == 1, 1.0, tl.exp(b * tl.log(length)))
-    signed = tl.where(b - 2 * tl.floor(b / 2) == 1, size * -1.0, size)  # of 0, -size is 0
-    real = (b == tl.floor(b)) | (length == 0) | (length == float("inf"))
-    result = tl.where((a < 0) | (1 / a < 0), tl.where(real, signed, float("nan")), size)  # -0 is negative, too
-    return tl.where((b == 0) | (a == 1), 1.0, result).to(x.dtype)
-''',
-    "log1p": '''
-@triton.jit
-def log1p(x):
-    """Kahan's: the error of 1 + x cancels in log(u) / (u - 1)."""
-    u = 1 + x
-    return tl.where((u == 1) | (x == float("inf")), x, tl.log(u) * (x / tl.where(u == 1, 1, u - 1)))
-''',
-    "expm1": '''
-@triton.jit
-def expm1(x):
-    """Kahan's: the error of exp(x) cancels in (u - 1) / log(u)."""
-    u = tl.exp(x)
-    small = (u - 1) * (x / tl.where(u == 1, 1, tl.log(u)))
-    return tl.where(u == 1, x, tl.where((u - 1 == -1) | (u == float("inf")), u - 1, small))
-''',
-    "nearest": '''
-@triton.jit
-def nearest(x):
-    """Rounded, halves to even."""
-    low = tl.floor(x)
-    rest = x - low
-    up = (rest > 0.5) | ((rest == 0.5) & (low - 2 * tl.floor(low / 2) == 1))
-    return tl.where(up, low + 1, low)
-''',
-    "toward_zero": '''
-@triton.jit
-def toward_zero(x):
-    """Without its fraction."""
-    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
-''',
-    "floor_quotient": '''
-@triton.jit
-def floor_quotient(a, b):
-    """Integer division that rounds down, where ``//`` rounds toward zero."""
-    q = a // b
-    return tl.where((a - q * b != 0) & ((a < 0) != (b < 0)), q - 1, q)
-''',
-}
-"""Functions that a kernel's file gets where a formula calls them."""
 
 
 def divided(a: str, b: str, dtype: torch.dtype) -> str:
@@ -284,6 +187,12 @@ def _neg_one_to_one(node: fx.Node, dtype: torch.dtype) -> str:
     return f"tl.where({{0}} > 0, {one}, tl.where({{0}} < 0, -{one}, 0))"
 
 
+def _signbit(node: fx.Node, dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        return "is_negative({0})"
+    return "({0} < 0)" if dtype.is_signed else "({0} != {0})"
+
+
 def _not(node: fx.Node, dtype: torch.dtype) -> str:
     return "({0} == 0)" if dtype is torch.bool else "(~{0})"
 
@@ -317,12 +226,44 @@ def _gelu_backward(node: fx.Node, dtype: torch.dtype) -> str:
 
 
 _GELU_TANH = "tanh(0.7978845608028654 * ({0} + 0.044715 * {0} * {0} * {0}))"
+_LEG = "tl.sqrt((1 - {0}) * (1 + {0}))"
+"""The other leg of a right triangle whose longest side is 1."""
 _SIGMOID = "(1 / (1 + tl.exp(-{0})))"
 
 
 def _rounded(formula: str) -> Formula:
     """``formula`` of a fraction; a whole number is itself."""
     return lambda node, dtype: formula if dtype.is_floating_point else "{0}"
+
+
+def _round_decimals(node: fx.Node, dtype: torch.dtype) -> str:
+    if not dtype.is_floating_point:
+        raise Unsupported(f"{node.target} of whole numbers")
+    decimals: Any = node.kwargs["decimals"]
+    power = literal(10.0 ** abs(decimals), dtype)
+    if decimals < 0:
+        return f"(nearest({divided('{0}', power, dtype)}) * {power})"
+    return divided(f"nearest({{0}} * {power})", power, dtype)
+
+
+def _fmod(node: fx.Node, dtype: torch.dtype) -> str:
+    if dtype.is_floating_point:
+        raise Unsupported(f"{node.target} of fractions, for which a GPU has no exact remainder")
+    return "({0} % {1})"
+
+
+def _shifted(sign: str) -> Formula:
+    """By as many bits as the type has, or by less than none, as by all: nothing is left but the sign."""
+
+    def formula(node: fx.Node, dtype: torch.dtype) -> str:
+        if dtype.is_floating_point:
+            raise Unsupported(f"{node.target} of fractions")
+        bits = torch.iinfo(dtype).bits
+        outside = f"({{1}} < 0) | ({{1}} >= {bits})" if dtype.is_signed else f"({{1}} >= {bits})"
+        nothing = f"{{0}} >> {bits - 1}" if dtype.is_signed and sign == ">>" else "0"
+        return f"tl.where({outside}, {nothing}, {{0}} {sign} {{1}})"
+
+    return formula
 
 
 def _leaky(node: fx.Node, dtype: torch.dtype) -> str:
@@ -355,22 +296,38 @@ _FORMULAS: dict[Any, Formula] = {
     aten.expm1: "expm1({0})",
     aten.log: "tl.log({0})",
     aten.log2: "tl.log2({0})",
+    aten.log10: f"(tl.log({{0}}) * {1 / math.log(10)})",
     aten.log1p: "log1p({0})",
     aten.sqrt: lambda node, dtype: root("{0}", dtype),
     aten.rsqrt: lambda node, dtype: divided("1.0", root("{0}", dtype), dtype),
     aten.reciprocal: lambda node, dtype: divided("1.0", "{0}", dtype),
     aten.sin: "tl.sin({0})",
     aten.cos: "tl.cos({0})",
+    aten.tan: lambda node, dtype: divided("tl.sin({0})", "tl.cos({0})", dtype),
+    aten.asin: "arctangent({0}, " + _LEG + ")",
+    aten.acos: "arctangent(" + _LEG + ", {0})",
+    aten.atan: lambda node, dtype: f"arctangent({{0}}, {constant(1, dtype)})",
+    aten.atan2: "arctangent({0}, {1})",
+    aten.sinh: "sinh({0})",
+    aten.cosh: "cosh({0})",
+    aten.asinh: "asinh({0})",
+    aten.acosh: "acosh({0})",
+    aten.atanh: "atanh({0})",
     aten.erf: "tl.erf({0})",
     aten.tanh: "tanh({0})",
     aten.sigmoid: _SIGMOID,
     aten.silu: "({0} * " + _SIGMOID + ")",
-    aten.relu: "largest({0}, 0)",
+    aten.relu: "tl.where({0} < 0, 0, {0})",
     aten.leaky_relu: _leaky,
     aten.gelu: _gelu,
     aten.floor: _rounded("tl.floor({0})"),
     aten.ceil: _rounded("tl.ceil({0})"),
     aten.trunc: _rounded("toward_zero({0})"),
+    aten.copysign: "with_sign(tl.abs({0}), {1})",
+    aten.hypot: "hypotenuse({0}, {1})",
+    aten.fmod: _fmod,
+    aten.fmax: "tl.where(({0} > {1}) | ({1} != {1}), {0}, {1})",
+    aten.fmin: "tl.where(({0} < {1}) | ({1} != {1}), {0}, {1})",
     aten.maximum: "largest({0}, {1})",
     aten.minimum: "smallest({0}, {1})",
     aten.clamp: _clamp,
@@ -383,6 +340,10 @@ _FORMULAS: dict[Any, Formula] = {
     aten.bitwise_or: "({0} | {1})",
     aten.bitwise_xor: "({0} ^ {1})",
     aten.bitwise_not: _not,
+    aten.bitwise_left_shift: _shifted("<<"),
+    aten.bitwise_right_shift: _shifted(">>"),
+    aten.__lshift__: _shifted("<<"),
+    aten.__rshift__: _shifted(">>"),
     aten.gelu_backward: _gelu_backward,
     aten.silu_backward: "({0} * " + _SIGMOID.format("{1}") + " * (1 + {1} * (1 - " + _SIGMOID.format("{1}") + ")))",
     aten.tanh_backward: "({0} * (1 - {1} * {1}))",
@@ -403,13 +364,15 @@ _OVERLOADS: dict[Any, Pointwise] = {
     aten.pow.Tensor_Tensor: Pointwise(_power),
     aten.pow.Scalar: Pointwise(_power),
     aten.round.default: Pointwise(_rounded("nearest({0})")),
+    aten.round.decimals: Pointwise(_round_decimals),
+    aten.signbit.default: Pointwise(_signbit, by_operands=True),
     aten.logical_not.default: Pointwise("({0} == 0)", by_operands=True),
     aten.logical_and.default: _logical("&"),
     aten.logical_or.default: _logical("|"),
     aten.logical_xor.default: _logical("^"),
     aten.isnan.default: Pointwise("({0} != {0})", by_operands=True),
     aten.isinf.default: Pointwise('(tl.abs({0}) == float("inf"))', by_operands=True),
-    torch.ops.prims.convert_element_type.default: Pointwise("{0}"),
+    prims.convert_element_type.default: Pointwise("{0}"),
 } | {
     overload: _compared(sign)
     for packet, sign in (
@@ -423,6 +386,38 @@ _OVERLOADS: dict[Any, Pointwise] = {
     for overload in (packet.Tensor, packet.Scalar)
 }
 
+VIEWS = (
+    aten.view.default,
+    aten._unsafe_view.default,
+    aten.reshape.default,
+    aten.unsqueeze.default,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.t.default,
+    aten.expand.default,
+    aten.slice.Tensor,
+    aten.select.int,
+)
+"""Operators that show another's value, which a kernel reads at other places."""
+
+SPLITS = (aten.split.Tensor, aten.split_with_sizes.default)
+"""The same, of several results."""
+
+FILLS = (
+    aten.full.default,
+    aten.full_like.default,
+    aten.zeros.default,
+    aten.zeros_like.default,
+    aten.ones.default,
+    aten.ones_like.default,
+    aten.scalar_tensor.default,
+    prims.scalar_tensor.default,
+)
+"""Operators that make the same number everywhere."""
+
 SELECTS = (
     aten.where.self,
     aten.where.ScalarOther,
@@ -433,8 +428,13 @@ SELECTS = (
 )
 """Operators that choose by a mask, whose type is not that of the rest."""
 
-CASTS = (aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+CASTS = (aten._to_copy.default, prims.convert_element_type.default)
 """Operators that round to the type of their result, where others keep float32 until they are stored."""
+
+
+_PLAIN = ("default", "Tensor", "Scalar", "Tensor_Scalar", "Scalar_Tensor")
+"""Overloads that differ in which operands are numbers alone."""
+_OTHERS = frozenset((*VIEWS, *SPLITS, *FILLS, *SELECTS, aten.arange.default))
 
 
 def pointwise(target: Any) -> Pointwise | None:
@@ -443,5 +443,10 @@ def pointwise(target: Any) -> Pointwise | None:
         return _OVERLOADS[target]
     packet = getattr(target, "overloadpacket", None)
     name = str(target).rpartition(".")[2]
-    known = packet in _FORMULAS and name in ("default", "Tensor", "Scalar")
+    known = packet in _FORMULAS and name in _PLAIN
     return Pointwise(_FORMULAS[packet]) if known else None
+
+
+def has_form(target: Any) -> bool:
+    """Whether kernels have the operator as it is."""
+    return target in _OTHERS or pointwise(target) is not None

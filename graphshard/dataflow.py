@@ -27,6 +27,8 @@ _POINTWISE_UNTAGGED = {
     aten.detach.default,
     aten.alias.default,
     aten.lift_fresh_copy.default,
+    aten.hardswish.default,
+    aten.hardswish_backward.default,
 }
 
 _UNDECLARED_VIEWS = (aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.unsafe_split_with_sizes.default)

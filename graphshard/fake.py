@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,3 +147,10 @@ def compiling() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag = before
+
+
+def decompositions() -> Mapping[Any, Callable[..., Any]]:
+    """Torch's own: what operators are, made of others."""
+    from torch._decomp import decomposition_table
+
+    return decomposition_table

@@ -274,7 +274,7 @@ def _kernels(kernels: list[dict[str, Any]], unfused: Mapping[str, int]) -> list[
     rows = [f"  {kernel['calls']:3} x {kernel['name']:{width}}  {kernel['how']}" for kernel in kernels]
     left = [f"  {count:3} x {what}" for what, count in unfused.items()]
     lines = ["", "kernels (what regions became, with the segments that call each)", *rows] if rows else []
-    return lines + (["", "regions that run operator by operator", *left] if left else [])
+    return lines + (["", "regions that run operator by operator, in whole or in part", *left] if left else [])
 
 
 def _kept_to(budget: dict[str, int]) -> list[str]:

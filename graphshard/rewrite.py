@@ -138,8 +138,8 @@ def into_region(
     return made
 
 
-def inline(section: Section, node: fx.Node) -> None:
-    """The operations of a region's ``node`` in its place."""
+def inline(section: Section, node: fx.Node) -> dict[fx.Node, fx.Node]:
+    """The operations of a region's ``node`` in its place, by those of the region."""
     region: Region = node.target  # type: ignore[assignment]
     made = dict(zip(region.inputs, node.all_input_nodes, strict=True))
     with section.graph.inserting_before(node):
@@ -150,6 +150,7 @@ def inline(section: Section, node: fx.Node) -> None:
         if result is not node:
             section.graph.erase_node(result)
     section.graph.erase_node(node)
+    return made
 
 
 def _common_prefix(paths: Sequence[Sequence[str]]) -> Sequence[str]:

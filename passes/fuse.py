@@ -10,7 +10,7 @@ values is computed together, too, as both results of SwiGLU's backward are, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,13 +19,13 @@ from torch import fx
 
 from graphshard.analysis import has_products, is_random, nbytes
 from graphshard.communication import communicates
-from graphshard.dataflow import is_getitem, is_view, upstream
+from graphshard.dataflow import is_view
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, Group, repeat_cheap
 from graphshard.errors import PassOptionError
+from graphshard.make_region import computing, make_region
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Role, Section, info, val
-from graphshard.rewrite import clone, into_region
-from graphshard.rows import Extent, Space, common, picks, space, sums_rows
+from graphshard.rows import Extent, Space, common, picks, space
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard
@@ -64,8 +64,8 @@ class Fuse:
             if in_body:
                 repeat_cheap(section, groups, self.most, self.function_flops)
             for group in groups:
-                if _computing(group.nodes) > 1:
-                    _make_region(section, group, self.autotune)
+                if computing(group.nodes) > 1:
+                    make_region(section, group.nodes, self.autotune)
         return program
 
 
@@ -228,60 +228,3 @@ class _Grouping:
                 seen.update(unit.nodes)
                 stack += self._outside(unit.nodes, unit)
         return False
-
-
-def _computing(nodes: Iterable[fx.Node]) -> int:
-    """How many do more than show another's result."""
-    return sum(not (is_view(node) or is_getitem(node)) for node in nodes)
-
-
-def _make_region(section: Section, group: Group, autotune: bool) -> None:
-    """A region of the group's nodes, where the last of them is."""
-    # No other node of the group reads a sum over all rows, which is there behind the last of them.
-    group.nodes |= {pick: None for node in group.nodes if sums_rows(node) for pick in node.users}
-    members = sorted(group.nodes)
-    for node in reversed(members):
-        if not node.users:
-            section.graph.erase_node(node)
-            members.remove(node)
-    read = [node for node in members if any(user not in group.nodes for user in node.users)]
-    results = dict.fromkeys(base for node in read if (base := _shown(node, group)) in group.nodes)
-    needed = upstream(results, stop=lambda node: node not in group.nodes)
-    nodes = [node for node in members if node in needed]
-    if _computing(nodes) < 2:
-        return  # nobody reads the others
-    inside = set(nodes)
-    # What reads the region, views of its results too, waits until the last of its nodes is there.
-    behind: dict[fx.Node, None] = {}
-    node = nodes[0]
-    while (node := node.next) is not nodes[-1]:
-        if node not in inside and any(source in inside or source in behind for source in node.all_input_nodes):
-            behind[node] = None
-    made = into_region(section, nodes, list(results), "fuse", autotune)
-    next_one = list(made.values())[-1].next
-    for node in behind:
-        next_one.prepend(node)
-    for node in nodes:
-        if is_view(node) and any(user not in inside for user in node.users):
-            made[node] = _again(node, made, inside, next(iter(behind), next_one))
-    for old, new in made.items():
-        old.replace_all_uses_with(new, lambda user: user not in inside)
-    for node in reversed(nodes):
-        section.graph.erase_node(node)
-
-
-def _shown(node: fx.Node, group: Group) -> fx.Node:
-    """What ``node``, if it is a view, shows of the group's own, or of what the group reads."""
-    while node in group.nodes and is_view(node):
-        (node,) = node.all_input_nodes
-    return node
-
-
-def _again(view: fx.Node, made: dict[fx.Node, fx.Node], inside: Collection[fx.Node], before: fx.Node) -> fx.Node:
-    """A view that the region itself reads, once more outside of it: as a result it would be a copy."""
-    if view in made or view not in inside:
-        return made.get(view, view)
-    source = _again(view.all_input_nodes[0], made, inside, before)
-    with view.graph.inserting_before(before):
-        made[view] = clone(view, lambda _: source)
-    return made[view]

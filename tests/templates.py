@@ -98,6 +98,22 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> list[Tensor]:
     return [aten.silu_backward(grad * up, gate), grad * F.silu(gate)]
 
 
+def activations(x: Tensor, bias: Tensor) -> list[Tensor]:
+    """By torch's decompositions."""
+    y = x + bias
+    return [F.mish(y), F.hardswish(y), F.softplus(y) * torch.atan2(x, bias)]
+
+
+def activations_backward(grad: Tensor, x: Tensor) -> list[Tensor]:
+    """The same of their gradients."""
+    return [
+        aten.mish_backward(grad, x),
+        aten.hardswish_backward(grad, x),
+        aten.softplus_backward(grad, x, 1.0, 20.0),
+        aten.elu_backward(grad, 1.0, 1.0, 1.0, False, x),
+    ]
+
+
 def dropout(x: Tensor, bias: Tensor, added: Tensor, seed: Tensor) -> Tensor:
     """Of what a projection gives, and the residual stream."""
     return (x + bias) * gs.dropout_mask(seed, list(x.shape), 0.1) * (1 / 0.9) + added  # type: ignore[no-any-return]
@@ -134,6 +150,8 @@ TEMPLATES: dict[str, Callable[[], Made]] = {
     "gelu_backward": partial(_of, gelu_backward, X, X),
     "swiglu": partial(_of, swiglu, X, X),
     "swiglu_backward": partial(_of, swiglu_backward, X, X, X),
+    "activations": partial(_of, activations, X, WEIGHT),
+    "activations_backward": partial(_of, activations_backward, X, X),
     "dropout": partial(_of, dropout, X, WEIGHT, X, SEED),
     "dropout_norm": partial(_of, dropout_norm, X, WEIGHT, X, SEED, WEIGHT),
     "packing": partial(_of, packing, *(empty(n, dtype=torch.float32) for n in (5000, 4096, 10000))),

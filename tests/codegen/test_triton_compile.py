@@ -18,7 +18,11 @@ from graphshard.passes.fuse import Fuse
 from templates import TEMPLATES
 
 QUICK = {
-    ("90", name) for name in ("layer_norm_backward", "cross_entropy", "adamw", "gelu_backward", "softmax", "packing")
+    ("90", name)
+    for name in (
+        *("layer_norm_backward", "cross_entropy", "adamw", "gelu_backward", "softmax", "packing"),
+        *("activations", "activations_backward"),
+    )
 }
 QUICK |= {(name, "adamw") for name in ("80", "100", "gfx942")}
 """What the whole suite compiles of the matrix of GPUs and templates; the rest is ``full``."""

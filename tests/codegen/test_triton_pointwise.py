@@ -47,6 +47,11 @@ UNARY: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.masked_fill(x > 0.5, -1.5),
     lambda x: x.float() * 2,
     lambda x: torch.floor(x * 0.25 + 0.1),
+    F.hardswish,
+    F.mish,
+    F.elu,
+    lambda x: F.softplus(x, 2.0, 1.5),
+    torch.atan,
 ]
 BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     torch.add,
@@ -58,6 +63,8 @@ BINARY: list[Callable[[Tensor, Tensor], Tensor]] = [
     lambda a, b: torch.where((a > 0) & ~(b > 0.5), a, 0.25),
     lambda a, b: a / (b.abs() + 1),
     lambda a, b: torch.add(a, b, alpha=0.5),
+    torch.hypot,
+    torch.logaddexp,
 ]
 VIEWS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.transpose(-1, -2),
