@@ -28,8 +28,10 @@ an element of a log-softmax; a GPU has units of its own for it, an eighth as man
 
 _FUNCTIONS = frozenset(
     (
-        *("exp", "exp2", "expm1", "log", "log2", "log1p", "sin", "cos", "erf", "tanh", "sigmoid", "pow"),
-        *("gelu", "gelu_backward", "silu", "silu_backward", "softmax", "log_softmax", "log_softmax_backward_data"),
+        *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "pow", "sigmoid", "erf", "erfc", "erfinv", "lgamma"),
+        *("sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh"),
+        *("gelu", "gelu_backward", "silu", "silu_backward", "mish", "mish_backward", "softplus", "softplus_backward"),
+        *("elu", "elu_backward", "logit", "softmax", "log_softmax", "log_softmax_backward_data"),
     )
 )
 
