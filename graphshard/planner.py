@@ -24,6 +24,7 @@ from graphshard.ladders import Away, Levers, Setting, ladders, marked
 from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.offload import Offload
+from graphshard.passes.pipeline_cut import PipelineCut
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.plan import Plan
 from graphshard.program import Program
@@ -59,7 +60,8 @@ def fit(
     settled: bool = False,
     collectives: int | None = None,
 ) -> list[Pass]:
-    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget.
+    """``passes`` with what ``plan`` leaves to the planner chosen; as they are if it sets no budget. Stages that do not
+    fit as their schedule wants them are equal.
 
     Args:
         settled: where parameters and optimizer state live is not to be chosen any more.
@@ -84,11 +86,25 @@ def fit(
         levers = replace(levers, optimizer=(), params=())
     if collectives is not None:
         levers = replace(levers, reshard=False)
+    budget = Budget(plan.budget_per_rank_bytes, levers, _untried(plan))
+    is_open = not settled and collectives is None  # which stage has which parameter
+    equal = _equal_stages(passes) if is_open else passes
     try:
-        budget = Budget(plan.budget_per_rank_bytes, levers, _untried(plan))
         return choose(program, passes, ctx, budget, schedule, measure)
     except NothingAllowed:
         return passes
+    except BudgetTooSmall as error:
+        if equal == passes:
+            raise
+        try:
+            return choose(program, equal, ctx, budget, schedule, measure)
+        except BudgetTooSmall as other:
+            raise min(error, other, key=lambda refusal: refusal.smallest_bytes) from None
+
+
+def _equal_stages(passes: list[Pass]) -> list[Pass]:
+    """``passes`` with equal stages, whatever the schedule."""
+    return [replace(item, schedule="") if isinstance(item, PipelineCut) else item for item in passes]
 
 
 def levers_of(plan: Plan, on_gpu: bool) -> Levers:

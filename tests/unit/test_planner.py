@@ -19,9 +19,10 @@ from graphshard.errors import BudgetTooSmall, NothingMatches, PassOptionError
 from graphshard.ladders import ladders
 from graphshard.offloaded import offloaded_bytes
 from graphshard.passes.memory_policy import MemoryPolicy
+from graphshard.passes.pipeline_cut import PipelineCut
 from graphshard.pipeline import Context, parse_passes, run_passes
 from graphshard.plan import Plan
-from graphshard.planner import levers_of
+from graphshard.planner import fit, levers_of
 from graphshard.rewrite import copied
 from graphshard.surroundings import offload_folder
 from models.zoo import gpt
@@ -99,6 +100,35 @@ def test_what_a_stage_has_to_do_depends_on_what_it_holds() -> None:
     acts = [level > 0 or name != "cut" for level, name in zip(policy.levels, instead, strict=True)]
     assert acts == [peak == max(free) for peak in free]
     assert "memory-policy (policy=cut,levels=" in made.explain()
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_stages_that_do_not_fit_as_the_schedule_wants_them_are_equal(
+    settled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a program whose parameters have their stages already."""
+    smallest = {"zb-h2": 9, "": 5}
+
+    def choose(program: Any, passes: list[Any], ctx: Any, budget: Any, *rest: Any) -> list[Any]:
+        (cut,) = passes
+        if smallest[cut.schedule] > budget.nbytes:
+            raise BudgetTooSmall(budget.nbytes, smallest[cut.schedule], 0, "gradients", ("bf16", "zero3"))
+        return passes
+
+    def fitted(nbytes: int) -> str:
+        plan = Plan.parse(f"pp2:schedule=zb-h2+recompute:policy=auto,budget_gb={nbytes / 1e9!r}")
+        program: Any = None
+        (cut,) = fit(program, [PipelineCut(schedule="zb-h2")], Context(), plan, program, on_gpu=False, settled=settled)
+        assert isinstance(cut, PipelineCut)
+        return cut.schedule
+
+    monkeypatch.setattr(planner, "choose", choose)
+    assert fitted(9) == "zb-h2"
+    if not settled:
+        assert fitted(5) == ""
+    with pytest.raises(BudgetTooSmall) as caught:
+        fitted(4)
+    assert caught.value.smallest_bytes == smallest["zb-h2" if settled else ""]
 
 
 def flops(made: graphshard.Compiled) -> float:
