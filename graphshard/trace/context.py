@@ -69,7 +69,7 @@ def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> 
     calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
     replaced = (
         *(_attention_replaced(), batches_counted(), checks_left_out(unchecked)),
-        *(_no_reentrant(), _no_higher_order()),
+        *(_parameters_renamed(), _no_reentrant(), _no_higher_order()),
     )
     with torch.fx.traceback.annotate({MODULE: ""}), contextlib.ExitStack() as stack:
         for context in (*replaced, operators, calls):
@@ -130,6 +130,20 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
             handle.remove()
         while entered:
             entered.pop().__exit__(None, None, None)
+
+
+def _parameters_renamed() -> AbstractContextManager[None]:
+    """Meanwhile a module takes what stands for a parameter under another name, too (``self.last = self.weight``): torch
+    registers that, as it does a parameter, and refuses it since it was computed."""
+
+    def register(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, FunctionalTensor) and isinstance(value, nn.Parameter):
+            module._parameters[name] = value
+        else:
+            before(module, name, value)
+
+    before = nn.Module.register_parameter
+    return meanwhile((nn.Module, "register_parameter", register))
 
 
 def _no_higher_order() -> AbstractContextManager[None]:
