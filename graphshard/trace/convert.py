@@ -18,12 +18,13 @@ from graphshard.dataflow import is_view, owns_memory
 from graphshard.errors import (
     ParameterOutsideModel,
     ParameterWritten,
+    SparseGradient,
     TensorKeptOutside,
     TensorWithoutValue,
     UncapturableOperator,
     UnknownRandomOperator,
 )
-from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, copy_node, empty_section
+from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, copy_node, empty_section, val
 from graphshard.rewrite import add_input, call, drop_dead
 from graphshard.trace.autocast import AS_GIVEN
 from graphshard.trace.caches import empty_everywhere
@@ -63,7 +64,10 @@ def convert(
             case "result":
                 carries.output(joint.output.tensors[port.index], node)
             case "grad":
-                carries.gradient(tensors.params[port.index].name, node)
+                name = tensors.params[port.index].name
+                if val(node).layout is not torch.strided:
+                    raise SparseGradient(name)
+                carries.gradient(name, node)
             case "buffer":
                 carries.buffer(tensors.buffers[port.index].name, node)
             case "param":

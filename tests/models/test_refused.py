@@ -280,6 +280,12 @@ def test_parameter_written_in_forward() -> None:
     assert "'linear.weight'" in str(error)
 
 
+def test_sparse_gradient() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1))
+    with pytest.raises(errors.SparseGradient, match=r"'0\.weight'.*sparse=False"):
+        capture(model, F.mse_loss, (torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1)), {}, mode="train")
+
+
 def test_parameter_in_a_list() -> None:
     model = Model(elsewhere)
     model.weights = [model.linear.weight]  # type: ignore[assignment]
