@@ -985,16 +985,6 @@ class ParameterWritten(GraphshardError):
         )
 
 
-class SparseGradient(GraphshardError):
-    """The backward makes a sparse tensor of a parameter's gradient."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(
-            f"the gradient of parameter {name!r} is a sparse tensor, which cannot be sharded, sent or summed up; "
-            "expected a dense one (nn.Embedding and EmbeddingBag make it with sparse=False)"
-        )
-
-
 class ParameterOutsideModel(GraphshardError):
     """A parameter or buffer is used by a reference that is not the module's own attribute."""
 
