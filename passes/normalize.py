@@ -49,6 +49,10 @@ _SPLITS = {
     aten.unsafe_split.Tensor: aten.split.Tensor,
     aten.unsafe_split_with_sizes.default: aten.split_with_sizes.default,
 }
+_NOTED: dict[Any, Any] = {
+    aten._conj.default: aten.conj_physical.default,
+    aten._neg_view.default: aten.neg.default,
+}
 _JOINS = (aten.cat.default, aten.stack.default)
 _ONE = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
 
@@ -134,6 +138,19 @@ def _canonical(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     if not _can_view(node.args[0], size, node):
         return node
     return _become(node, aten.view.default, (node.args[0], size), changed)
+
+
+def _physical(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
+    """A conjugate or negative that is only noted on a view is computed: no copy that would, no transfer and no memory
+    of the plan's keeps the note. Twice is nothing."""
+    target = _NOTED.get(node.target)
+    if target is None:
+        return node
+    source: Any = node.args[0]
+    if source.target is target and _type(source.args[0]) == _type(node):
+        node.replace_all_uses_with(source.args[0])
+        return source.args[0]  # type: ignore[no-any-return]
+    return _become(node, target, (source,), changed)
 
 
 def _can_view(source: Any, size: list[int], like: fx.Node) -> bool:
@@ -252,7 +269,10 @@ def _without_effect(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     return source
 
 
-_RULES = (_canonical, _merge_reshapes, _merge_permutes, _transposed_product, _joined_in_order, _without_effect)
+_RULES = (
+    *(_physical, _canonical, _merge_reshapes, _merge_permutes, _transposed_product, _joined_in_order),
+    _without_effect,
+)
 
 
 def _derive_weight_views(body: Section) -> None:

@@ -280,8 +280,10 @@ class _Sharding:
         if self.param.shape != ():
             return shaped
         flat = {slot for slot in shaped if slot.role is Role.MASTER}
+        # All of a replica's gradient may come from another stage.
+        carries = [replace(self.carry, stage=stage) for stage in self.param.stages]
         while True:
-            own = [inputs[slot] for slot in (self.carry, self.slot, *flat) if slot in inputs]
+            own = [inputs[slot] for slot in (*carries, self.slot, *flat) if slot in inputs]
             changed = downstream(own, stop=is_pooled)
             found = {slot for slot in shaped if outputs.get(slot) in changed}
             if found <= flat:

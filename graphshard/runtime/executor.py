@@ -382,8 +382,9 @@ class Executor(ABC):
 
     def _typed(self, value: Tensor, kind: TensorType, slot: Slot) -> Tensor:
         assert tuple(value.shape) == kind.shape and value.dtype == kind.dtype, f"{slot} is {kind}, given {value.shape}"
+        # A view may only note that it is a conjugate or negative, which no graph knows of its inputs.
+        value = value.detach().resolve_conj().resolve_neg()
         # Measured, a part of the batch has storage of its own, which goes when the step is done with it.
-        value = value.detach()
         if self.meters or value.device != self.device:
             value = value.to(self.device, non_blocking=True, copy=bool(self.meters))
         if value.stride() != kind.stride:

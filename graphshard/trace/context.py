@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import transformer
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
@@ -31,6 +32,7 @@ from graphshard.trace.devices import Devices
 from graphshard.trace.errors import NO_FUNCTIONS, calling_line, describe
 from graphshard.trace.foreach import one_by_one
 from graphshard.trace.grouped import of_groups
+from graphshard.trace.labels import of_first_labels
 from graphshard.trace.marks import LINE, MODULE
 from graphshard.trace.masked import selected
 from graphshard.trace.meanwhile import meanwhile
@@ -69,7 +71,7 @@ def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> 
     calls, operators = _Calls(Devices(held), casts), Operators(unchecked)
     replaced = (
         *(_attention_replaced(), batches_counted(), checks_left_out(unchecked)),
-        *(_no_reentrant(), _no_higher_order()),
+        *(_parameters_renamed(), _masks_unread(), _no_reentrant(), _no_higher_order()),
     )
     with torch.fx.traceback.annotate({MODULE: ""}), contextlib.ExitStack() as stack:
         for context in (*replaced, operators, calls):
@@ -132,6 +134,30 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
             entered.pop().__exit__(None, None, None)
 
 
+def _parameters_renamed() -> AbstractContextManager[None]:
+    """Meanwhile a module takes what stands for a parameter under another name, too (``self.last = self.weight``): torch
+    registers that, as it does a parameter, and refuses it since it was computed."""
+
+    def register(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, FunctionalTensor) and isinstance(value, nn.Parameter):
+            module._parameters[name] = value
+        else:
+            before(module, name, value)
+
+    before = nn.Module.register_parameter
+    return meanwhile((nn.Module, "register_parameter", register))
+
+
+def _masks_unread() -> AbstractContextManager[None]:
+    """Meanwhile nn.Transformer does not compare masks with a causal one, which needs their values: told nothing, it
+    takes them for any mask, which costs time at most."""
+
+    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return is_causal is True
+
+    return meanwhile((transformer, "_detect_is_causal_mask", detect))
+
+
 def _no_higher_order() -> AbstractContextManager[None]:
     """Operators on functions (torch.cond, flex_attention) are refused where the model calls them."""
 
@@ -188,7 +214,7 @@ class _Calls(TorchFunctionMode):
         return result
 
 
-_REPLACEMENTS = (laid_out, written_out, without_values, one_by_one, of_groups)
+_REPLACEMENTS = (laid_out, written_out, without_values, one_by_one, of_groups, of_first_labels)
 """Each gives what to call instead of a torch function: itself, unless it is one of its own."""
 
 _ATTENTION = F.scaled_dot_product_attention

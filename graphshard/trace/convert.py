@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from graphshard import fake
 from graphshard.carried import keep_for_later
@@ -145,6 +145,8 @@ class _Body:
             raise UncapturableOperator("a nested graph", where(read), NO_FUNCTIONS)
         if isinstance(value, FakeTensor):
             raise TensorKeptOutside(where(read), empty_everywhere())
+        if value.layout is not torch.strided:
+            raise UncapturableOperator("a sparse tensor", where(read), "make it a dense one, see to_dense()")
         if _memory(value) in self.known:
             raise ParameterOutsideModel(self.known[_memory(value)].name, where(read))
         if value.is_meta:
@@ -185,6 +187,10 @@ class _Body:
             raise UncapturableOperator(str(target), where(node), instead)
         if target._schema.is_mutable:
             raise UncapturableOperator(str(target), where(node), "use an operator that returns its result")
+        results = [leaf for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)]
+        if any(result.layout is not torch.strided for result in results):
+            instead = "it makes a sparse tensor; use dense ones (of an embedding: sparse=False)"
+            raise UncapturableOperator(str(target), where(node), instead)
 
     def _record(self, node: fx.Node) -> NodeInfo:
         if node.meta.get("partitioner_tag") != "is_backward":

@@ -162,6 +162,7 @@ def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) 
     """
     shown = [value.clone() if item.name in replaced else value for item, value in zip(held, values, strict=True)]
     for item, value in zip(held, shown, strict=True):
+        _look_like(item.tensor, value)
         for where, key in item.places:
             where[key] = value
         if value.requires_grad:
@@ -178,6 +179,14 @@ def swapped(held: Sequence[Held], values: Sequence[Tensor], replaced: set[str]) 
         for item in held:
             for where, key in item.places:
                 where[key] = item.tensor
+
+
+def _look_like(tensor: Tensor, value: Tensor) -> None:
+    """Have ``value`` pass for ``tensor`` where the model asks whether that is a parameter, or for an attribute that it
+    was given."""
+    vars(value).update(vars(tensor))
+    if isinstance(tensor, nn.Parameter):
+        value._is_param = True  # what isinstance asks for
 
 
 def _traced(hook: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:

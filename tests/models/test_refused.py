@@ -150,7 +150,20 @@ def diagonal_of_a_view(_: Model, y: Tensor) -> Tensor:
     return y[:3].fill_diagonal_(0.0).sum() + y
 
 
+def sparse(_: Model, y: Tensor) -> Any:
+    return torch.sparse.mm(torch.eye(4).to_sparse(), y)
+
+
+IDENTITY = torch.eye(4).to_sparse()
+
+
+def sparse_constant(_: Model, y: Tensor) -> Any:
+    return torch.sparse.mm(IDENTITY, y)
+
+
 BY_LINE = [
+    (sparse_constant, errors.UncapturableOperator, "IDENTITY, y); make it a dense one"),
+    (sparse, errors.UncapturableOperator, "to_sparse(), y); it makes a sparse tensor"),
     (draws, errors.RandomOutsideTorch, "random.uniform(1, 2)"),
     (draws_in_numpy, errors.RandomOutsideTorch, "np.random.permutation(6)"),
     (expanded_and_written, errors.UncapturableOperator, "expand(4, 6).add_(1); elements of what it writes to"),
@@ -278,6 +291,12 @@ def test_parameter_written_in_forward() -> None:
     error = refused(Model(written))
     assert isinstance(error, errors.ParameterWritten)
     assert "'linear.weight'" in str(error)
+
+
+def test_sparse_gradient() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1))
+    with pytest.raises(errors.UncapturableOperator, match="sparse=False"):
+        capture(model, F.mse_loss, (torch.zeros(2, dtype=torch.int64), torch.zeros(2, 1)), {}, mode="train")
 
 
 def test_parameter_in_a_list() -> None:

@@ -46,3 +46,35 @@ def test_clipped_training_is_as_eager(plan: str) -> None:
         optimizer.step()
         torch.testing.assert_close(ours.step(x, y), loss.detach())
     torch.testing.assert_close(ours.state_dict(), eager.state_dict())
+
+
+class Conjugate(nn.Module):
+    """Conjugates, and negatives, as views of the batch and of what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.complex(self.first(x.real), x.imag).conj()
+        parts = torch.view_as_real(hidden.resolve_conj()).flatten(1)
+        result: Tensor = self.last(torch.tanh(parts)) * (hidden.imag.resolve_neg() + x.conj().real).sum(1, keepdim=True)
+        return result
+
+
+@pytest.mark.parametrize("plan", ["dp1", "pp2:stages=last"])
+def test_conjugates_that_are_views(plan: str) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 4, dtype=torch.complex128).conj(), torch.randn(8, 3, dtype=torch.float64)
+    eager = Conjugate().double()
+    ours = graphshard.compile(
+        copy.deepcopy(eager), plan, loss_fn=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1), executor="local"
+    )
+    optimizer = torch.optim.SGD(eager.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = F.mse_loss(eager(x), y)
+        loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(ours.step(x, y), loss.detach())
+    torch.testing.assert_close(ours.state_dict(), eager.state_dict())

@@ -109,6 +109,37 @@ def test_a_stage_that_keeps_no_optimizer_state(schedule: str) -> None:
     check_parity(maker("nested", plan), plan, adamw, dtype=torch.float64, max_grad_norm=0.5)
 
 
+class Asks(nn.Module):
+    """Asks whether it has parameters, and for what they were given, and keeps one under another name."""
+
+    offset: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.register_buffer("offset", torch.ones(4, dtype=torch.float64))
+        weight: Any = self.linear.weight
+        weight.gain, self.offset.factor = 2.0, -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.linear.weight
+        self.last, gain = weight, weight.gain
+        x = F.linear(x, self.last * gain, self.linear.bias) if isinstance(weight, nn.Parameter) else x
+        asked = [isinstance(value, nn.Parameter) for value in (self.linear.bias, self.offset, x)]
+        result: Tensor = x + self.offset * self.offset.factor * sum(asked)
+        return result
+
+
+def test_parameters_pass_for_parameters_while_the_model_is_captured() -> None:
+    torch.manual_seed(0)
+    model, x, y = Asks(), torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 4, dtype=torch.float64)
+    expected = F.mse_loss(2 * F.linear(x, model.linear.weight, model.linear.bias / 2) - 1, y).item()
+    compiled = graphshard.compile(model, "dp1", loss_fn=F.mse_loss, optimizer=partial(SGD, lr=0.1), executor="local")
+    assert compiled.step(x, y).item() == pytest.approx(expected, rel=1e-12)
+    assert compiled.evaluate(x, y).item() < expected
+    assert [name for name, _ in model.named_parameters()] == ["linear.weight", "linear.bias"]
+
+
 class Skips(nn.Module):
     """Like a U-Net: every layer of the first half is read once more in the second."""
 

@@ -296,6 +296,44 @@ def test_attention_with_a_mask_that_is_a_plain_attribute() -> None:
     check_parity(make, "dp1", sgd, dtype=torch.float64, noisy=("in_proj_bias",))
 
 
+class Causal(nn.Module):
+    """Does not say of its mask that it is causal: torch would look."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 1, 4, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = nn.Transformer.generate_square_subsequent_mask(3, dtype=x.dtype)
+        result: Tensor = self.layers(x, mask)
+        return result
+
+
+def test_a_mask_of_a_transformer() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Causal(), (torch.randn(4, 3, 4), torch.randn(4, 3, 4)), {}, F.mse_loss
+
+    check_parity(make, "dp1", sgd, dtype=torch.float64, steps=2, noisy=("in_proj_bias",))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_labels_up_to_the_first_end(reduction: str) -> None:
+    """Behind -1 there is anything; a label twice; no label; labels alone."""
+
+    def loss_fn(out: Tensor, labels: Tensor) -> Tensor:
+        of_first = F.multilabel_margin_loss(out[0], labels[0], reduction=reduction)
+        return F.multilabel_margin_loss(out, labels, reduction=reduction).mean() + of_first
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        labels = [[3, 0, -1, 1, 2, 4], [2, 2, 5, -1, 0, -1], [-1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
+        return nn.Linear(WIDTH, WIDTH), (torch.randn(4, WIDTH), torch.tensor(labels)), {}, loss_fn
+
+    check_parity(make, "dp1", sgd, dtype=torch.float64)
+
+
 class Recurrent(nn.Module):
     """An LSTM and a layer that reads its last output and last states."""
 

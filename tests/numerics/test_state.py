@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import StepLR
 
 import graphshard
 from graphshard.errors import OptimizerStateMissing, OptimizerStateTogether, StateMismatch
-from numerics.cases import OPTIMIZERS, maker
-from numerics.reference import Eager, Make, assert_close, assert_same_training, rolled
+from numerics.cases import OPTIMIZERS, maker, sgd
+from numerics.reference import Eager, Make, assert_close, assert_same_training, check_parity, rolled
 
 adamw = functools.partial(torch.optim.AdamW, lr=1e-2)
 SHARDED, REPLICATED = "zero3+pp2:microbatches=2", "dp2+accum2"  # the same split of the batch
@@ -365,6 +365,28 @@ def test_scalar_state_of_a_parameter_without_dims(plan: str, optimizer: Callable
     tolerance = 2e-3 if "fp16" in plan else 1e-9
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(then.state_dict()[name], value, rtol=tolerance, atol=tolerance)
+
+
+class Threshold(nn.Module):
+    """Its threshold is read by both layers, and has a gradient from the second alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.t = nn.Parameter(torch.tensor(0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x * (x > self.t))
+        result: Tensor = self.b(x) * self.t
+        return result
+
+
+def test_scalar_state_of_a_parameter_whose_gradient_is_of_another_stage() -> None:
+    def make() -> Any:
+        torch.manual_seed(0)
+        return Threshold(), (torch.randn(8, 4), torch.randn(8, 3)), {}, F.mse_loss
+
+    check_parity(make, "pp2:stages=b", sgd, dtype=torch.float64)
 
 
 class Split(nn.Module):
