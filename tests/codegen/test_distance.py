@@ -13,6 +13,7 @@ from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, Storage, m
 from graphshard.prove import prove
 from handmade import kind, refs, run, wait
 from layers import compiled_layers
+from marks import full
 
 Part = list[Instruction]
 
@@ -124,10 +125,10 @@ def test_what_is_handed_over_stays_behind_a_copy_that_reads_it_meanwhile() -> No
 
 PLANS = [
     ("zero3+offload:optimizer=cpu,params=cpu", 64),
-    ("zero3+accum2+offload:params=cpu", 64),
+    full("zero3+accum2+offload:params=cpu", 64),
     ("zero3+accum2+offload:activations=cpu", 512),
     ("dp2+accum2+offload:optimizer=cpu,activations=cpu", 256),
-    ("zero3+pp2+offload:optimizer=cpu,params=cpu,activations=cpu", 512),
+    full("zero3+pp2+offload:optimizer=cpu,params=cpu,activations=cpu", 512),
 ]
 
 

@@ -13,6 +13,7 @@ from graphshard.execution import ExecutionPlan, Instruction, Op, Storage
 from graphshard.prove import prove
 from handmade import collective, kind, refs, run, wait
 from layers import compiled_layers
+from marks import full
 
 X = kind(4)
 Part = list[Instruction]
@@ -202,9 +203,9 @@ def early_updates(plan: ExecutionPlan) -> int:
 STATE_BYTES = 3 * 8 * 8 * 4 // 2  # what a rank moves of a layer: half of a weight and of AdamW's averages
 WITH_ROOM = [
     ("zero3+offload:optimizer=cpu,params=cpu", 16),
-    ("zero3+offload:optimizer=cpu,params=cpu", 64),
+    full("zero3+offload:optimizer=cpu,params=cpu", 64),
     ("zero3+accum2+offload:optimizer=cpu,params=cpu", 64),
-    ("zero3:budget_gb=1+accum2+offload:optimizer=cpu,params=cpu", 64),
+    full("zero3:budget_gb=1+accum2+offload:optimizer=cpu,params=cpu", 64),
     ("zero1+accum2+offload:optimizer=cpu", 64),
     ("dp2+accum2+offload:optimizer=cpu", 256),
     ("zero3+pp2+offload:optimizer=cpu,params=cpu", 512),

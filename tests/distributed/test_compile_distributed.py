@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from distributed.processes import launch
+from marks import full
 
 
 def close(value: Any) -> Any:
@@ -161,7 +162,7 @@ def test_a_rank_that_refuses_its_batch_tells_the_others_when_they_have_begun() -
     refuses_from_now_on(peer, 0, "rank 1 cannot begin the step")
 
 
-@pytest.mark.parametrize("plan", ["zero3+accum2", "dp+memory:budget_gb=1"])
+@pytest.mark.parametrize("plan", [full("zero3+accum2"), "dp+memory:budget_gb=1"])
 def test_where_no_rank_has_begun_a_batch_that_is_refused_is_left_out_by_all(plan: str) -> None:
     for result, error in zip(launch("train_rank.py", 2, "refused", plan), ("PeerNotReady", "ModelFailed"), strict=True):
         assert [said.partition(":")[0] for said in result.get("said", ())] == [error, error], result

@@ -10,14 +10,11 @@ import torch
 
 import graphshard
 from graphshard import text
+from marks import few
 from models import zoo
 
-LARGE = ("bert", "encoder", "gpt", "vit")  # of operators that the others have, too
 
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full if name in LARGE else ()) for name in zoo.MODELS]
-)
+@pytest.mark.parametrize("name", few(zoo.MODELS, ("mlp", "convnet", "nested", "gpt2")))
 def test_dumped_graphs_read_back_as_they_were(name: str, tmp_path: Path) -> None:
     model, (args, kwargs), loss_fn = zoo.MODELS[name]()
     graphshard.compile(

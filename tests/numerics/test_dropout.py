@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import graphshard
+from marks import full
 from numerics.cases import maker
 from numerics.reference import assert_close
 
@@ -39,7 +40,7 @@ def train(name: str, plan: str, steps: int = 2, seed: int = 0) -> tuple[list[Ten
         ("mlp", FOUR_ON_ONE),
         ("gpt", TWO_ON_TWO),
         ("bert", TWO_ON_TWO[1:3]),
-        pytest.param("t5", TWO_ON_TWO[1:3], marks=pytest.mark.full),
+        full("t5", TWO_ON_TWO[1:3]),
     ],
 )
 def test_plans_with_one_split_agree(name: str, plans: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 import graphshard
 from graphshard.simulate import simulate_memory
+from marks import full
 from models.zoo import MODELS
 from numerics.cases import PLANS, SPLITS, adamw, maker, sgd
 
@@ -45,7 +46,7 @@ def agree(name: str, plan: str, optimizer: Callable[[nn.Module], Optimizer] = ad
     [
         *((name, plan) for name in ("mlp", "convnet") for plan in SMALL),
         ("t5", "zero3+pp2+recompute:policy=full"),
-        *(pytest.param("t5", plan, marks=pytest.mark.full) for plan in SMALL if "recompute" not in plan),
+        *(full("t5", plan) for plan in SMALL if "recompute" not in plan),
     ],
 )
 def test_simulated_and_measured_peaks_agree(name: str, plan: str) -> None:

@@ -17,6 +17,7 @@ import graphshard
 from graphshard.compile import Compiled
 from graphshard.execution import Op
 from graphshard.pipeline import Pass
+from marks import full
 from numerics.cases import OPTIMIZERS, maker
 from tagging import TagSaved
 
@@ -42,7 +43,7 @@ PLACES = tuple(
 SELECTED = (
     ("zero2:size=2", "optimizer=nvme"),
     ("zero3+pp2", "optimizer=cpu,params=cpu,activations=cpu"),
-    ("zero3+pp2", "params=nvme,activations=cpu"),
+    full("zero3+pp2", "params=nvme,activations=cpu"),
     ("zero3+pp2:schedule=zb-h1", "optimizer=nvme,activations=nvme"),
     ("zero3:size=2,budget_gb=1+accum2", "optimizer=cpu,params=nvme"),
 )
@@ -56,8 +57,8 @@ UNCLIPPED = (
     ("dp2", "optimizer=nvme"),
     ("zero1:size=2", "optimizer=cpu,params=nvme"),
     ("zero3:size=2+accum2", "optimizer=nvme,params=nvme"),
-    ("zero3+pp2", "optimizer=nvme,params=cpu"),
-    ("zero3+pp2:schedule=zb-h1", "optimizer=nvme,activations=nvme"),
+    full("zero3+pp2", "optimizer=nvme,params=cpu"),
+    full("zero3+pp2:schedule=zb-h1", "optimizer=nvme,activations=nvme"),
     ("dp1+accum2", "optimizer=cpu"),
 )
 """Where an update begins before the backward ends."""
@@ -129,7 +130,7 @@ def test_training_is_the_same_to_the_bit(plan: str, places: str, tmp_path: Path)
     check(plan, places, "adamw", tmp_path)
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.full), "adamw"])
+@pytest.mark.parametrize("optimizer", [full("sgd"), "adamw"])
 @pytest.mark.parametrize(("plan", "places"), UNCLIPPED)
 def test_an_update_during_the_backward_is_the_same_to_the_bit(
     plan: str, places: str, optimizer: str, tmp_path: Path
@@ -141,7 +142,7 @@ def test_an_update_during_the_backward_is_the_same_to_the_bit(
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-@pytest.mark.parametrize("plan", ["zero3:size=2+fp16", "zero3:size=2+bf16", "zero3:size=2+accum2+fp16"])
+@pytest.mark.parametrize("plan", ["zero3:size=2+fp16", "zero3:size=2+bf16", full("zero3:size=2+accum2+fp16")])
 def test_a_lower_precision_is_the_same_to_the_bit(plan: str, max_grad_norm: float | None, tmp_path: Path) -> None:
     """Masters are reloaded beside the parameters, and loss scaling keeps either from being updated early."""
     compiled = check(plan, "optimizer=cpu,params=cpu", "adamw", tmp_path, max_grad_norm, "mlp")
@@ -190,7 +191,8 @@ class Mixing(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "plan", ["dp1+accum4", "zero3:size=2,budget_gb=1+accum2", "pp2:microbatches=4", "pp2:schedule=zb-h2,microbatches=4"]
+    "plan",
+    ["dp1+accum4", "zero3:size=2,budget_gb=1+accum2", full("pp2:microbatches=4"), "pp2:schedule=zb-h2,microbatches=4"],
 )
 def test_a_product_is_rounded_with_what_it_is_added_to(plan: str) -> None:
     """Also where activations that come back lie between it and its bucket, which other micro-batches added to."""

@@ -19,6 +19,7 @@ from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context
 from graphshard.program import Program
 from graphshard.region import operations_of
+from marks import full
 from numerics.cases import maker, sgd
 from numerics.mixed import both
 from numerics.reference import rolled
@@ -141,7 +142,7 @@ STEPS, ROWS, WINDOW = 200, 16, 20
 
 @pytest.mark.parametrize(
     "plan",
-    ["zero3+pp2+bf16", *(pytest.param(p, marks=pytest.mark.full) for p in ("dp2+fp16", "zero3+pp2+fp16", "dp2+bf16"))],
+    ["zero3+pp2+bf16", *(full(p) for p in ("dp2+fp16", "zero3+pp2+fp16", "dp2+bf16"))],
 )
 def test_the_loss_of_200_steps_stays_in_the_band_between_two_orders_of_the_data(plan: str) -> None:
     """Smoothed, it is nearer to eager training on the same data than that is to eager training on another order."""

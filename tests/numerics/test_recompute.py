@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 import graphshard
+from marks import full
 from numerics.cases import maker
 
 POLICIES = ("policy=full", "policy=selective", "policy=custom,ops=gelu/native_layer_norm/dropout_mask")
@@ -32,9 +33,9 @@ def train(
     [
         ("gpt", "accum2", {"dropout": 0.2}),
         ("bert", "zero3+pp2", {"dropout": 0.2}),
-        pytest.param("t5", "pp2:schedule=zb-h1", {"dropout": 0.2}, marks=pytest.mark.full),
-        pytest.param("llama", "zero2+accum2", {}, marks=pytest.mark.full),
-        pytest.param("vit", "dp2+zero3:size=2", {"dropout": 0.2}, marks=pytest.mark.full),
+        full("t5", "pp2:schedule=zb-h1", {"dropout": 0.2}),
+        full("llama", "zero2+accum2", {}),
+        full("vit", "dp2+zero3:size=2", {"dropout": 0.2}),
         ("convnet", "zero3:budget_gb=1+accum2", {}),
         ("mlp", "pp4:schedule=zb-h1", {"dropout": 0.2}),
     ],

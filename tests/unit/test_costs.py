@@ -13,6 +13,7 @@ from graphshard import text
 from graphshard.costs import costs
 from graphshard.runtime.traffic import sent_bytes
 from graphshard.simulate import simulate_memory
+from marks import full
 from models import zoo
 
 
@@ -28,7 +29,7 @@ def compiled(name: str, plan: str, rows: int = 16) -> graphshard.Compiled:
 PLANS = ["dp2", "zero1+accum2", "zero2+accum2", "zero3+accum2", "zero3:budget_gb=1+accum2", "pp2", "zero3+pp2"]
 
 
-@pytest.mark.parametrize("plan", [*PLANS, "dp2+zero3:size=2", "dp2+pp2:schedule=zb-h1"])
+@pytest.mark.parametrize("plan", [*PLANS, "dp2+zero3:size=2", full("dp2+pp2:schedule=zb-h1")])
 def test_bytes_sent_are_those_of_the_plan(plan: str) -> None:
     made = compiled("gpt", plan)
     found = costs(made.program)

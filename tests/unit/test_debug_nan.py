@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphshard
 from graphshard.errors import NonFiniteStep
 from graphshard.runtime.watch import look
+from marks import few, full
 from models import zoo
 
 HERE = Path(__file__)
@@ -159,7 +160,7 @@ def test_a_nan_of_the_backward_pass_alone_has_the_line_of_its_forward() -> None:
 
 @pytest.mark.parametrize("function", [fine, masked])
 @pytest.mark.parametrize(
-    "plan", ["dp2", "zero2", "zero3:budget_gb=1", "pp2:stages=1,schedule=zb-h1", "zero3+pp2:stages=1"]
+    "plan", ["dp2", full("zero2"), full("zero3:budget_gb=1"), "pp2:stages=1,schedule=zb-h1", "zero3+pp2:stages=1"]
 )
 def test_a_finite_model_and_a_causal_mask_are_silent_and_train_alike(
     function: Callable[[Tensor], Tensor], plan: str
@@ -305,7 +306,7 @@ def test_a_sum_over_ranks_that_overflows() -> None:
     assert lines[-1].endswith("from 0 to 2e+38")  # padded
 
 
-@pytest.mark.parametrize("name", ["gpt", "convnet", "encoder", "nested", "llama"])
+@pytest.mark.parametrize("name", few(["gpt", "convnet", "encoder", "nested", "llama"], ["gpt", "nested"]))
 def test_models_run_watched_as_they_do_otherwise(name: str) -> None:
     losses = []
     for debug_nan in (False, True):

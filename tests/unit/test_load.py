@@ -33,6 +33,7 @@ from graphshard.errors import (
 )
 from graphshard.pipeline import Context
 from graphshard.program import Program
+from marks import full
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import rolled
 from uncompiled import refuse_compiling
@@ -67,12 +68,12 @@ def trained(compiled: graphshard.Executable, batch: Any, steps: int = 3) -> Any:
 @pytest.mark.parametrize(
     ("name", "plan", "optimizer"),
     [
-        ("gpt", "zero3+pp2", "adamw"),
+        full("gpt", "zero3+pp2", "adamw"),
         ("mlp", "zero3+pp2", "sgd"),
         ("mlp", "pp2:schedule=zb-h1,microbatches=3", "sgd"),
         ("convnet", "dp2", "adamw"),
         ("mlp", "zero1+pp2+fp16:init_scale=1024", "adamw"),
-        ("mlp", "zero3:size=2+recompute:policy=full+accum2", "sgd"),
+        full("mlp", "zero3:size=2+recompute:policy=full+accum2", "sgd"),
         ("mlp", f"zero3+offload:optimizer=nvme,params=cpu,path={tempfile.gettempdir()}", "adamw"),
         ("mlp", "zero1:size=2", "adagrad"),
     ],

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import graphshard
+from marks import full
 
 DEVICES = (1, 4, 16, 64, 256, 1024)
 # Rajbhandari et al. 2020, table 1: GB a device, by parameters (billions) and ZeRO stage.
@@ -33,7 +34,7 @@ def compiled(model: nn.Module, plan: str, width: int) -> graphshard.Compiled:
     )
 
 
-@pytest.mark.parametrize(("billions", "stage"), TABLE)
+@pytest.mark.parametrize(("billions", "stage"), [full(*row) if row[0] == 128 else row for row in TABLE])
 def test_the_table_of_the_zero_paper(billions: float, stage: int) -> None:
     """Two wide layers: what model states take does not depend on how parameters are shaped."""
     width = round((billions * 1e9 / 2) ** 0.5)

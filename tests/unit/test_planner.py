@@ -25,6 +25,7 @@ from graphshard.plan import Plan
 from graphshard.planner import fit, levers_of
 from graphshard.rewrite import copied
 from graphshard.surroundings import offload_folder
+from marks import full
 from models.zoo import gpt
 from numerics.cases import rows_of
 
@@ -54,7 +55,7 @@ def peaks(made: graphshard.Compiled, key: str = "peak_bytes") -> list[int]:
 
 SWEEPS = [
     ("accum2", 4),
-    *(pytest.param(plan, 10, marks=pytest.mark.full) for plan in ("accum2", "zero3+pp2", "pp2:schedule=gpipe")),
+    *(full(plan, 10) for plan in ("accum2", "zero3+pp2", "pp2:schedule=gpipe")),
 ]
 
 
@@ -136,8 +137,9 @@ def flops(made: graphshard.Compiled) -> float:
     return total
 
 
-@pytest.mark.parametrize("plan", ["accum2", "pp2"])
-@pytest.mark.parametrize("policy", ["selective", "full"])
+@pytest.mark.parametrize(
+    ("policy", "plan"), [("selective", "accum2"), ("full", "pp2"), full("selective", "pp2"), full("full", "accum2")]
+)
 def test_no_policy_with_a_name_costs_less_at_its_peak_than_what_is_chosen(plan: str, policy: str) -> None:
     named = compiled(f"{plan}+recompute:policy={policy}")
     chosen = compiled(f"{plan}+recompute:policy=auto,budget_gb={max(peaks(named)) / 1e9!r}")
@@ -250,7 +252,7 @@ def test_a_call_before_the_first_step_does_not_lift_the_budget() -> None:
         made.step(ids, targets)
 
 
-@pytest.mark.parametrize("plan", ["zero3+accum2", pytest.param("zero3+pp2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("plan", ["zero3+accum2", full("zero3+pp2")])
 def test_the_smallest_budget_is_no_more_than_offloading_everything_takes(plan: str, tmp_path: Path) -> None:
     everything = f"{plan}+offload:optimizer=nvme,params=nvme,activations=nvme,path={tmp_path}"
     most = max(peaks(compiled(everything, depth=3)))
@@ -299,7 +301,8 @@ def test_values_may_go_to_host_memory_on_a_gpu_and_to_files_where_there_is_a_fol
 
 
 @pytest.mark.parametrize(
-    ("said", "frozen"), [("", ""), ("offload:optimizer=cpu,activations=cpu+", ""), ("offload:params=cpu+", "h.0")]
+    ("said", "frozen"),
+    [full("", ""), ("offload:optimizer=cpu,activations=cpu+", ""), full("offload:params=cpu+", "h.0")],
 )
 def test_what_host_memory_has_no_room_for_goes_to_files(said: str, frozen: str) -> None:
     """A GPU's ladder, without one. What the plan offloads itself takes room, too, be it trained or not."""

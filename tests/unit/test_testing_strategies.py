@@ -16,14 +16,14 @@ from graphshard.testing.strategies import model_specs, pass_lists, programs
 from graphshard.verify import verify
 
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,
     derandomize=True,  # no dependence on what ran before
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
 
 
-@settings(SETTINGS, max_examples=40)
+@SETTINGS
 @given(programs(levels=list(Level)))
 def test_random_programs_are_legal_run_and_round_trip(program: Program) -> None:
     verify(program)
