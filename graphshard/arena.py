@@ -5,7 +5,7 @@ alive at once, in whatever order values come and go; and because it is the same 
 none of its pages twice. Not in it are values that outlive the step, and what torch's operators make for themselves.
 
 What ranks of one machine gather is the same on each of them: it can lie in memory that they share, laid out likewise.
-What they reduce can lie there, too, for the others to read: each has a part of that memory for its own.
+What they reduce can lie where the others can read it: in a block of each rank's own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Given:
-    """A place in the part that a rank has for its own of what ranks along ``axis`` share: a byte offset."""
+    """A place in the block of its own that a rank shows to the others along ``axis``: a byte offset."""
 
     axis: str
     offset: int
@@ -47,7 +47,7 @@ class Layout:
 
     ``alive_bytes``: the most that is in use at once, which no layout can do without. ``gathered``, by the position of
     a GATHER: where its result lies in shared memory, of which there are ``shared_bytes`` by axis. ``given``, by the
-    position of a RUN and its place: what lies behind that, where each rank has ``given_bytes`` by axis for its own.
+    position of a RUN and its place: what others read, in a block of ``given_bytes`` by axis that each rank has.
     """
 
     nbytes: int = 0

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from graphshard.arena import Given, Layout
+from graphshard.arena import Layout
 from graphshard.execution import Place, TensorType
 
 Block = mmap.mmap | bytearray
@@ -73,23 +74,40 @@ class Arena:
 
 
 class SharedArena(Arena):
-    """A block that several ranks have, which reserve it together; this one is the one at ``place`` of ``members``.
+    """A block that several ranks have, each of which makes a part of the values there.
 
-    ``tell`` lets the others know that this rank has let go of one more value that all read. All run the same
-    instructions: nobody reads what lay in some place if all have let go of as many values as this rank had when it
-    asked for the place.
+    ``tell`` lets the others know that this rank has let go of one more value. All run the same instructions: nobody
+    reads what lay in some place if all have let go of as many values as this rank had when it asked for the place.
     """
 
-    def __init__(self, block: Callable[[int], Block], tell: Callable[[], None], place: int, members: int) -> None:
+    def __init__(self, block: Callable[[int], Block], tell: Callable[[], None]) -> None:
         super().__init__(block)
         self._tell = tell
-        self.place, self.members = place, members
         self.let_go_of = 0
 
     def let_go(self) -> None:
         """This rank does not read one of the values there any more."""
         self.let_go_of += 1
         self._tell()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Memory of the ranks along an axis, this one being at ``place``: one block that all write and read, and of each
+    rank one that it alone writes. They reserve them together, in this order."""
+
+    gathered: SharedArena
+    given: tuple[Arena, ...]
+    place: int
+
+    @property
+    def own(self) -> Arena:
+        """What this rank writes."""
+        return self.given[self.place]
+
+    @property
+    def nbytes(self) -> int:
+        return self.gathered.nbytes + sum(arena.nbytes for arena in self.given)
 
 
 class Placing:
@@ -101,7 +119,7 @@ class Placing:
         device: torch.device,
         arena: Arena | None = None,
         layout: Layout | None = None,
-        shared: Mapping[str, SharedArena] | None = None,
+        shared: Mapping[str, Shared] | None = None,
     ) -> None:
         self._device, self._arena, self._layout = device, arena, layout or Layout()
         self._shared = shared or {}
@@ -111,14 +129,15 @@ class Placing:
     def share(self) -> None:
         """Have all the memory that other ranks share: they call it at the same point."""
         for axis, nbytes in self._layout.shared_bytes.items():
-            arena = self._shared[axis]
-            arena.reserve(nbytes + arena.members * self._layout.given_bytes[axis])
+            self._shared[axis].gathered.reserve(nbytes)
+            for arena in self._shared[axis].given:
+                arena.reserve(self._layout.given_bytes[axis])
 
     def behind(self) -> dict[int, list[Callable[[], None]]]:
         """What to call behind instructions, by position."""
         found: dict[int, list[Callable[[], None]]] = {}
         for place in self._layout.gathered.values():
-            found.setdefault(place.until, []).append(self._shared[place.axis].let_go)
+            found.setdefault(place.until, []).append(self._shared[place.axis].gathered.let_go)
         return found
 
     def of_run(self, position: int, places: Sequence[Place]) -> Callable[[int], Tensor]:
@@ -133,7 +152,7 @@ class Placing:
         found = {number: (inside, at) for at, number in enumerate(numbers)}
         for number, kind in enumerate(kinds):
             if (given := self._layout.given.get((position, number))) is not None:
-                found[number] = self._to_give(given, kind), 0
+                found[number] = self._shared[given.axis].own.tensors([(given.offset, kind)]), 0
 
         def memory(number: int) -> Tensor:
             if (where := found.get(number)) is None:
@@ -143,15 +162,10 @@ class Placing:
 
         return memory
 
-    def _to_give(self, given: Given, kind: TensorType) -> list[Tensor]:
-        """Memory of this rank's own, which others read."""
-        arena, nbytes = self._shared[given.axis], self._layout.given_bytes[given.axis]
-        return arena.tensors([(self._layout.shared_bytes[given.axis] + arena.place * nbytes + given.offset, kind)])
-
     def of_result(self, position: int, kind: TensorType) -> Callable[[], Tensor]:
         """What gives memory for the result of a communication."""
         if (gathered := self._layout.gathered.get(position)) is not None:
-            common = self._shared[gathered.axis].tensors([(gathered.offset, kind)])
+            common = self._shared[gathered.axis].gathered.tensors([(gathered.offset, kind)])
             return lambda: common[0]
         offset = self._layout.made.get(position)
         if offset is None or self._arena is None:

@@ -1,5 +1,5 @@
 """Collectives of ranks of one machine in memory that they have in common: what is gathered is written there once, for
-all of them, and what is reduced is read where it was made.
+all of them, and what is reduced is read where it was made, in memory that its maker alone writes.
 
 All ranks run the same instructions, and notes say how far each is; see neighbours.py.
 """
@@ -9,10 +9,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
-from graphshard.runtime.arena import Block, SharedArena
+from graphshard.runtime.arena import Arena, Block, Shared, SharedArena
 from graphshard.runtime.collectives import add_up
 from graphshard.runtime.machine import Handle
 from graphshard.runtime.neighbours import Arrival, Neighbours, PeerGone
@@ -41,21 +42,23 @@ class CommonMemory:
         self._gathers: deque[Gather] = deque()  # whose part is to be written
         self._reductions: deque[Reduction] = deque()  # that are to be added up
         self._reduced = 0
-        self.arena = SharedArena(self._block, self._let_go, members.index(rank), len(members))
+        gathered = SharedArena(partial(self._block, channel, members), self._let_go)
+        given = (Arena(partial(self._block, channel + 1, [m, *(n for n in members if n != m)])) for m in members)
+        self.shared = Shared(gathered, tuple(given), members.index(rank))
 
     def gather(self, output: Tensor, source: Tensor, place: int) -> Handle:
         """``output``, which lies at ``place`` on all members, becomes their ``source`` tensors in order."""
         parts = output.view(len(self._members), -1)
-        gather = Gather(self, place, parts[self.arena.place], source.view(-1), self.arena.let_go_of)
+        gather = Gather(self, place, parts[self.shared.place], source.view(-1), self.shared.gathered.let_go_of)
         self._gathers.append(gather)
         return gather
 
     def reduce(self, output: Tensor, source: Tensor, place: int) -> Handle:
-        """``output`` becomes this rank's part of the sum of the members' ``source`` tensors, of which this rank's lies
-        at ``place``."""
+        """``output`` becomes this rank's part of the sum of the members' ``source`` tensors, which lie in their own
+        blocks, this rank's at ``place``."""
         self._neighbours.tell_part(self.others, self._reducing, place, source.nbytes)
         self._reduced += 1
-        reduction = Reduction(self, source.view(len(self._members), -1)[self.arena.place], output.view(-1))
+        reduction = Reduction(self, source.view(len(self._members), -1)[self.shared.place], output.view(-1))
         self._reductions.append(reduction)
         return reduction
 
@@ -96,8 +99,13 @@ class CommonMemory:
         """How many reductions this rank has begun."""
         return self._reduced
 
-    def _block(self, nbytes: int) -> Block:
-        return self._neighbours.common(self._members, self._gathering, nbytes, time.monotonic() + self._timeout_s)
+    def bytes(self, peer: int, place: int, nbytes: int) -> Tensor:
+        """What lies at ``place`` in the block of ``peer``."""
+        return self.shared.given[self._members.index(peer)].bytes(place, nbytes)
+
+    def _block(self, channel: int, members: Sequence[int], nbytes: int) -> Block:
+        """Memory that the first of ``members`` makes for all."""
+        return self._neighbours.common(members, channel, nbytes, time.monotonic() + self._timeout_s)
 
     def _let_go(self) -> None:
         self._neighbours.tell_gone(self.others, self._gathering)
@@ -154,9 +162,10 @@ class Reduction:
     def add_up(self) -> bool:
         """Whether the sum is there."""
         if self._arrivals and all(arrival.value is not None for arrival in self._arrivals):
-            arena, nbytes = self._memory.arena, self._mine.nbytes
-            terms = [arena.bytes(a.block + arena.place * nbytes, nbytes).view(self._mine.dtype) for a in self._arrivals]
-            terms.insert(arena.place, self._mine)
+            memory, nbytes, place = self._memory, self._mine.nbytes, self._memory.shared.place
+            theirs = [memory.bytes(a.peer, a.block + place * nbytes, nbytes) for a in self._arrivals]
+            terms = [term.view(self._mine.dtype) for term in theirs]
+            terms.insert(place, self._mine)
             add_up(terms, self._total)
             self._memory.read()
             self._arrivals = []

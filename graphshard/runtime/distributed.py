@@ -94,7 +94,7 @@ class DistributedExecutor(Executor):
         if device.type == "cpu":
             self._neighbours = Neighbours(self._groups.control, timeout_s)
             self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
-            self._shared = self._link.arenas if self.arenas else {}
+            self._shared = self._link.shared if self.arenas else {}
         self._blame = Blame(mesh, self.rank)
         self._fingerprints: dict[int, tuple[int, int]] = {}
         self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started

@@ -26,7 +26,7 @@ from graphshard.offloaded import offloaded
 from graphshard.plan_options import PLACES
 from graphshard.program import Role, Slot
 from graphshard.prove import prove
-from graphshard.runtime.arena import Arena, Placing, SharedArena
+from graphshard.runtime.arena import Arena, Placing, Shared
 from graphshard.runtime.cuda_graphs import SegmentGraphs, graphs_of, recorder_of, uncaptured
 from graphshard.runtime.feed import STORED, Feed, sort_feed
 from graphshard.runtime.machine import Communicator, Machine, Value
@@ -94,7 +94,7 @@ class Executor(ABC):
         # On an accelerator torch keeps what is freed; and where memory is measured each value has some of its own.
         alone = device.type != "cpu" or measure_memory or self.recorder is not None
         self.arenas = {} if alone else {rank: Arena() for rank in self.ranks}
-        self._shared: Mapping[str, SharedArena] = {}  # by axis, memory that ranks along it have in common
+        self._shared: Mapping[str, Shared] = {}  # by axis, memory that ranks along it have in common
         self._loaded: dict[int, Loaded] = {}
 
     def choices(self) -> dict[str, str]:
@@ -113,8 +113,8 @@ class Executor(ABC):
         if not self.arenas:
             return "each value has memory of its own, to be measured"
         largest = max(arena.nbytes for arena in self.arenas.values())
-        common = sum(arena.nbytes for arena in self._shared.values())
-        told = f", and what is gathered or reduced in one of {human(common)} that ranks share" if common else ""
+        common = sum(shared.nbytes for shared in self._shared.values())
+        told = f", and what is gathered or reduced in {human(common)} that ranks share" if common else ""
         return f"in one block of {human(largest)} a rank{told}, laid out before the step; see graphshard/arena.py"
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:

@@ -19,7 +19,7 @@ from threading import Thread
 from torch import Tensor
 
 from graphshard.mesh import Mesh
-from graphshard.runtime.arena import SharedArena
+from graphshard.runtime.arena import Shared
 from graphshard.runtime.collectives import add_up
 from graphshard.runtime.common_memory import CHANNELS, CommonMemory, Gather, Reduction
 from graphshard.runtime.machine import Communicator, Handle
@@ -136,7 +136,7 @@ class SharedMemoryCommunicator:
         if axis not in self._near or not source.numel():
             return Beyond(self, self._beyond.all_gather(axis, output, source))
         common = self._common[axis]
-        if (place := common.arena.offset(output)) >= 0:
+        if (place := common.shared.gathered.offset(output)) >= 0:
             return self._begun(common.gather(output, source, place))
         mine, parts, channel = source.view(-1), output.view(len(self._members[axis]), -1), self._channels[axis]
 
@@ -150,7 +150,7 @@ class SharedMemoryCommunicator:
         if axis not in self._near or not source.numel():
             return Beyond(self, self._beyond.reduce_scatter(axis, output, source))
         common = self._common[axis]
-        if (place := common.arena.offset(source)) >= 0:
+        if (place := common.shared.own.offset(source)) >= 0:
             return self._begun(common.reduce(output, source, place))
         parts, total = source.view(len(self._members[axis]), -1), output.view(-1)
 
@@ -248,9 +248,9 @@ class SharedMemoryCommunicator:
             self._neighbours.release(arrival)
 
     @property
-    def arenas(self) -> dict[str, SharedArena]:
+    def shared(self) -> dict[str, Shared]:
         """By axis, memory that the members along it have in common."""
-        return {axis: common.arena for axis, common in self._common.items()}
+        return {axis: common.shared for axis, common in self._common.items()}
 
     def _begun(self, handle: Handle) -> Handle:
         self._neighbours.listen()

@@ -84,7 +84,8 @@ def ends(link: Neighbours) -> dict[str, object]:
 def common(link: Neighbours) -> dict[str, object]:
     """Values that are gathered one over the other: none is written before the slower rank has read what was there."""
     communicator = SharedMemoryCommunicator(Mesh((("shard", 2),)), RANK, link, Mock(spec=Communicator), timeout_s=20.0)
-    arena = communicator.arenas["shard"]
+    shared = communicator.shared["shard"]
+    arena = shared.gathered
     kind = TensorType((1000,), torch.float32, (1,))
     places = arena.tensors([(256, kind)])
     arena.reserve(256 + kind.nbytes)
@@ -98,8 +99,9 @@ def common(link: Neighbours) -> dict[str, object]:
         found.append(output.view(2, 500).unique(dim=1).flatten().tolist())
         arena.let_go()
         copied += len(link._blocks)
-    own = arena.tensors([(1024 + 4096 * RANK, kind)])
-    arena.reserve(1024 + 2 * 4096)
+    own = shared.own.tensors([(64 * 3, kind)])
+    for given in shared.given:
+        given.reserve(8192)
     totals = []
     for index in range(50):
         own[0].copy_(torch.arange(1000.0) + index * (RANK + 1))  # the other one has read what was there

@@ -16,7 +16,7 @@ import graphshard
 from graphshard.arena import ALIGNMENT, Gathered, Given, Layout, lay_out, pack
 from graphshard.execution import ExecutionPlan, Instruction, Op, Place, Ref, Segment, StagePlan, TensorType
 from graphshard.mesh import Mesh
-from graphshard.runtime.arena import Arena, Placing, SharedArena
+from graphshard.runtime.arena import Arena, Placing, Shared, SharedArena
 from graphshard.runtime.local import LocalExecutor
 from graphshard.spans import Span, memory_spans
 
@@ -144,7 +144,8 @@ def test_what_ranks_reduce_lies_where_the_others_can_read_it() -> None:
 
 def test_a_rank_tells_what_it_lets_go_of() -> None:
     told: list[int] = []
-    arena = SharedArena(bytearray, lambda: told.append(arena.let_go_of), place=1, members=2)
+    arena = SharedArena(bytearray, lambda: told.append(arena.let_go_of))
+    shared = Shared(arena, (Arena(), Arena()), place=1)
     layout = Layout(
         runs={1: (None, None)},
         gathered={0: Gathered("dp", 64, 3)},
@@ -152,11 +153,12 @@ def test_a_rank_tells_what_it_lets_go_of() -> None:
         given={(1, 0): Given("dp", 128)},
         given_bytes={"dp": 512},
     )
-    placing = Placing(CPU, Arena(), layout, {"dp": arena})
+    placing = Placing(CPU, Arena(), layout, {"dp": shared})
     gathered, made = placing.of_result(0, F32), placing.of_run(1, (Place(F32, 0, 0), Place(F32, 0, 0)))
     placing.share()
-    assert arena.nbytes == 320 + 2 * 512
-    assert [arena.offset(tensor) for tensor in (gathered(), made(0), made(1))] == [64, 320 + 512 + 128, -1]
+    assert (arena.nbytes, [given.nbytes for given in shared.given], shared.nbytes) == (320, [512] * 2, 320 + 2 * 512)
+    tensors = gathered(), made(0), made(1)
+    assert [[at.offset(tensor) for tensor in tensors] for at in (arena, shared.own)] == [[64, -1, -1], [-1, 128, -1]]
     ((position, calls),) = placing.behind().items()
     for call in calls:
         call()
