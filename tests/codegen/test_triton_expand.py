@@ -156,15 +156,15 @@ def test_operands_of_several_types(interpreter: Interpreter) -> None:
 
 
 def overloads() -> Iterator[Any]:
-    """All pointwise operators of ATen that return something new and that are no special functions."""
-    for name in dir(aten):
-        packet = getattr(aten, name)
-        if name.startswith(("special_", "__")) or not isinstance(packet, torch._ops.OpOverloadPacket):
+    """All pointwise operators of ATen that have a name for users, return something new and are no special functions."""
+    for qualified in sorted(torch._C._dispatch_get_all_op_names()):
+        namespace, _, name = qualified.partition("::")
+        name, _, overload = name.partition(".")
+        if namespace != "aten" or name.startswith(("special_", "_")) or "out" in overload:
             continue
-        for overload in packet.overloads():
-            target = getattr(packet, overload)
-            if torch.Tag.pointwise in target.tags and not target._schema.is_mutable and "out" not in overload:
-                yield target
+        target = getattr(getattr(aten, name), overload or "default")
+        if torch.Tag.pointwise in target.tags and not target._schema.is_mutable:
+            yield target
 
 
 def called(target: Any) -> tuple[Callable[..., Any], int]:
