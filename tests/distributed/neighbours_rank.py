@@ -119,6 +119,17 @@ def common(link: Neighbours) -> dict[str, object]:
     return {"right": right, "totals": all(totals), "copied": copied, "elsewhere": elsewhere}
 
 
+def far(link: Neighbours) -> dict[str, object]:
+    """What lies behind 4 GiB of memory in common."""
+    places = [2**32 - 64, 2**32, 2**40 + 64]
+    for place in places:
+        link.tell_part([OTHER], 0, place, 2**33)
+    told = [link.expect(OTHER, 0) for _ in places]
+    while told[-1].value is None:
+        link.wait_for([OTHER], time.monotonic() + 20.0)
+    return {"right": [arrival.block for arrival in told] == places}
+
+
 def late(link: Neighbours) -> dict[str, object]:
     """Rank 1 lets go of what was gathered while rank 0, which is to write there, puts in something for rank 2; nothing
     comes from anybody after that."""
@@ -198,7 +209,7 @@ def machines(link: Neighbours) -> dict[str, object]:
     return {"value": total.tolist()}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (values, many, ends, silent, common, late, machines)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (values, many, ends, silent, common, far, late, machines)}
 
 
 def main() -> None:
