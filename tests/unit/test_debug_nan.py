@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard.errors import NonFiniteStep
+from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.watch import look
 from models import zoo
 
@@ -268,6 +270,18 @@ def test_buffers_are_put_back_too() -> None:
     )
     assert told(step, *batch())[1].startswith("  first made by %exp")
     assert int(step.state_dict()["1.num_batches_tracked"]) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_on_its_way_when_a_step_is_given_up(seed: int) -> None:
+    """It would write into memory that the next step uses."""
+    step = compiled(log_of_zero, "dp2+accum4", example_inputs=batch())
+    step.state_dict()
+    executor = step._runtime
+    assert isinstance(executor, LocalExecutor)
+    executor._random, executor._network._delayed = random.Random(seed), True
+    told(step, *batch())
+    assert not executor._network.deliverable
 
 
 def test_what_a_micro_batch_leaves_to_the_next_in_a_buffer() -> None:
