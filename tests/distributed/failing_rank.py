@@ -50,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model, (args, kwargs), loss_fn = zoo.MODELS["mlp"](rows=16)
     if how == "share" and victim == RANK:
-        neighbours.Neighbours.common = out_of_memory  # type: ignore[method-assign]
+        neighbours.Neighbours.common = out_of_memory  # type: ignore[assignment, method-assign]
     compiled = graphshard.compile(
         model,
         "zero3:size=2+pp2",
