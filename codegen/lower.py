@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from graphshard.analysis import cost, flops_per_moved_byte
+from graphshard.codegen.accumulation import Sums, sums_of
 from graphshard.codegen.distance import Clock
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.order import Memory, Parts, order
@@ -24,7 +25,6 @@ from graphshard.codegen.schedule import Schedule
 from graphshard.codegen.segments import emit
 from graphshard.codegen.sends import Ahead, sent_ahead
 from graphshard.codegen.storages import category, saved_roots
-from graphshard.codegen.accumulation import Sums, sums_of
 from graphshard.codegen.watched import watched
 from graphshard.codegen.workspace import storage_bytes
 from graphshard.communication import MOVES

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphshard.codegen.accumulation import Sums, adds_rows, placeable
 from graphshard.codegen.blocks import blocks_of
 from graphshard.codegen.expressions import arguments_of, call, out_variant, spell
 from graphshard.codegen.idioms import FusedAdam, find_adam
 from graphshard.codegen.kernels import Kernels
 from graphshard.codegen.overwrite import dying
-from graphshard.codegen.accumulation import Sums, adds_rows, placeable
 from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_pointwise, is_view, resolve

@@ -16,6 +16,10 @@ def replaced_at(plan: ExecutionPlan, stage: int, first: bool) -> dict[Ref, int]:
         return bound.get(ref) or bound.get(own, own)
 
     stored = {ref: root(ref) for ref in result_refs(plan, stage)}
+    new = set(stored)
+    for ins in reversed(plan.stages[stage].step(first)):
+        if ins.op is Op.BIND:
+            new |= {source for source, target in zip(ins.inputs, ins.outputs, strict=True) if target in new}
     written: dict[Ref, int] = {}
     for position, ins in enumerate(plan.stages[stage].step(first)):
         if ins.op is Op.BIND:  # the name stands for another value, whose storage is not written to
@@ -25,7 +29,9 @@ def replaced_at(plan: ExecutionPlan, stage: int, first: bool) -> dict[Ref, int]:
             for ref in ins.outputs:
                 bound.pop(ref, None)
             reduced = ins.last if ins.op is Op.REDUCE else ()  # what is handed over is reduced in place
-            touched = {name for ref in (*ins.outputs, *reduced) for name in (ref, root(ref))}
+            # What a segment leaves of a stored value beside the new one is a view of it.
+            shown = [ref for ref in ins.outputs if ins.op is not Op.RUN or ref in new]
+            touched = {*ins.outputs, *(name for ref in (*shown, *reduced) for name in (ref, root(ref)))}
         for name in touched:
             written.setdefault(name, position)
     never = len(plan.stages[stage].step(first))

@@ -126,7 +126,7 @@ def _become(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...], ch
 
 
 def _canonical(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
-    """``_unsafe_view`` and aliasing ``reshape`` are ``view``; a view's size holds no -1; ``unsafe_split`` is ``split``."""
+    """``_unsafe_view`` and aliasing ``reshape`` are ``view``, whose size holds no -1; ``unsafe_split`` is ``split``."""
     if node.target in _SPLITS:
         node.target = _SPLITS[node.target]
         return node

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from typing import ClassVar, NamedTuple, TypeVar
@@ -34,7 +35,7 @@ from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
 from graphshard.runtime.executor import Executor, Loaded, absent
 from graphshard.runtime.groups import join_world, make_groups
-from graphshard.runtime.machine import Communicator, Handle, Value
+from graphshard.runtime.machine import Communicator, Handle, Machine, Value
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
@@ -197,9 +198,19 @@ class DistributedExecutor(Executor):
         if not loaded.steps:
             self._agree(agreement)
             with self._together():
-                loaded.machines[self.rank].share()
+                self._share(loaded.machines[self.rank])
         with self._together(NonFiniteStep):  # all ranks raise it
             return self._run_agreed(loaded, values, first, agreement)
+
+    def _share(self, machine: Machine) -> None:
+        """Have the memory that ranks share."""
+        at = "making memory that ranks share"
+        try:
+            self._complete(_Sharing(machine), at)
+        except OSError as error:
+            error.add_note(f"on rank {self.rank}, {at}")
+            self._blame.fail(f"{type(error).__name__}: {_line(error)}", at)
+            raise
 
     def _agree(self, agreement: _Agreement) -> None:
         """Before this rank begins: it may go on after an error if none of the others has begun."""
@@ -310,6 +321,19 @@ class DistributedExecutor(Executor):
                     peers = _name(self, works.peers)
                     raise WaitTimeout(self.rank, what, peers, self.timeout_s, self._give_up(peers, what))
                 time.sleep(1e-4)
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """The memory that a machine shares with those of other ranks, as something to wait for."""
+
+    machine: Machine
+
+    def done(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        self.machine.share()
 
 
 class _Doing(IntEnum):

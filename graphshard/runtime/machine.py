@@ -192,7 +192,7 @@ class Machine:
         for position, action in enumerate(code):
             if position == agreed_at:
                 assert council is not None
-                yield from self._agree(council)
+                yield from self._agree(council, handles)
             self.position = position
             blocked = self._act(action, environment, handles) if observed else action(environment, handles)
             if blocked is not None:
@@ -232,13 +232,18 @@ class Machine:
             if isinstance(value, Tensor):
                 yield value, "workspace" if storage is None else storage.category
 
-    def _agree(self, council: Council) -> Generator[Handle, None, None]:
+    def _agree(self, council: Council, handles: Handles) -> Generator[Handle, None, None]:
         assert self.watch is not None
         council.tell(self.rank, self.watch.take())
         yield council
         error = judge(self._plan, council.accounts())
-        if error is not None:
-            raise error
+        if error is None:
+            return
+        # What is under way, all ranks have begun: it must not write into memory that the next step uses.
+        for ins, handle in zip(self._instructions[self._first], handles, strict=True):
+            if handle is not None and ins.op not in MOVES and not handle.done():
+                yield handle
+        raise error
 
     def abandon(self) -> dict[Ref, Value]:
         """After a failed step: what it had been given and had not begun to replace."""

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_NOTE = struct.Struct("<BIIQ")  # kind, channel, block, bytes
+_NOTE = struct.Struct("<BIQQ")  # kind, channel, block or place in common memory, bytes
 _CREDENTIALS = struct.Struct("3i")  # process, user, group of the other end; see unix(7), SO_PEERCRED
 _FAREWELL_S = 2.0  # how long a process that leaves waits for one that does not listen
 _WASTE = 2  # a free block is used for a value when it is at most so many times as large

@@ -299,14 +299,14 @@ class SharedMemoryCommunicator:
 
     def _go_on(self) -> None:
         """Begin the second half of all-reduces whose first half has arrived, and pieces that wait for earlier ones; go
-        on in common memory."""
-        for common in self._common.values():
-            common.go_on()
+        on in common memory, last: who puts something in takes in what has come, and nothing may come after that."""
         went_on = True
         while went_on:  # what began may have been waited for
             while self._reducing and self._reducing[0].complete():
                 self._reducing.popleft()
             went_on = any(self._begin(queue) for queue in self._queues.values() if queue)
+        for common in self._common.values():
+            common.go_on()
 
     def _begin(self, queue: deque[Pieces]) -> bool:
         """Finish what has come, and begin in order as many pieces as may be under way; whether any began."""

@@ -121,6 +121,55 @@ def common(link: Neighbours) -> dict[str, object]:
     return {"right": right, "totals": all(totals), "copied": copied, "elsewhere": elsewhere}
 
 
+def far(link: Neighbours) -> dict[str, object]:
+    """What lies behind 4 GiB of memory in common."""
+    places = [2**32 - 64, 2**32, 2**40 + 64]
+    for place in places:
+        link.tell_part([OTHER], 0, place, 2**33)
+    told = [link.expect(OTHER, 0) for _ in places]
+    while told[-1].value is None:
+        link.wait_for([OTHER], time.monotonic() + 20.0)
+    return {"right": [arrival.block for arrival in told] == places}
+
+
+def late(link: Neighbours) -> dict[str, object]:
+    """Rank 1 lets go of what was gathered while rank 0, which is to write there, puts in something for rank 2; nothing
+    comes from anybody after that."""
+    mesh = Mesh((("dp", 2), ("shard", 2)))
+    communicator = SharedMemoryCommunicator(mesh, RANK, link, Mock(spec=Communicator), timeout_s=5.0)
+    if RANK == 3:
+        return {}
+    total = torch.full((10,), float(RANK))
+    if RANK == 2:
+        time.sleep(0.5)  # rank 0 waits by then
+        communicator.all_reduce("dp", total)
+        sys.stdin.read()  # until the others have ended
+        return {}
+    kind = TensorType((20,), torch.float32, (1,))
+    arena = communicator.arenas["shard"]
+    arena.reserve(kind.nbytes)
+    (output,) = arena.tensors([(0, kind)])
+    communicator.all_gather("shard", output, total).wait()
+    put = link.put
+
+    def put_late(peers: list[int], channel: int, value: torch.Tensor) -> None:
+        if channel % 4 == 1:  # the second half of an all-reduce
+            put([OTHER], 99, value)
+            time.sleep(0.5)
+        put(peers, channel, value)
+
+    if RANK == 1:
+        _take(link, 99, torch.float32)
+        arena.let_go()
+    else:
+        arena.let_go()
+        link.put = put_late  # type: ignore[assignment, method-assign]
+        communicator.all_reduce("dp", torch.ones(10))
+    gather, began = communicator.all_gather("shard", output, total + 2), time.monotonic()
+    gather.wait()
+    return {"value": output.unique().tolist(), "in_time": time.monotonic() - began < 4.0}
+
+
 def silent(link: Neighbours) -> dict[str, object]:
     """Nothing comes: that is an error where it was waited for, and none where a rank only looks for it."""
     if RANK:
@@ -162,7 +211,7 @@ def machines(link: Neighbours) -> dict[str, object]:
     return {"value": total.tolist()}
 
 
-SCENARIOS = {"values": values, "many": many, "ends": ends, "silent": silent, "common": common, "machines": machines}
+SCENARIOS = {scenario.__name__: scenario for scenario in (values, many, ends, silent, common, far, late, machines)}
 
 
 def main() -> None:
@@ -171,7 +220,7 @@ def main() -> None:
     if sys.argv[1] == "machines":
         neighbours._place = lambda: f"machine {RANK // 2}"
     link = Neighbours(dist.group.WORLD, 20.0)
-    assert link.ranks == {RANK ^ 1}
+    assert link.ranks == ({OTHER} if sys.argv[1] == "machines" else set(range(dist.get_world_size())) - {RANK})
     report(SCENARIOS[sys.argv[1]], link)
 
 

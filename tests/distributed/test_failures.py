@@ -53,6 +53,23 @@ def test_the_others_end_and_name_it(how: str, seed: int) -> None:
             process.communicate()
 
 
+def test_where_there_is_no_memory_to_share_the_others_name_it() -> None:
+    """The first of its stage, for which the other one waits before the first step."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]
+    environment = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    processes = start("failing_rank.py", RANKS, store.port, "2", "share", "0", str(LIMIT_S), environment=environment)
+    try:
+        for rank, process in enumerate(processes):
+            _, err = process.communicate(timeout=120)
+            assert process.returncode not in (0, None)
+            what = "OSError: [Errno 28] no memory left" if rank == 2 else "PeerFailed"
+            assert what in err and (rank == 2 or "at fault: rank 2\n" in err), err
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
 def _failed(process: Rank, how: str) -> float:
     """Wait until the victim has failed; when that was."""
     if how == "stop":

@@ -26,6 +26,14 @@ def test_memory_in_common_is_written_when_nobody_reads_it() -> None:
         assert result == {"right": True, "totals": True, "copied": 0, "elsewhere": told}
 
 
+def test_places_in_memory_in_common_may_be_behind_4_gib() -> None:
+    assert launch("neighbours_rank.py", 2, "far") == [{"right": True}] * 2
+
+
+def test_what_comes_while_a_rank_puts_something_in_is_gone_on_with() -> None:
+    assert launch("neighbours_rank.py", 4, "late")[:2] == [{"value": [2.0, 3.0], "in_time": True}] * 2
+
+
 def test_who_waits_for_another_machine_serves_its_neighbours() -> None:
     assert launch("neighbours_rank.py", 4, "machines") == [{"value": [5.0] * 10}] * 4
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard.errors import NonFiniteStep
+from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.watch import look
 from marks import few, full
 from models import zoo
@@ -269,6 +271,40 @@ def test_buffers_are_put_back_too() -> None:
     )
     assert told(step, *batch())[1].startswith("  first made by %exp")
     assert int(step.state_dict()["1.num_batches_tracked"]) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_on_its_way_when_a_step_is_given_up(seed: int) -> None:
+    """It would write into memory that the next step uses."""
+    step = compiled(log_of_zero, "dp2+accum4", example_inputs=batch())
+    step.state_dict()
+    executor = step._runtime
+    assert isinstance(executor, LocalExecutor)
+    executor._random, executor._network._delayed = random.Random(seed), True
+    told(step, *batch())
+    assert not executor._network.deliverable
+
+
+def test_a_view_of_a_parameter_does_not_replace_it() -> None:
+    """Its weight is shown in one segment of the backward and read in the next, as each has a gradient to reduce."""
+
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(WIDTH)
+            self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(self.norm(x))
+            return large_where_negative(x)
+
+    torch.manual_seed(0)
+    optimizer = functools.partial(torch.optim.AdamW, lr=1e-2)
+    step = graphshard.compile(
+        Again(), "zero2", loss_fn=loss_of, optimizer=optimizer, executor="local", debug_nan=True, example_inputs=batch()
+    )
+    told(step, batch()[0] * INF, batch()[1])
 
 
 def test_what_a_micro_batch_leaves_to_the_next_in_a_buffer() -> None:
