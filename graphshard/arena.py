@@ -59,6 +59,14 @@ class Layout:
     given: dict[tuple[int, int], Given] = field(default_factory=dict)
     given_bytes: dict[str, int] = field(default_factory=dict)
 
+    def shared_along(self, axis: str) -> str:
+        """What the layouts of ranks that share memory along an axis have in common, as text: where each gathered value
+        lies, and in which order they come and go. Positions of instructions depend on the shapes of a batch."""
+        mine = {at: place for at, place in sorted(self.gathered.items()) if place.axis == axis}
+        events = [(at, 1, place.offset) for at, place in mine.items()]
+        events += [(place.until, 0, place.offset) for place in mine.values()]
+        return repr((self.shared_bytes[axis], [event[1:] for event in sorted(events)]))
+
 
 def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collection[str] = ()) -> Layout:
     """The layout for the ranks of ``stage`` of the first step, or of a later one. ``shared``: the axes along which

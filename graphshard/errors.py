@@ -414,6 +414,16 @@ class PeerNotReady(RanksError):
         )
 
 
+class LayoutMismatch(GraphshardError):
+    """A batch of another shape for which values would lie elsewhere in memory that ranks share."""
+
+    def __init__(self, axis: str) -> None:
+        super().__init__(
+            f"for the shape of this batch what is gathered over {axis} would come and go in another order than in the "
+            "memory that ranks share; start with GRAPHSHARD_SHARED_MEMORY=0 in the environment of all ranks"
+        )
+
+
 class PlanMismatch(RanksError):
     """Ranks that should run one plan have different ones."""
 

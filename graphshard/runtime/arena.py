@@ -6,11 +6,13 @@ import contextlib
 import mmap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from graphshard.arena import Layout
+from graphshard.errors import LayoutMismatch
 from graphshard.execution import Place, TensorType
 
 Block = mmap.mmap | bytearray
@@ -94,11 +96,13 @@ class SharedArena(Arena):
 @dataclass(frozen=True)
 class Shared:
     """Memory of the ranks along an axis, this one being at ``place``: one block that all write and read, and of each
-    rank one that it alone writes. They reserve them together, in this order."""
+    rank one that it alone writes. They reserve them together, in this order. ``agree``: whether all give the same
+    text; they call it together."""
 
     gathered: SharedArena
     given: tuple[Arena, ...]
     place: int
+    agree: Callable[[str], bool]
 
     @property
     def own(self) -> Arena:
@@ -123,22 +127,46 @@ class Placing:
     ) -> None:
         self._device, self._arena, self._layout = device, arena, layout or Layout()
         self._shared = shared or {}
+        self._apart: set[str] = set()  # axes along which ranks have other layouts, and share nothing
         if arena is not None:
             arena.reserve(self._layout.nbytes)
 
-    def share(self) -> None:
-        """Have all the memory that other ranks share: they call it at the same point."""
+    def share(self, known: Mapping[str, str] | None) -> dict[str, str]:
+        """Have all the memory that other ranks share; by axis what they have in common, "" if their layouts differ and
+        each has memory of its own. Without what is ``known`` of an earlier step they all call it at the same point.
+
+        Raises:
+            LayoutMismatch: this layout is not the one that is known.
+        """
+        agreed: dict[str, str] = {}
         for axis, nbytes in self._layout.shared_bytes.items():
-            self._shared[axis].gathered.reserve(nbytes)
-            for arena in self._shared[axis].given:
-                arena.reserve(self._layout.given_bytes[axis])
+            shared, layout = self._shared[axis], self._layout.shared_along(axis)
+            given_bytes = self._layout.given_bytes[axis]
+            if known is not None:
+                agreed[axis] = known[axis]
+                if known[axis] and (known[axis] != layout or given_bytes > shared.own.nbytes):
+                    raise LayoutMismatch(axis)
+            elif shared.agree(f"{layout} {given_bytes}"):
+                agreed[axis] = layout
+                shared.gathered.reserve(nbytes)
+                for arena in shared.given:
+                    arena.reserve(given_bytes)
+            else:
+                agreed[axis] = ""
+            if not agreed[axis]:
+                self._apart.add(axis)
+        return agreed
 
     def behind(self) -> dict[int, list[Callable[[], None]]]:
         """What to call behind instructions, by position."""
         found: dict[int, list[Callable[[], None]]] = {}
         for place in self._layout.gathered.values():
-            found.setdefault(place.until, []).append(self._shared[place.axis].gathered.let_go)
+            found.setdefault(place.until, []).append(partial(self._let_go, place.axis))
         return found
+
+    def _let_go(self, axis: str) -> None:
+        if axis not in self._apart:
+            self._shared[axis].gathered.let_go()
 
     def of_run(self, position: int, places: Sequence[Place]) -> Callable[[int], Tensor]:
         """What the segment of a RUN calls with the number of a place."""
@@ -149,24 +177,22 @@ class Placing:
         inside = self._inside([(offsets[number], kinds[number]) for number in numbers])
         if len(numbers) == len(places):
             return inside.__getitem__
-        found = {number: (inside, at) for at, number in enumerate(numbers)}
+        found = {number: (inside, at, "") for at, number in enumerate(numbers)}
         for number, kind in enumerate(kinds):
             if (given := self._layout.given.get((position, number))) is not None:
-                found[number] = self._shared[given.axis].own.tensors([(given.offset, kind)]), 0
+                found[number] = self._shared[given.axis].own.tensors([(given.offset, kind)]), 0, given.axis
 
         def memory(number: int) -> Tensor:
-            if (where := found.get(number)) is None:
-                return self._new(kinds[number])
-            tensors, at = where
-            return tensors[at]
+            tensors, at, axis = found.get(number, ([], 0, ""))
+            return self._new(kinds[number]) if not tensors or axis in self._apart else tensors[at]
 
         return memory
 
     def of_result(self, position: int, kind: TensorType) -> Callable[[], Tensor]:
         """What gives memory for the result of a communication."""
         if (gathered := self._layout.gathered.get(position)) is not None:
-            common = self._shared[gathered.axis].gathered.tensors([(gathered.offset, kind)])
-            return lambda: common[0]
+            axis, common = gathered.axis, self._shared[gathered.axis].gathered.tensors([(gathered.offset, kind)])
+            return lambda: self._new(kind) if axis in self._apart else common[0]
         offset = self._layout.made.get(position)
         if offset is None or self._arena is None:
             return lambda: self._new(kind)

@@ -6,11 +6,13 @@ All ranks run the same instructions, and notes say how far each is; see neighbou
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from graphshard.runtime.arena import Arena, Block, Shared, SharedArena
@@ -44,7 +46,7 @@ class CommonMemory:
         self._reduced = 0
         gathered = SharedArena(partial(self._block, channel, members), self._let_go)
         given = (Arena(partial(self._block, channel + 1, [m, *(n for n in members if n != m)])) for m in members)
-        self.shared = Shared(gathered, tuple(given), members.index(rank))
+        self.shared = Shared(gathered, tuple(given), members.index(rank), self._agree)
 
     def gather(self, output: Tensor, source: Tensor, place: int) -> Handle:
         """``output``, which lies at ``place`` on all members, becomes their ``source`` tensors in order."""
@@ -102,6 +104,20 @@ class CommonMemory:
     def bytes(self, peer: int, place: int, nbytes: int) -> Tensor:
         """What lies at ``place`` in the block of ``peer``."""
         return self.shared.given[self._members.index(peer)].bytes(place, nbytes)
+
+    def _agree(self, text: str) -> bool:
+        """Whether all members give the same text."""
+        digest = hashlib.sha256(text.encode()).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        self._neighbours.put(self.others, self._gathering, mine)
+        same = True
+        for arrival in self.expected(Gather):
+            deadline = time.monotonic() + self._timeout_s
+            while arrival.value is None:
+                self._neighbours.wait_for([arrival.peer], deadline)
+            same = torch.equal(arrival.value, mine) and same
+            self._neighbours.release(arrival)
+        return same
 
     def _block(self, channel: int, members: Sequence[int], nbytes: int) -> Block:
         """Memory that the first of ``members`` makes for all."""

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
 from typing import ClassVar, NamedTuple, TypeVar
@@ -35,7 +35,7 @@ from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
 from graphshard.runtime.executor import Executor, Loaded, absent
 from graphshard.runtime.groups import join_world, make_groups
-from graphshard.runtime.machine import Communicator, Handle, Machine, Value
+from graphshard.runtime.machine import Communicator, Handle, Machine, SharedLayouts, Value
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
@@ -98,6 +98,7 @@ class DistributedExecutor(Executor):
             self._shared = self._link.shared if self.arenas else {}
         self._blame = Blame(mesh, self.rank)
         self._fingerprints: dict[int, tuple[int, int]] = {}
+        self._layouts: dict[int, SharedLayouts] = {}  # by the fingerprint of collectives
         self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
         self._gave_up = ""  # why this rank may not communicate any more
 
@@ -198,15 +199,20 @@ class DistributedExecutor(Executor):
         if not loaded.steps:
             self._agree(agreement)
             with self._together():
-                self._share(loaded.machines[self.rank])
+                self._share(loaded, agreement)
         with self._together(NonFiniteStep):  # all ranks raise it
             return self._run_agreed(loaded, values, first, agreement)
 
-    def _share(self, machine: Machine) -> None:
-        """Have the memory that ranks share."""
+    def _share(self, loaded: Loaded, agreement: _Agreement) -> None:
+        """Have the memory that ranks share. Where others have begun, as they do with a shape that this rank alone had
+        not met, it is as in an earlier step: the first one with these collectives was that of all."""
         at = "making memory that ranks share"
+        collectives, _ = self._fingerprints[id(loaded.plan)]
+        known = self._layouts[collectives] if agreement.has_begun() else None
+        sharing = _Sharing(loaded.machines[self.rank], known)
         try:
-            self._complete(_Sharing(machine), at)
+            self._complete(sharing, at)
+            self._layouts[collectives] = sharing.agreed
         except OSError as error:
             error.add_note(f"on rank {self.rank}, {at}")
             self._blame.fail(f"{type(error).__name__}: {_line(error)}", at)
@@ -323,17 +329,19 @@ class DistributedExecutor(Executor):
                 time.sleep(1e-4)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sharing:
     """The memory that a machine shares with those of other ranks, as something to wait for."""
 
     machine: Machine
+    known: SharedLayouts | None
+    agreed: SharedLayouts = field(default_factory=dict)
 
     def done(self) -> bool:
         return False
 
     def wait(self) -> None:
-        self.machine.share()
+        self.agreed = self.machine.share(self.known)
 
 
 class _Doing(IntEnum):

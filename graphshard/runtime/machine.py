@@ -81,6 +81,10 @@ Action = Callable[[Environment, Handles], Handle | None]
 """An instruction with everything looked up; returns what to wait for, if it cannot go on."""
 
 
+SharedLayouts = dict[bool, dict[str, str]]
+"""For first steps and later ones, what ranks along an axis have in common of their layouts."""
+
+
 class Machine:
     """Interprets the plan of one rank. ``placing``: where values lie in the first step, and in later ones.
 
@@ -134,10 +138,11 @@ class Machine:
         self._size = resolver.size
         self._place = resolver.place
 
-    def share(self) -> None:
-        """Have the memory that ranks share, before the first step. All of them call it at the same point."""
-        for placing in self._placing.values():
-            placing.share()
+    def share(self, known: SharedLayouts | None) -> SharedLayouts:
+        """Have the memory that ranks share, before the first step; see Placing.share."""
+        return {
+            first: placing.share(None if known is None else known[first]) for first, placing in self._placing.items()
+        }
 
     @property
     def instruction(self) -> Instruction:

@@ -208,6 +208,11 @@ class Neighbours:
         return arrival
 
     @property
+    def is_behind(self) -> bool:
+        """Whether there are notes that a socket did not take yet."""
+        return any(peer.unsent for peer in self._peers.values())
+
+    @property
     def ended(self) -> list[int]:
         """Ranks whose end is closed."""
         return [rank for rank, peer in self._peers.items() if peer.gone]

@@ -227,19 +227,22 @@ class SharedMemoryCommunicator:
 
     def serve_during(self, wait: Callable[[], None]) -> None:
         """Call ``wait``, which does not return before others have done something, and meanwhile go on with what is
-        under way here."""
+        under way here.
+
+        Raises:
+            PeerGone: some rank cannot go on.
+        """
         if not self._is_awaited():  # nor will it be, as this rank begins nothing meanwhile
             wait()
             return
         waiting = _in_background(wait)
         while self._is_awaited() and not waiting.done():
-            self._neighbours.listen(_LISTEN_S)
-            self._go_on()
+            self.progress(_LISTEN_S)
         waiting.result()
 
     def _is_awaited(self) -> bool:
-        """Whether neighbours may wait for something that this rank has begun and not ended."""
-        waiting = any(common.is_awaited() for common in self._common.values())
+        """Whether neighbours may wait for something that this rank has begun and not ended, or not told them yet."""
+        waiting = self._neighbours.is_behind or any(common.is_awaited() for common in self._common.values())
         return waiting or bool(self._reducing) or any(self._queues.values())
 
     def release(self, arrivals: Sequence[Arrival]) -> None:

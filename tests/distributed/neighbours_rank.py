@@ -85,6 +85,8 @@ def common(link: Neighbours) -> dict[str, object]:
     """Values that are gathered one over the other: none is written before the slower rank has read what was there."""
     communicator = SharedMemoryCommunicator(Mesh((("shard", 2),)), RANK, link, Mock(spec=Communicator), timeout_s=20.0)
     shared = communicator.shared["shard"]
+    alike = [shared.agree("one layout"), shared.agree(f"that of rank {RANK}")]
+    before = len(link._blocks)
     arena = shared.gathered
     kind = TensorType((1000,), torch.float32, (1,))
     places = arena.tensors([(256, kind)])
@@ -98,7 +100,7 @@ def common(link: Neighbours) -> dict[str, object]:
             time.sleep(0.002)  # the other one is in the next turn
         found.append(output.view(2, 500).unique(dim=1).flatten().tolist())
         arena.let_go()
-        copied += len(link._blocks)
+        copied += len(link._blocks) - before
     own = shared.own.tensors([(64 * 3, kind)])
     for given in shared.given:
         given.reserve(8192)
@@ -118,7 +120,7 @@ def common(link: Neighbours) -> dict[str, object]:
     except PeerGone as error:
         elsewhere = str(error)
     right = found == [[2.0 * i, 2.0 * i + 1] for i in range(50)]
-    return {"right": right, "totals": all(totals), "copied": copied, "elsewhere": elsewhere}
+    return {"alike": alike, "right": right, "totals": all(totals), "copied": copied, "elsewhere": elsewhere}
 
 
 def far(link: Neighbours) -> dict[str, object]:
@@ -146,7 +148,7 @@ def late(link: Neighbours) -> dict[str, object]:
         sys.stdin.read()  # until the others have ended
         return {}
     kind = TensorType((20,), torch.float32, (1,))
-    arena = communicator.arenas["shard"]
+    arena = communicator.shared["shard"].gathered
     arena.reserve(kind.nbytes)
     (output,) = arena.tensors([(0, kind)])
     communicator.all_gather("shard", output, total).wait()

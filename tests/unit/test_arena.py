@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard.arena import ALIGNMENT, Gathered, Given, Layout, lay_out, pack
+from graphshard.errors import LayoutMismatch
 from graphshard.execution import ExecutionPlan, Instruction, Op, Place, Ref, Segment, StagePlan, TensorType
 from graphshard.mesh import Mesh
 from graphshard.runtime.arena import Arena, Placing, Shared, SharedArena
@@ -145,7 +146,8 @@ def test_what_ranks_reduce_lies_where_the_others_can_read_it() -> None:
 def test_a_rank_tells_what_it_lets_go_of() -> None:
     told: list[int] = []
     arena = SharedArena(bytearray, lambda: told.append(arena.let_go_of))
-    shared = Shared(arena, (Arena(), Arena()), place=1)
+    answers = iter([True, False])
+    shared = Shared(arena, (Arena(), Arena()), place=1, agree=lambda text: next(answers))
     layout = Layout(
         runs={1: (None, None)},
         gathered={0: Gathered("dp", 64, 3)},
@@ -155,7 +157,7 @@ def test_a_rank_tells_what_it_lets_go_of() -> None:
     )
     placing = Placing(CPU, Arena(), layout, {"dp": shared})
     gathered, made = placing.of_result(0, F32), placing.of_run(1, (Place(F32, 0, 0), Place(F32, 0, 0)))
-    placing.share()
+    agreed = placing.share(None)
     assert (arena.nbytes, [given.nbytes for given in shared.given], shared.nbytes) == (320, [512] * 2, 320 + 2 * 512)
     tensors = gathered(), made(0), made(1)
     assert [[at.offset(tensor) for tensor in tensors] for at in (arena, shared.own)] == [[64, -1, -1], [-1, 128, -1]]
@@ -163,6 +165,15 @@ def test_a_rank_tells_what_it_lets_go_of() -> None:
     for call in calls:
         call()
     assert (position, told) == (3, [1])
+    assert placing.share(agreed) == agreed
+    with pytest.raises(LayoutMismatch, match="what is gathered over dp would come and go in another order"):
+        placing.share({"dp": "another one"})
+    assert placing.share(None) == {"dp": ""}, "the others have another layout"
+    tensors = gathered(), made(0), made(1)
+    assert [[at.offset(tensor) for tensor in tensors] for at in (arena, shared.own)] == [[-1] * 3] * 2
+    for call in calls:
+        call()
+    assert told == [1]
 
 
 def test_a_block_that_grows_moves_what_was_given() -> None:
