@@ -30,6 +30,7 @@ class Arena:
     def __init__(self, block: Callable[[int], Block] | None = None) -> None:
         self._make = block or _new_block
         self._block: Block = bytearray()
+        self._begin = 0  # its address
         self._given: list[tuple[Sequence[Wanted], list[Tensor]]] = []
 
     @property
@@ -44,6 +45,7 @@ class Arena:
             tensors.clear()
         self._block = bytearray()  # before there is another one
         self._block = self._make(nbytes)
+        self._begin = torch.frombuffer(self._block, dtype=torch.uint8).data_ptr()
         for wanted, tensors in self._given:
             if self._holds(wanted):
                 tensors += map(self._tensor, wanted)
@@ -56,8 +58,7 @@ class Arena:
 
     def offset(self, tensor: Tensor) -> int:
         """Where in the block the tensor begins, in bytes; -1: it is not there."""
-        begin = torch.frombuffer(self._block, dtype=torch.uint8).data_ptr() if self._block else 0
-        offset = tensor.data_ptr() - begin
+        offset = tensor.data_ptr() - self._begin
         return offset if 0 <= offset < self.nbytes else -1
 
     def bytes(self, offset: int, nbytes: int) -> Tensor:

@@ -39,11 +39,11 @@ class CommonMemory:
     ) -> None:
         self._neighbours, self._members, self._timeout_s = neighbours, members, timeout_s
         self.others = [peer for peer in members if peer != rank]
-        self.rank, self.complete = rank, complete
+        self.complete = complete
         self._gathering, self._reducing = channel, channel + 1
         self._gathers: deque[Gather] = deque()  # whose part is to be written
         self._reductions: deque[Reduction] = deque()  # that are to be added up
-        self._reduced = 0
+        self.reduced = 0  # reductions that this rank has begun
         gathered = SharedArena(partial(self._block, channel, members), self._let_go)
         given = (Arena(partial(self._block, channel + 1, [m, *(n for n in members if n != m)])) for m in members)
         self.shared = Shared(gathered, tuple(given), members.index(rank), self._agree)
@@ -59,7 +59,7 @@ class CommonMemory:
         """``output`` becomes this rank's part of the sum of the members' ``source`` tensors, which lie in their own
         blocks, this rank's at ``place``."""
         self._neighbours.tell_part(self.others, self._reducing, place, source.nbytes)
-        self._reduced += 1
+        self.reduced += 1
         reduction = Reduction(self, source.view(len(self._members), -1)[self.shared.place], output.view(-1))
         self._reductions.append(reduction)
         return reduction
@@ -95,11 +95,6 @@ class CommonMemory:
     def read(self) -> None:
         """This rank has added up one more value."""
         self._neighbours.tell_gone(self.others, self._reducing)
-
-    @property
-    def reduced(self) -> int:
-        """How many reductions this rank has begun."""
-        return self._reduced
 
     def bytes(self, peer: int, place: int, nbytes: int) -> Tensor:
         """What lies at ``place`` in the block of ``peer``."""

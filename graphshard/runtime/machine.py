@@ -140,9 +140,9 @@ class Machine:
 
     def share(self, known: SharedLayouts | None) -> SharedLayouts:
         """Have the memory that ranks share, before the first step; see Placing.share."""
-        return {
-            first: placing.share(None if known is None else known[first]) for first, placing in self._placing.items()
-        }
+        steps = {placing: first for first, placing in self._placing.items()}  # one may be for both
+        agreed = {p: p.share(None if known is None else known[first]) for p, first in steps.items()}
+        return {first: agreed[placing] for first, placing in self._placing.items()}
 
     @property
     def instruction(self) -> Instruction:
