@@ -24,7 +24,7 @@ from graphshard.fingerprints import collectives_of
 from graphshard.mesh import Mesh
 from graphshard.moment import Moment, now
 from graphshard.passes.precision import Precision
-from graphshard.pipeline import Context, Observer, Pass, Placement, placement_of, run_passes
+from graphshard.pipeline import Context, Observer, Pass, Placement, placement_of, run_passes, try_passes
 from graphshard.plan import Plan
 from graphshard.plan_cache import PlanCache
 from graphshard.plan_key import digest, of_optimizer, of_passes, versions
@@ -266,7 +266,7 @@ class Builder:
         passes = fit(wide, passes, ctx, self.plan, schedule, on_gpu=self.on_gpu, settled=before is not None)
         if wide is program:
             return passes
-        lowered = lower(run_passes(copied(wide), passes, ctx, check=False), schedule, on_gpu=self.on_gpu)
+        lowered = lower(try_passes(wide, passes, ctx), schedule, on_gpu=self.on_gpu)
         return again(passes, collectives=collectives_of(lowered))
 
     def _largest(self, example: MicroBatch) -> MicroBatch:

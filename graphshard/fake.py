@@ -12,7 +12,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 
 class RememberingMode(FakeTensorMode):
@@ -31,9 +31,11 @@ def new_mode() -> FakeTensorMode:
 
 def mode_of(values: Iterable[Any]) -> FakeTensorMode | None:
     """The mode of the first fake tensor among ``values``, nested ones included."""
-    for value in tree_flatten(list(values))[0]:
+    for value in values:
         if isinstance(value, FakeTensor):
             return value.fake_mode
+        if isinstance(value, (tuple, list)) and (mode := mode_of(value)) is not None:
+            return mode
     return None
 
 

@@ -37,6 +37,12 @@ def kind_of(optimizer: Optimizer) -> str:
     return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
+def is_torchs(optimizer: Optimizer) -> bool:
+    """Whether it is one of torch.optim as it is there, without hooks: its options tell all that its step does."""
+    hooked = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    return getattr(torch.optim, type(optimizer).__name__, None) is type(optimizer) and not hooked
+
+
 def remade(record: OptimizerRecord, options: Options, model: nn.Module) -> Optimizer | None:
     """The optimizer over the parameters of ``model``, with the learning rates of the record; None: it is not one of
     torch.optim with plain options, and whoever loads the plan has to give it."""

@@ -21,6 +21,7 @@ from graphshard.errors import GraphshardError, PassFailed, PassOptionError, Unkn
 from graphshard.mesh import Mesh
 from graphshard.program import Bucket, PassRecord, Phase, Program, Role, info
 from graphshard.region import operations_of
+from graphshard.rewrite import copied
 from graphshard.text_spelling import first_line
 from graphshard.verify import verify
 
@@ -98,18 +99,15 @@ def run_passes(
     passes: Sequence[Pass],
     ctx: Context | None = None,
     observe: Observer | None = None,
-    check: bool = True,
 ) -> Program:
-    """Run ``passes`` in order; the program is verified before the first and after every one, unless ``check`` says that
-    this is a trial, whose result is not going to run.
+    """Run ``passes`` in order; the program is verified before the first and after every one.
 
     Raises:
         IllegalProgram: the input, or what a pass made of it, breaks a rule of its level.
         PassFailed: a pass raises, or returns no program.
     """
     ctx = ctx or Context(program.mesh)
-    if check:
-        verify(program)
+    verify(program)
     if observe is not None:
         observe(0, "capture", program)
     before = _census(program)
@@ -117,14 +115,25 @@ def run_passes(
         start = time.perf_counter()
         program = _run(item, program, ctx)
         seconds = time.perf_counter() - start
-        if check:
-            verify(program, after=item.name)
+        verify(program, after=item.name)
         after = _census(program)
         changes = {what: after[what] - before[what] for what in after | before if after[what] != before[what]}
         program.history += (PassRecord(item.name, _options(item), seconds, after["nodes"], changes),)
         before = after
         if observe is not None:
             observe(index, item.name, program)
+    return program
+
+
+def try_passes(program: Program, passes: Sequence[Pass], ctx: Context) -> Program:
+    """What :func:`run_passes` makes of a copy, neither verified nor with a history: a trial, which is not going to run.
+
+    Raises:
+        PassFailed: as there.
+    """
+    program = copied(program)
+    for item in passes:
+        program = _run(item, program, ctx)
     return program
 
 

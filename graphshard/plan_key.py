@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 import graphshard
 from graphshard.errors import NotHashable
-from graphshard.optimizer_record import kind_of
+from graphshard.optimizer_record import is_torchs, kind_of
 from graphshard.pipeline import Pass
 
 FORMAT = 1
@@ -76,9 +76,7 @@ def of_optimizer(
     """
     if optimizer is None:
         return ()
-    kind = type(optimizer)
-    own = getattr(torch.optim, kind.__name__, None) is kind
-    if not own or optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if not is_torchs(optimizer):
         raise NotHashable(f"what optimizer {kind_of(optimizer)} does")
     groups = [[(names.get(id(p)), bool(optimizer.state.get(p))) for p in g["params"]] for g in optimizer.param_groups]
     return kind_of(optimizer), list(map(dict, options)), groups

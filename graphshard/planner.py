@@ -25,7 +25,7 @@ from graphshard.passes.hoist import Hoist
 from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.offload import Offload
 from graphshard.passes.pipeline_cut import PipelineCut
-from graphshard.pipeline import Context, Pass, run_passes
+from graphshard.pipeline import Context, Pass, run_passes, try_passes
 from graphshard.plan import Plan
 from graphshard.program import Program
 from graphshard.rewrite import copied
@@ -168,12 +168,12 @@ class _Search:
         self.seen: dict[tuple[int, ...], list[MemoryUse] | None] = {}
         levers = budget.levers
         about_buckets = levers.reshard or levers.optimizer or levers.params or levers.host_bytes < math.inf
-        sharded = run_passes(copied(self.program), self.rest, ctx, check=False) if about_buckets else None
+        sharded = try_passes(self.program, self.rest, ctx) if about_buckets else None
         self.ladders = ladders(self.program, sharded, schedule, levers)
 
     def run(self) -> list[Pass]:
         while (rungs := tuple(map(self._first_fit, range(len(self.ladders))))) not in self.seen:
-            trial = run_passes(copied(self.program), self._with(rungs), self.ctx, check=False)
+            trial = try_passes(self.program, self._with(rungs), self.ctx)
             self.seen[rungs] = self.measure(trial)
         uses = self.seen[rungs]
         if uses is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from graphshard import fake
 from graphshard.dataflow import is_pointwise
 from graphshard.errors import OptimizerNotTraceable
+from graphshard.optimizer_record import is_torchs
 
 aten = torch.ops.aten
 
@@ -127,13 +128,16 @@ def trace_step(
     default: torch.dtype,
 ) -> Trace:
     """The update of a parameter like the subject's; ``state`` is None for the first step, ``default`` the default
-    dtype meanwhile.
+    dtype meanwhile. A step of torch.optim's own is recorded once in a process: programs for other shapes ask again.
 
     Raises:
         OptimizerNotTraceable: the step branches on values, keeps state where it cannot be followed, or fails.
     """
+    key = _key(subject, state, fixed, capturable, default)
+    if key is not None and key in _known:
+        return _known[key]
     try:
-        return _trace(subject, state, fixed, capturable, default)
+        trace = _trace(subject, state, fixed, capturable, default)
     except OptimizerNotTraceable:
         raise
     except Exception as error:  # whatever the optimizer's own code raises: the message names its line
@@ -141,6 +145,34 @@ def trace_step(
         if "data-dependent" in reason:
             reason = "it decides something by the value of a tensor, or makes a Python number of it"
         raise OptimizerNotTraceable(subject.name, reason, _line(error, subject)) from error
+    if key is not None:
+        if len(_known) == _MOST_KNOWN:
+            del _known[next(iter(_known))]
+        _known[key] = trace
+    return trace
+
+
+_known: dict[Hashable, Trace] = {}
+_MOST_KNOWN = 64
+
+
+def _key(
+    subject: Subject,
+    state: StateTypes | None,
+    fixed: Mapping[str, object],
+    capturable: bool | None,
+    default: torch.dtype,
+) -> Hashable | None:
+    """Equal only for what has the same trace; None where that may depend on more than can be told: an optimizer's own
+    code, state that its constructor makes, options that are no plain values."""
+    kind, like, options = type(subject.optimizer), subject.param, subject.options
+    if not is_torchs(subject.optimizer) or subject.constructs or not all(map(_plain, options.values())):
+        return None
+    # As text, since 1, 1.0 and True are equal.
+    spelled = sorted((name, repr(value)) for name, value in options.items() if name != "lr")
+    given = None if state is None else tuple(state.items())
+    of_parameter = traced_shape(like.shape), like.dtype
+    return kind, kind.step, tuple(spelled), of_parameter, given, repr(fixed), capturable, default
 
 
 def _trace(
