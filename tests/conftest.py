@@ -6,6 +6,7 @@ models, batches and eager training are on it. The others are left out, since a d
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -43,6 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # A test finds nothing that another one compiled, and leaves nothing in the user's folders.
     os.environ[SWITCH] = "0"
+    # Graphs are bursts of objects: as often as Python looks for garbage by itself, that takes a tenth of the time.
+    gc.set_threshold(20_000, 50, 50)
     device = config.getoption("--device")
     if device is not None and (problem := _problem(device)):
         pytest.exit(f"--device {device}: {problem}", returncode=pytest.ExitCode.USAGE_ERROR)

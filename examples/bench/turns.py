@@ -26,6 +26,11 @@ WORKER = Path(__file__).with_name("worker.py")
 _POLL_S = 0.5
 
 
+def launcher(world: int) -> list[str]:
+    """The arguments of Python that start a script on that many ranks."""
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+
+
 class RowFailed(Exception):
     """A row's processes did not end well; the message is what they said last."""
 
@@ -57,8 +62,14 @@ class Run:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._output, self._said, address = folder / "measured.json", folder / "said.txt", folder / "turns"
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ROWS[name].world}"]
-        command = [sys.executable, *launch, str(WORKER), name, f"--output={self._output}", f"--turns={address}"]
+        command = [
+            sys.executable,
+            *launcher(ROWS[name].world),
+            str(WORKER),
+            name,
+            f"--output={self._output}",
+            f"--turns={address}",
+        ]
         command += [f"--steps={options.steps}", f"--warmup={options.warmup}", f"--sizes={json.dumps(options.sizes)}"]
         with socket.socket(socket.AF_UNIX) as server, self._said.open("w") as said:
             server.bind(str(address))

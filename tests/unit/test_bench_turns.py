@@ -33,6 +33,12 @@ json.dump({{"row": sys.argv[1]}}, open(options.output, "w"))
 
 
 @pytest.fixture
+def unlaunched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are started by themselves: the launcher takes seconds."""
+    monkeypatch.setattr(turns, "launcher", lambda world: [])
+
+
+@pytest.fixture
 def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the rows append their names to, at every step."""
     use_worker(tmp_path, monkeypatch, fails=False)
@@ -56,6 +62,7 @@ def test_rows_go_when_it_is_their_turn(log: Path) -> None:
     assert log.read_text().splitlines() == ["eager", "graphshard one", "graphshard one", "eager"]
 
 
+@pytest.mark.usefixtures("unlaunched")
 def test_a_row_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use_worker(tmp_path, monkeypatch, fails=True)
     with closing(Run("eager", OPTIONS)) as row:
@@ -65,6 +72,7 @@ def test_a_row_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             row.result()
 
 
+@pytest.mark.usefixtures("unlaunched")
 def test_a_row_that_fails_or_hangs_leaves_the_others(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(Run, "step", hanging(Run.step, "eager"))
@@ -86,6 +94,7 @@ def hanging(step: Callable[[Run], None], name: str) -> Callable[[Run], None]:
     return slow
 
 
+@pytest.mark.usefixtures("unlaunched")
 def test_a_row_that_never_asks_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "worker.py"
     script.write_text("import time\ntime.sleep(600)\n")
