@@ -661,3 +661,38 @@ def test_an_update_that_looks_at_a_shape_is_traced_in_each(
 ) -> None:
     found = traces_of(functools.partial(Sized, size=size), monkeypatch)
     assert found == [(3, 4), (5,), (2, 2, 2)]
+
+
+def test_an_update_of_torch_optims_own_is_recorded_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options of equal values and other types are others; what an optimizer of somebody's own does is not known."""
+    module, recorded = importlib.import_module("graphshard.update_trace"), list[str]()
+    trace = module._trace
+
+    def noted(subject: Any, *given: Any) -> Any:
+        recorded.append(subject.name)
+        return trace(subject, *given)
+
+    class Own(torch.optim.SGD):
+        pass
+
+    monkeypatch.setattr(module, "_trace", noted)
+    monkeypatch.setattr(module, "_known", {})
+    makers: list[Callable[..., Optimizer]] = [
+        functools.partial(torch.optim.SGD, lr=0.1),
+        functools.partial(torch.optim.SGD, lr=0.2),  # an input of the graph
+        functools.partial(torch.optim.SGD, lr=0.1, weight_decay=1),
+        functools.partial(torch.optim.SGD, lr=0.1, weight_decay=1.0),
+        functools.partial(torch.optim.SGD, lr=0.1, maximize=True),
+        functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9),  # with state: the first step, and later ones
+        functools.partial(Own, lr=0.1),
+        functools.partial(Own, lr=0.1),
+    ]
+    counts = []
+    for make in makers:
+        before = len(recorded)
+        for _ in range(2):
+            params = {"a": nn.Parameter(torch.ones(3, 4))}
+            program = captured({"a": (3, 4)}, torch.float32)
+            add_update(program, make(params.values()), names_of(params), None)
+        counts.append(len(recorded) - before)
+    assert counts == [1, 0, 1, 1, 1, 2, 2, 2]
