@@ -49,7 +49,7 @@ from graphshard.pipeline import Pass, run_passes
 from graphshard.plan import Plan
 from graphshard.plan_cache import open_cache
 from graphshard.plan_directory import Manifest
-from graphshard.program import Program, Role
+from graphshard.program import Program
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.runtime.nvme import check_folder
 from graphshard.surroundings import device_for, distributed_world_size, executor_kind, offload_folder
@@ -264,9 +264,9 @@ class Compiled(Executable):
         return example.like(largest(self._made_executor().told(example.shapes(), "comparing shapes")))
 
     def _scaler_factors(self) -> dict[str, float]:
-        """The options of loss scaling, if the program scales the loss."""
-        scaled = next((p for p in self.passes if isinstance(p, Precision)), None)
-        if scaled is None or not any(slot.role is Role.SCALER for read in self._built().plan.reads for slot in read):
+        """The options of loss scaling, if the program scales the loss: of a trained model in fp16."""
+        scaled = next((p for p in self.passes if isinstance(p, Precision) and p.dtype == "fp16"), None)
+        if scaled is None or not any(param.requires_grad for param in self._parameters):
             return {}
         return {name: getattr(scaled, name) for name in ("growth_factor", "backoff_factor", "growth_interval")}
 
@@ -364,6 +364,7 @@ class Compiled(Executable):
         """What the local executor makes of some steps on one batch, from the model's own values on."""
         args, kwargs = example_arguments(batch)
         fresh: dict[str, Any] = {"_builds": {}, "_main": None, "_runtime": None, "_storage": None, "_steps": Steps()}
+        fresh |= {"_given": {}, "_later": {}}
         builder = self.builder.fresh()
         twin = replace(self, executor="local", optimizer=self._user_optimizer, dump_dir=None, builder=builder, **fresh)
         return [twin.step(*args, **kwargs).item() for _ in range(steps)]

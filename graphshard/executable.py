@@ -19,7 +19,7 @@ from graphshard import ambient, fake, report, trace
 from graphshard.autocast import HALVES
 from graphshard.batch import MicroBatch, check_batch, split_batch
 from graphshard.built import Asked, Built, assemble
-from graphshard.errors import ExecutorNone, NeedsExampleInputs
+from graphshard.errors import ExecutorNone, GraphshardError, NeedsExampleInputs
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.model_flags import flags_of, names_of
@@ -56,6 +56,8 @@ class Executable(ABC):
     _storage: Storage | None = None
     _steps: Steps = field(default_factory=Steps)
     _compared: bool = False  # whether all ranks have the same first values
+    _given: dict[str, Tensor] = field(default_factory=dict)  # loaded before there was where to store it
+    _later: dict[str, Callable[[Storage], None]] = field(default_factory=dict)  # what else was, by what it is of
     _over_peak: str = ""  # what was said of a step that held more than its plan states
 
     def __post_init__(self) -> None:
@@ -268,8 +270,8 @@ class Executable(ABC):
     # State
 
     def _start(self, given: Mapping[str, Tensor] | None = None) -> tuple[Executor, Storage]:
-        """The executor and what it stores: at first ``given`` by the names they are stored under, and the model's other
-        parameters and buffers, if they have values.
+        """The executor and what it stores: at first ``given`` by the names they are stored under, what was loaded
+        before, and the model's other parameters and buffers, if they have values.
 
         Raises:
             ValuesDiffer: they are not the same on all ranks; nothing is stored.
@@ -277,10 +279,9 @@ class Executable(ABC):
         """
         if self._runtime is not None and self._storage is not None:
             return self._runtime, self._storage
-        if self.executor == "none":
-            raise ExecutorNone()
+        self._require_executor()
         self._built()
-        runtime = self._made_executor()
+        runtime, given = self._made_executor(), self._given | dict(given or {})
         storage = Storage(runtime, *(built.plan for built in self._known()))
         user = self._user_optimizer
         holders = [o for o in (user, self.optimizer) if o is not None]
@@ -289,7 +290,7 @@ class Executable(ABC):
             _move(self.model, holders, lambda t: torch.empty_like(t, device="cpu"))
             self.init(self.model)
             check_same_parameters(self.model, self._params)
-        first = dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | unsaved | dict(given or {})
+        first = dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | unsaved | given
         first = {name: value.detach() for name, value in first.items() if not value.is_meta}
         if self.init is None and not given and not self._params.keys() <= first.keys():
             first = unsaved
@@ -305,7 +306,10 @@ class Executable(ABC):
             storage.write_buffers(buffers)
         if state:
             storage.write_state(state)
+        for write in self._later.values():
+            write(storage)
         self._storage = storage  # nothing was refused
+        self._given, self._later = {}, {}
         if self.executor == "distributed":
             # The ranks hold the parameters now: the model need not.
             _move(self.model, holders, lambda t: t.to("meta"))
@@ -322,6 +326,10 @@ class Executable(ABC):
         """The same before what ranks do together: one that cannot start tells the others."""
         with self._getting_ready():
             return self._start()
+
+    def _require_executor(self) -> None:
+        if self.executor == "none":
+            raise ExecutorNone()
 
     def _made_executor(self) -> Executor:
         """The executor, which is made when it is first needed."""
@@ -363,7 +371,7 @@ class Executable(ABC):
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them; of
         names that are tied one is enough. Extra state goes to its modules. Collective: all ranks call it, with the same
-        state.
+        state. Before anything was traced, values are kept until the first step.
 
         Args:
             strict: False: names that are missing keep their values, and what is unexpected is left out.
@@ -375,11 +383,16 @@ class Executable(ABC):
             StateMismatch: a tensor is missing, has another shape, or a name is none of the model's; nothing is changed.
             ValuesDiffer: ranks are given different states; likewise.
         """
+        self._require_executor()
         entries = entries_of(self.model, self._params)
         with self._getting_ready():
             given = entries.fit(state, strict)
             if self._compared:
                 require_same(self._made_executor(), given.values)
+            if self._main is None or self._later:
+                self._given |= {name: value.detach().clone() for name, value in given.values.items()}
+                entries.load_extra(given.extra)
+                return given.keys
             begun = self._storage is not None
             _, storage = self._start(given.values)
         entries.load_extra(given.extra)
@@ -393,10 +406,27 @@ class Executable(ABC):
         return self._started()[1].read_state()
 
     def _write_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._require_executor()
         with self._getting_ready():
-            runtime, storage = self._start()
-            require_same(runtime, _spelled(state))
-        storage.write_state(state)
+            require_same(self._made_executor(), _spelled(state))
+            if self._storage is None:
+                kept = {name: {key: v.detach().clone() for key, v in found.items()} for name, found in state.items()}
+                before = self._later
+                self._later = before | {"optimizer": lambda storage: storage.write_state(kept)}
+                try:
+                    if self._main is not None:
+                        self._start()
+                except GraphshardError:
+                    self._later = before
+                    raise
+                return
+        self._storage.write_state(state)
+
+    def _write_scaler(self, values: Mapping[str, float]) -> None:
+        if self._storage is None:
+            self._later["scaler"] = lambda storage: storage.write_scaler(values)
+        else:
+            self._storage.write_scaler(values)
 
     def _require_same(self, numbers: Mapping[str, Tensor]) -> None:
         require_same(self._made_executor(), numbers)
@@ -409,7 +439,7 @@ class Executable(ABC):
         return ScalerState(
             factors,
             read=lambda: self._start()[1].read_scaler(),
-            write=lambda values: self._start()[1].write_scaler(values),
+            write=self._write_scaler,
         )
 
     # Accounts

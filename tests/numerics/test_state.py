@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import StepLR
 
 import graphshard
-from graphshard.errors import OptimizerStateMissing, OptimizerStateTogether, StateMismatch
+from graphshard.errors import (
+    ExecutorNone,
+    OptimizerStateMismatch,
+    OptimizerStateMissing,
+    OptimizerStateTogether,
+    StateMismatch,
+)
 from numerics.cases import OPTIMIZERS, maker, sgd
 from numerics.reference import Eager, Make, assert_close, assert_same_training, check_parity, rolled
 
@@ -63,7 +69,6 @@ def test_training_continues_under_another_plan(before: str, after: str, optimize
         eager.step(rolled(args, index), {})
         first.step(*rolled(args, index))
     second, _ = start(make, after, optimizer)
-    second.trace(*args)
     second.load_state_dict(first.state_dict())
     second.optimizer.load_state_dict(first.optimizer.state_dict())
     for index in range(2, 4):
@@ -83,6 +88,72 @@ def test_training_continues_from_an_eager_checkpoint() -> None:
     eager.step(rolled(args, 1), {})
     compiled.step(*rolled(args, 1))
     assert_same_training(compiled, eager, torch.float64)
+
+
+@pytest.mark.parametrize("plan", ["zero3+pp2:microbatches=2", "zero1:size=2+fp16:init_scale=256,growth_interval=2"])
+def test_what_is_loaded_before_anything_was_traced_is_there_at_the_first_step(plan: str) -> None:
+    model, args, _, loss_fn = maker("mlp", plan)()
+
+    def fresh(lr: float) -> graphshard.Compiled:
+        optimizer = functools.partial(torch.optim.AdamW, lr=lr)
+        own = copy.deepcopy(model)
+        return graphshard.compile(own, plan, loss_fn=loss_fn, optimizer=optimizer, executor="local", world_size=world)
+
+    world = 4 if "pp2" in plan else 2
+    trained, early, late = fresh(1e-2), fresh(1e-3), fresh(1e-3)
+    for _ in range(3):
+        trained.step(*args)
+    state, update = trained.state_dict(), trained.optimizer.state_dict()
+    late.trace(*args)
+    late.load_state_dict(state)
+    late.optimizer.load_state_dict(update)
+    with pytest.raises(StateMismatch, match="given nothing"):
+        early.load_state_dict({})
+    with pytest.raises(OptimizerStateMismatch):
+        early.optimizer.load_state_dict({})
+    given, moments = copy.deepcopy(state), copy.deepcopy(update)
+    early.load_state_dict({name: torch.zeros_like(value) for name, value in given.items()})
+    early.load_state_dict(given)
+    early.optimizer.load_state_dict(moments)
+    for value in [*given.values(), *(v for found in moments["state"].values() for v in found.values())]:
+        value.zero_()  # what was given is the caller's
+    assert early.optimizer.param_groups[0]["lr"] == 1e-2, "for a scheduler that is made before the first step"
+    for compiled in (early, late):
+        compiled.step(*args)
+    assert all(torch.equal(value, late.state_dict()[name]) for name, value in early.state_dict().items())
+    ours, theirs = early.optimizer.state_dict(), late.optimizer.state_dict()
+    assert ours["steps"] == theirs["steps"] == 4 and ours.get("scaler") == theirs.get("scaler")
+    for name, found in theirs["state"].items():
+        assert all(torch.equal(ours["state"][name][key], value) for key, value in found.items())
+    early.load_state_dict(state)  # and once it has begun
+    assert all(torch.equal(value, state[name]) for name, value in early.state_dict().items())
+
+
+def test_state_that_a_step_cannot_go_on_from_is_refused_by_the_first_step_and_may_be_replaced() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 6), torch.randn(8, 3)
+    made = [nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    options: dict[str, Any] = {"loss_fn": F.mse_loss, "optimizer": adamw, "executor": "local"}
+    first, compiled = (graphshard.compile(model, "zero3:size=2", **options) for model in made)
+    first.step(x, y)
+    whole = first.optimizer.state_dict()
+    compiled.optimizer.load_state_dict(whole | {"state": dict(list(whole["state"].items())[1:])})
+    with pytest.raises(OptimizerStateMissing):
+        compiled.step(x, y)
+    compiled.load_state_dict(first.state_dict())
+    compiled.optimizer.load_state_dict(whole)
+    assert torch.equal(compiled.step(x, y), first.step(x, y))
+    assert all(torch.equal(value, first.state_dict()[name]) for name, value in compiled.state_dict().items())
+
+
+def test_an_account_takes_no_state() -> None:
+    model = nn.Linear(4, 4)
+    compiled = graphshard.compile(model, "zero3:size=2", loss_fn=F.mse_loss, optimizer=adamw, executor="none")
+    with pytest.raises(ExecutorNone):
+        compiled.load_state_dict(model.state_dict())
+    with pytest.raises(ExecutorNone):
+        compiled.optimizer.load_state_dict(adamw(model.parameters()).state_dict())
 
 
 def test_optimizer_state_of_parameters_that_were_frozen_says_what_would_be_right() -> None:
