@@ -7,7 +7,7 @@ conditions hold, else the formula. All return the same log-sum-exp, so forward a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +89,9 @@ def attention(
     k, v = _repeated(k, q, enable_gqa), _repeated(v, q, enable_gqa)
     bias = _bias(mask, q)
     match _kernel(q, k, v, bias, is_causal):
+        case "halves":
+            result, sums = _results(q, v, q.device)
+            _halves(q, k, v, scale, result, sums)
         case "cpu":
             result, sums = aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, is_causal, attn_mask=bias, scale=scale
@@ -126,6 +129,9 @@ def attention_backward(
     if grad.stride(-1) != 1 or 0 in grad.stride():
         grad = grad.contiguous()
     match _kernel(q, k, v, bias, is_causal):
+        case "halves":
+            grads = tuple(_gradient(x, q.device) for x in (q, k, v))
+            _halves_backward(grad, q, k, v, out, lse, scale, grads)
         case "cpu":
             grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=bias, scale=scale
@@ -190,7 +196,8 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: boo
     if not (q.shape[3] == k.shape[3] == v.shape[3]) or any(x.stride(3) != 1 for x in (q, k, v)):
         return ""
     if q.device.type == "cpu":
-        return "cpu"
+        square = is_causal and bias is None and q.shape[2] == k.shape[2]
+        return "halves" if square and q.shape[2] in _HALVED and q.dtype.itemsize >= 4 else "cpu"
     if q.device.type == "cuda":
         given = torch.backends.cuda.SDPAParams(q, k, v, bias, 0.0, is_causal, False)
         if bias is None and q.shape[3] % 8 == 0 and torch.backends.cuda.can_use_flash_attention(given):
@@ -198,6 +205,61 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: boo
         if (bias is None or k.shape[2] % 8 == 0) and torch.backends.cuda.can_use_efficient_attention(given):
             return "efficient"
     return ""
+
+
+_HALVED = range(256, 1025)
+"""Queries for which causal attention on a CPU is put together from parts, in float32 and float64. torch's kernel takes
+512 keys at a time, and computes what the mask hides of them: of 256 positions half of all, of 1,024 a third. Parts of
+128 positions are as fast for each score; smaller ones, and short or very long sequences, gain nothing or lose."""
+
+_PART = 128
+
+
+def _halves(q: Tensor, k: Tensor, v: Tensor, scale: float | None, out: Tensor, lse: Tensor) -> None:
+    """Causal attention into ``out`` and ``lse``: of each half, and of later queries over earlier keys."""
+    kernel, half = aten._scaled_dot_product_flash_attention_for_cpu, q.shape[2] // 2
+    if half < _PART:
+        result, sums = kernel(q, k, v, 0.0, True, scale=scale)
+        out.copy_(result)
+        lse.copy_(sums)
+        return
+    for part in (slice(None, half), slice(half, None)):
+        _halves(q[:, :, part], k[:, :, part], v[:, :, part], scale, out[:, :, part], lse[:, :, part])
+    late, seen = out[:, :, half:], lse[:, :, half:]
+    result, sums = kernel(q[:, :, half:], k[:, :, :half], v[:, :, :half], 0.0, False, scale=scale)
+    total = torch.logaddexp(seen, sums)
+    late.mul_((seen - total).exp_().unsqueeze(3)).addcmul_(result, (sums - total).exp_().unsqueeze(3))
+    seen.copy_(total)
+
+
+def _halves_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    grads: Sequence[Tensor],
+) -> None:
+    """The gradients into ``grads``: with the log-sum-exp over all keys, those of the parts add up."""
+    kernel, half = aten._scaled_dot_product_flash_attention_for_cpu_backward, q.shape[2] // 2
+    if half < _PART:
+        for target, value in zip(grads, kernel(grad, q, k, v, out, lse, 0.0, True, scale=scale), strict=True):
+            target.copy_(value)
+        return
+    early, late = slice(None, half), slice(half, None)
+    for part in (early, late):
+        own = [x[:, :, part] for x in grads]
+        _halves_backward(
+            grad[:, :, part], q[:, :, part], k[:, :, part], v[:, :, part], out[:, :, part], lse[:, :, part], scale, own
+        )
+    values = kernel(
+        grad[:, :, late], q[:, :, late], k[:, :, early], v[:, :, early], out[:, :, late], lse[:, :, late],
+        0.0, False, scale=scale,
+    )  # fmt: skip
+    for target, value, part in zip(grads, values, (late, early, early), strict=True):
+        target[:, :, part].add_(value)
 
 
 def _repeated(x: Tensor, q: Tensor, enable_gqa: bool) -> Tensor:

@@ -49,7 +49,7 @@ from graphshard.pipeline import Pass, run_passes
 from graphshard.plan import Plan
 from graphshard.plan_cache import open_cache
 from graphshard.plan_directory import Manifest
-from graphshard.program import Program
+from graphshard.program import Program, Role
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.runtime.nvme import check_folder
 from graphshard.surroundings import device_for, distributed_world_size, executor_kind, offload_folder
@@ -264,9 +264,15 @@ class Compiled(Executable):
         return example.like(largest(self._made_executor().told(example.shapes(), "comparing shapes")))
 
     def _scaler_factors(self) -> dict[str, float]:
-        """The options of loss scaling, if the program scales the loss: of a trained model in fp16."""
-        scaled = next((p for p in self.passes if isinstance(p, Precision) and p.dtype == "fp16"), None)
-        if scaled is None or not any(param.requires_grad for param in self._parameters):
+        """The options of loss scaling, if the program scales the loss: before there is one, if fp16 is asked for."""
+        scaled = next((p for p in self.passes if isinstance(p, Precision)), None)
+        if scaled is None:
+            return {}
+        if self._main is None:
+            scales = scaled.dtype == "fp16" and any(param.requires_grad for param in self._parameters)
+        else:
+            scales = any(slot.role is Role.SCALER for read in self._main.plan.reads for slot in read)
+        if not scales:
             return {}
         return {name: getattr(scaled, name) for name in ("growth_factor", "backoff_factor", "growth_interval")}
 

@@ -77,6 +77,29 @@ def test_same_as_torch(
     assert [(x.shape, x.stride(), x.dtype) for x in fakes] == [(x.shape, x.stride(), x.dtype) for x in (out, lse)]
 
 
+@pytest.mark.parametrize("length", [255, 256, 257, 600, 1024, 1025])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_causal_attention_in_halves(
+    length: int, dtype: torch.dtype, scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of torch's kernel over all positions: less is computed, and the result is nearly the same."""
+    torch.manual_seed(0)
+    q, k, v, grad = (tensor(1, 2, length, 8, True, dtype) for _ in range(4))
+    assert (attention._kernel(q, k, v, None, True) == "halves") == (256 <= length <= 1024)
+    assert (
+        attention._kernel(q, k[:, :, 1:], v[:, :, 1:], None, True) == attention._kernel(q, k, v, None, False) == "cpu"
+    )
+    found = []
+    for _ in range(2):
+        out, lse = gs.attention(q, k, v, None, True, scale, False)
+        found.append((out, lse, *gs.attention_backward(grad, q, k, v, None, out, lse, True, scale, False)))
+        monkeypatch.setattr(attention, "_kernel", lambda *_: "cpu")
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6 if dtype is torch.float32 else 1e-14)
+
+
 def test_backward_strides_are_those_of_the_type() -> None:
     q, k, v = (tensor(2, 4, 5, 8, False, torch.float32) for _ in range(3))
     out, lse = gs.attention(q, k, v, None, True, None, False)
