@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,12 @@ Wanted = tuple[int, TensorType]
 """A byte offset, and the tensor that begins there."""
 
 
+class _Given(list[Tensor]):
+    """Tensors that somebody was given, who may forget them: a plan that is not going to run any more."""
+
+    wanted: Sequence[Wanted]
+
+
 class Arena:
     """Grows to the largest layout that is used in it: steps of several plans, which never run at once, share it.
 
@@ -31,7 +38,7 @@ class Arena:
         self._make = block or _new_block
         self._block: Block = bytearray()
         self._begin = 0  # its address
-        self._given: list[tuple[Sequence[Wanted], list[Tensor]]] = []
+        self._given: dict[int, weakref.ref[_Given]] = {}  # by identity
 
     @property
     def nbytes(self) -> int:
@@ -41,20 +48,27 @@ class Arena:
         """Have at least so many bytes; tensors that were given lie in the new block then, with other contents."""
         if nbytes <= self.nbytes:
             return
-        for _, tensors in self._given:
-            tensors.clear()
+        given = [one for ref in self._given.values() if (one := ref()) is not None]
+        for one in given:
+            one.clear()
         self._block = bytearray()  # before there is another one
         self._block = self._make(nbytes)
         self._begin = torch.frombuffer(self._block, dtype=torch.uint8).data_ptr()
-        for wanted, tensors in self._given:
-            if self._holds(wanted):
-                tensors += map(self._tensor, wanted)
+        for one in given:
+            self._fill(one)
 
     def tensors(self, wanted: Sequence[Wanted]) -> list[Tensor]:
         """Tensors in the block; the list has others after it has grown, and none before it is large enough."""
-        result = list(map(self._tensor, wanted)) if self._holds(wanted) else []
-        self._given.append((wanted, result))
-        return result
+        given = _Given()
+        given.wanted = wanted
+        self._fill(given)
+        key = id(given)
+        self._given[key] = weakref.ref(given, lambda _: self._given.pop(key))
+        return given
+
+    def _fill(self, given: _Given) -> None:
+        if self._holds(given.wanted):
+            given += map(self._tensor, given.wanted)
 
     def offset(self, tensor: Tensor) -> int:
         """Where in the block the tensor begins, in bytes; -1: it is not there."""

@@ -186,6 +186,9 @@ def test_a_block_that_grows_moves_what_was_given() -> None:
     assert tensors[0] is first, "it is large enough"
     arena.reserve(4096)
     assert tensors[0] is not first and arena.nbytes == 4096
+    assert len(arena._given) == 1
+    del tensors
+    assert not arena._given, "nobody can see it any more"
 
 
 def test_without_a_layout_memory_is_new_each_time() -> None:
