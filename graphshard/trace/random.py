@@ -73,6 +73,8 @@ class Sampler:
             return None  # attention is tagged random for its dropout
         given = {name: made.get(value, value) if isinstance(value, fx.Node) else value for name, value in given.items()}
         result = self._drawn(target, given, node.meta["val"], record)
+        if isinstance(result, fx.Node) and val(result).stride() != node.meta["val"].stride():
+            result = self._laid_out(result, node.meta["val"], record)
         if result is None or _types(result) != _types(node):
             raise UnknownRandomOperator(str(target), where())
         return result
@@ -129,6 +131,17 @@ class Sampler:
         noise = self._emit(drawn, gs.sample.default, arguments, **_type(value))
         scaled = call(graph, aten.mul.Tensor, (noise, deviation), replace(record, origin=f"{record.origin}.scaled"))
         return call(graph, aten.add.Tensor, (scaled, mean), record)
+
+    def _laid_out(self, drawn: fx.Node, value: Tensor, record: NodeInfo) -> fx.Node:
+        """A copy with the dims in memory in the order of those of ``value``: what torch draws for a permuted tensor
+        may be contiguous."""
+        graph = self.section.graph
+        order = sorted(range(value.dim()), key=value.stride, reverse=True)
+        back = sorted(range(value.dim()), key=order.__getitem__)
+        turned = call(graph, aten.permute.default, (drawn, order), replace(record, origin=f"{record.origin}.turned"))
+        copied = replace(record, origin=f"{record.origin}.copied")
+        copy = call(graph, aten.clone.default, (turned,), copied, memory_format=torch.contiguous_format)
+        return call(graph, aten.permute.default, (copy, back), record)
 
     def _emit(self, record: NodeInfo, operator: Any, arguments: tuple[Any, ...], **options: Any) -> fx.Node:
         """Insert a keyed operator, whose last argument is its id."""

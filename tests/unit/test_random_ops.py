@@ -125,6 +125,13 @@ RANDOM: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout1d": lambda x: nn.functional.dropout1d(x, 0.5),
     "alpha_dropout": lambda x: nn.functional.alpha_dropout(x, 0.5, training=True),
     "gumbel_softmax": lambda x: nn.functional.gumbel_softmax(x),
+    "rand_like_contiguous": lambda x: x * torch.rand_like(x.t(), memory_format=torch.contiguous_format).t(),
+    "bernoulli_of_permuted": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5).t()).t(),
+    "bernoulli_with_permuted": lambda x: x * torch.empty(4, 6).bernoulli_(torch.full((6, 4), 0.5).t()),
+    "bernoulli_of_permuted_with": lambda x: x * torch.empty(6, 4).t().bernoulli_(torch.full((4, 6), 0.5)),
+    "normal_of_permuted": lambda x: x * torch.normal(torch.zeros(6, 4).t(), torch.ones(4, 6)),
+    "dropout_in_place_of_permuted": lambda x: nn.functional.dropout(x.t() * 1.0, 0.5, inplace=True),
+    "alpha_dropout_of_permuted": lambda x: nn.functional.alpha_dropout(x.t(), 0.5, training=True),
 }
 
 
