@@ -387,8 +387,7 @@ class Executable(ABC):
         entries = entries_of(self.model, self._params)
         with self._getting_ready():
             given = entries.fit(state, strict)
-            if self._compared:
-                require_same(self._made_executor(), given.values)
+            require_same(self._made_executor(), given.values)
             if self._main is None or self._later:
                 self._given |= {name: value.detach().clone() for name, value in given.values.items()}
                 entries.load_extra(given.extra)

@@ -385,7 +385,12 @@ def differing(*plans: str) -> dict[str, Any]:
         attempt("one refuses", c.load_state_dict, {} if RANK else same)
         attempt("optimizer of one refuses", c.optimizer.load_state_dict, {} if RANK else state)
         attempt("reading and loading", *([c.state_dict] if RANK else [c.load_state_dict, same]))
-        losses.append(c.step(*mine).item() - local.step(x, y).item())
+        early = compiled(plan, "distributed", model=Centred(seed=RANK))
+        attempt("load early", early.load_state_dict, Centred(seed=RANK).state_dict())
+        attempt("one refuses early", early.load_state_dict, {} if RANK else same)
+        early.load_state_dict(c.state_dict())
+        early.optimizer.load_state_dict(state)
+        losses += [early.step(*mine).item() - (loss := c.step(*mine).item()), loss - local.step(x, y).item()]
         if plan == plans[0]:
             with torch.device("meta"):
                 empty, buffer = Centred(), Centred()
