@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -208,7 +209,8 @@ class CompiledOptimizer(Optimizer):
         elif scale is not None:
             logger.warning("graphshard: the 'scaler' of the optimizer state is left out: this plan scales no loss")
         for group, own_group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            own_group.update({key: value for key, value in group.items() if key != "params"})
+            # What was given is the caller's: schedulers fill a learning rate that is a tensor.
+            own_group.update(copy.deepcopy({key: value for key, value in group.items() if key != "params"}))
 
     def _checked(self, state_dict: Mapping[str, Any]) -> tuple[NamedState, int]:
         """The state in ``state_dict`` by the model's names, and the steps taken; all of it can be taken over."""

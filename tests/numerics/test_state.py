@@ -147,6 +147,19 @@ def test_state_that_a_step_cannot_go_on_from_is_refused_by_the_first_step_and_ma
     assert all(torch.equal(value, first.state_dict()[name]) for name, value in compiled.state_dict().items())
 
 
+def test_a_learning_rate_that_is_a_tensor_is_not_shared_with_what_was_loaded() -> None:
+    model, (x, y) = nn.Linear(6, 3), (torch.randn(8, 6), torch.randn(8, 3))
+    make = functools.partial(torch.optim.AdamW, lr=torch.tensor(0.5))
+    compiled = graphshard.compile(model, "dp2", loss_fn=F.mse_loss, optimizer=make, executor="local")
+    given = make(model.parameters()).state_dict()
+    compiled.optimizer.load_state_dict(given)
+    scheduler = StepLR(compiled.optimizer, 1)
+    compiled.step(x, y)
+    scheduler.step()  # fills the tensor
+    assert compiled.optimizer.lrs() == [pytest.approx(0.05)]
+    assert given["param_groups"][0]["lr"].item() == 0.5
+
+
 def test_an_account_takes_no_state() -> None:
     model = nn.Linear(4, 4)
     compiled = graphshard.compile(model, "zero3:size=2", loss_fn=F.mse_loss, optimizer=adamw, executor="none")
