@@ -36,17 +36,18 @@ _SMALL_BYTES = 2**18  # goes at once, and is not counted
 
 
 class Exchange:
-    """Values that are to come; ``finish`` gets their bytes when they all have."""
+    """Values that are to come; ``finish`` gets their bytes when they all have, and ``after`` is complete."""
 
-    __slots__ = ("_arrivals", "_finish", "_link", "peers")
+    __slots__ = ("_after", "_arrivals", "_finish", "_link", "peers")
 
     def __init__(
         self,
         link: SharedMemoryCommunicator,
         arrivals: Sequence[Arrival] = (),
         finish: Callable[[list[Tensor]], None] = lambda values: None,
+        after: Exchange | None = None,
     ) -> None:
-        self._link, self._arrivals, self._finish = link, arrivals, finish
+        self._link, self._arrivals, self._finish, self._after = link, arrivals, finish, after
         self.peers = [arrival.peer for arrival in arrivals]
 
     def done(self) -> bool:
@@ -58,7 +59,7 @@ class Exchange:
     def complete(self) -> bool:
         """Finish if everything has come; whether it had."""
         values = [arrival.value for arrival in self._arrivals if arrival.value is not None]
-        if len(values) < len(self._arrivals):
+        if len(values) < len(self._arrivals) or not (self._after is None or self._after.done()):
             return False
         self._finish(values)
         self._link.release(self._arrivals)
@@ -128,7 +129,8 @@ class SharedMemoryCommunicator:
             for axis, channel in self._channels.items()
             if axis in self._near
         }
-        self._reducing: deque[Exchange] = deque()  # first halves of all-reduces, in the order of their start
+        # First halves of all-reduces, by axis in the order of their start: plans order collectives along an axis alone.
+        self._reducing: dict[str, deque[Exchange]] = {axis: deque() for axis in self._at}
         # By axis, what is not complete and in pieces: none may begin before an earlier one, as order is all there is.
         self._queues: dict[str, deque[Pieces]] = {axis: deque() for axis in self._at}
 
@@ -167,8 +169,9 @@ class SharedMemoryCommunicator:
         def start(piece: slice) -> Exchange:
             parts = flat[piece].tensor_split(len(self._members[axis]))
             mine = parts[self._at[axis]]
-            self._reducing.append(self._reduce(axis, parts, mine, lambda: put(self._others[axis], channel, mine)))
-            return self._gather(axis, channel, parts, mine)
+            reduction = self._reduce(axis, parts, mine, lambda: put(self._others[axis], channel, mine))
+            self._reducing[axis].append(reduction)
+            return self._gather(axis, channel, parts, mine, reduction)
 
         return self._in_pieces(axis, flat, start)
 
@@ -243,7 +246,7 @@ class SharedMemoryCommunicator:
     def _is_awaited(self) -> bool:
         """Whether neighbours may wait for something that this rank has begun and not ended, or not told them yet."""
         waiting = self._neighbours.is_behind or any(common.is_awaited() for common in self._common.values())
-        return waiting or bool(self._reducing) or any(self._queues.values())
+        return waiting or any(self._reducing.values()) or any(self._queues.values())
 
     def release(self, arrivals: Sequence[Arrival]) -> None:
         """The values have been read."""
@@ -272,8 +275,10 @@ class SharedMemoryCommunicator:
         self._go_on()
         return pieces
 
-    def _gather(self, axis: str, channel: int, parts: Sequence[Tensor], mine: Tensor) -> Exchange:
-        """Receive every member's part, but this rank's, which is ``mine``."""
+    def _gather(
+        self, axis: str, channel: int, parts: Sequence[Tensor], mine: Tensor, made: Exchange | None = None
+    ) -> Exchange:
+        """Receive every member's part, but this rank's, which is ``mine``, once it is ``made``."""
         arriving = [part for part, peer in zip(parts, self._members[axis], strict=True) if peer in self._others[axis]]
         if parts[self._at[axis]].data_ptr() != mine.data_ptr():
             parts[self._at[axis]].copy_(mine)
@@ -282,7 +287,7 @@ class SharedMemoryCommunicator:
             for value, part in zip(values, arriving, strict=True):
                 _copy(value, part)
 
-        return Exchange(self, [self._neighbours.expect(peer, channel) for peer in self._others[axis]], store)
+        return Exchange(self, [self._neighbours.expect(peer, channel) for peer in self._others[axis]], store, made)
 
     def _reduce(self, axis: str, parts: Sequence[Tensor], total: Tensor, then: Callable[[], None]) -> Exchange:
         """Give every member its part, and add up what they have for this rank, in the order of the members."""
@@ -305,8 +310,9 @@ class SharedMemoryCommunicator:
         on in common memory, last: who puts something in takes in what has come, and nothing may come after that."""
         went_on = True
         while went_on:  # what began may have been waited for
-            while self._reducing and self._reducing[0].complete():
-                self._reducing.popleft()
+            for reducing in self._reducing.values():
+                while reducing and reducing[0].complete():
+                    reducing.popleft()
             went_on = any(self._begin(queue) for queue in self._queues.values() if queue)
         for common in self._common.values():
             common.go_on()

@@ -213,7 +213,27 @@ def machines(link: Neighbours) -> dict[str, object]:
     return {"value": total.tolist()}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (values, many, ends, silent, common, far, late, machines)}
+def apart(link: Neighbours) -> dict[str, object]:
+    """Rank 0 has begun an all-reduce over another axis, in which rank 2 takes part once it has heard of what rank 0
+    makes with rank 1: a single element, of which rank 1 adds up nothing."""
+    mesh = Mesh((("pp", 2), ("shard", 2)))
+    communicator = SharedMemoryCommunicator(mesh, RANK, link, Mock(spec=Communicator), timeout_s=5.0)
+    over_stages, total = torch.full((1,), float(RANK)), torch.full((1,), float(RANK + 1))
+    if RANK == 2:
+        communicator.recv(0, total).wait()
+    first = communicator.all_reduce("pp", over_stages)
+    if RANK != 0:
+        first.wait()
+    if RANK < 2:
+        communicator.all_reduce("shard", total).wait()
+    if RANK == 0:
+        communicator.send(1, total).wait()
+        first.wait()
+    return {"total": total.item(), "over_stages": over_stages.item()}
+
+
+_ALL = (values, many, ends, silent, common, far, late, machines, apart)
+SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 
 def main() -> None:

@@ -35,6 +35,12 @@ def test_what_comes_while_a_rank_puts_something_in_is_gone_on_with() -> None:
     assert launch("neighbours_rank.py", 4, "late")[:2] == [{"value": [2.0, 3.0], "in_time": True}] * 2
 
 
+def test_all_reduces_over_two_axes_do_not_wait_for_each_other_and_are_whole_when_they_end() -> None:
+    found = launch("neighbours_rank.py", 4, "apart")
+    assert [result["total"] for result in found[:3]] == [3.0] * 3
+    assert [result["over_stages"] for result in found] == [2.0, 4.0, 2.0, 4.0]
+
+
 def test_who_waits_for_another_machine_serves_its_neighbours() -> None:
     assert launch("neighbours_rank.py", 4, "machines") == [{"value": [5.0] * 10}] * 4
 
