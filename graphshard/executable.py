@@ -371,7 +371,7 @@ class Executable(ABC):
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Replace parameters and buffers by full tensors, as ``model.state_dict()`` or :meth:`state_dict` give them; of
         names that are tied one is enough. Extra state goes to its modules. Collective: all ranks call it, with the same
-        state. Before anything was traced, values are kept until the first step.
+        state. Unless all have traced something, values are kept until the first step.
 
         Args:
             strict: False: names that are missing keep their values, and what is unexpected is left out.
@@ -388,7 +388,7 @@ class Executable(ABC):
         with self._getting_ready():
             given = entries.fit(state, strict)
             require_same(self._made_executor(), given.values)
-            if self._main is None or self._later:
+            if self._storage is None and (self._later or not self._traced_everywhere()):
                 self._given |= {name: value.detach().clone() for name, value in given.values.items()}
                 entries.load_extra(given.extra)
                 return given.keys
@@ -400,6 +400,10 @@ class Executable(ABC):
             params = kept | {name: value for name, value in given.values.items() if name in self._params}
             storage.write_model(params, {name: v for name, v in given.values.items() if name not in params})
         return given.keys
+
+    def _traced_everywhere(self) -> bool:
+        """Whether all ranks know what they store; trace() may be called by one of them alone."""
+        return all(self._made_executor().told(self._main is not None, "comparing what was traced"))
 
     def _read_state(self) -> dict[str, dict[str, Tensor]]:
         return self._started()[1].read_state()
@@ -413,7 +417,7 @@ class Executable(ABC):
                 before = self._later
                 self._later = before | {"optimizer": lambda storage: storage.write_state(kept)}
                 try:
-                    if self._main is not None:
+                    if self._traced_everywhere():
                         self._start()
                 except GraphshardError:
                     self._later = before

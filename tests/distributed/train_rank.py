@@ -388,6 +388,8 @@ def differing(*plans: str) -> dict[str, Any]:
         early = compiled(plan, "distributed", model=Centred(seed=RANK))
         attempt("load early", early.load_state_dict, Centred(seed=RANK).state_dict())
         attempt("one refuses early", early.load_state_dict, {} if RANK else same)
+        if RANK == 0:
+            early.trace(*mine)  # to look at what explain says
         early.load_state_dict(c.state_dict())
         early.optimizer.load_state_dict(state)
         losses += [early.step(*mine).item() - (loss := c.step(*mine).item()), loss - local.step(x, y).item()]
