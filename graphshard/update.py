@@ -46,6 +46,9 @@ _CREATION = {
 }
 
 
+_PARTS = {aten.view_as_real.default, aten.view_as_complex.default}
+
+
 OptimizerLike = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
 """An optimizer, or what makes one of parameters."""
 
@@ -333,7 +336,12 @@ def _offending(program: Program) -> tuple[str, str] | None:
 
 
 def _elementwise(node: fx.Node, shape: tuple[int, ...]) -> bool:
-    """Pointwise, and its operands are scalars or of the parameter's shape: a row vector would broadcast."""
+    """Pointwise, and its operands are scalars or of the parameter's shape: a row vector would broadcast. A complex
+    element counts as its two parts, too."""
+    parts = (*shape, 2)
+    shapes = {tuple(n.meta["val"].shape) for n in [node, *node.all_input_nodes]} - {()}
+    if node.target in _PARTS:
+        return shapes == {shape, parts} - {()}
     if not (is_pointwise(node) or node.target in _CREATION):
         return False
-    return all(tuple(n.meta["val"].shape) in ((), shape) for n in [node, *node.all_input_nodes])
+    return shapes in (set(), {shape}, {parts})

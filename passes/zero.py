@@ -50,7 +50,14 @@ c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard
 
 _CREATION = (aten.full.default, aten.zeros.default, aten.ones.default, aten.empty.memory_format)
-_ALLOWED = (aten.full_like.default, aten.zeros_like.default, aten.ones_like.default, gs.transfer.default)
+_ALLOWED = (
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.view_as_real.default,
+    aten.view_as_complex.default,
+    gs.transfer.default,
+)
 
 
 @dataclass(frozen=True)

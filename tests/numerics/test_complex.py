@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -28,16 +29,15 @@ class Filter(nn.Module):
         return result
 
 
+@pytest.mark.parametrize("kind", [partial(torch.optim.SGD, lr=0.1), partial(torch.optim.AdamW, lr=1e-2)])
 @pytest.mark.parametrize("plan", ["dp1", "dp2+accum2", "zero1:size=2", "zero3:size=2+accum2", "zero3:size=2+pp2"])
-def test_clipped_training_is_as_eager(plan: str) -> None:
-    """The norm of complex gradients is that of their parts."""
+def test_clipped_training_is_as_eager(plan: str, kind: Callable[..., torch.optim.Optimizer]) -> None:
+    """The norm of complex gradients is that of their parts, and Adam's moments are those of each part."""
     torch.manual_seed(0)
     x, y, model = torch.randn(8, 6), torch.randn(8, 3), Filter()
     eager = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(eager.parameters(), lr=0.1)
-    ours = graphshard.compile(
-        model, plan, loss_fn=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=0.1), max_grad_norm=0.1, executor="local"
-    )
+    optimizer = kind(eager.parameters())
+    ours = graphshard.compile(model, plan, loss_fn=F.mse_loss, optimizer=kind, max_grad_norm=0.1, executor="local")
     for _ in range(3):
         optimizer.zero_grad()
         loss = F.mse_loss(eager(x), y)
