@@ -35,6 +35,10 @@ _UNDECLARED_VIEWS = (aten._unsafe_view.default, aten.unsafe_split.Tensor, aten.u
 """Views that hide it from autograd: their schemas say nothing of it."""
 
 
+COMPLEX_PARTS = (aten.view_as_real.default, aten.view_as_complex.default)
+"""Views of complex elements as two real ones each, and back."""
+
+
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each element of the result depends on the same element of the inputs alone (scalars broadcast)."""
     target = node.target

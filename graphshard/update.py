@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 import graphshard.ops  # noqa: F401 - defines graphshard::sq_norm
-from graphshard.dataflow import downstream, is_pointwise, is_pooled
+from graphshard.dataflow import COMPLEX_PARTS, downstream, is_pointwise, is_pooled
 from graphshard.errors import (
     NotAnOptimizer,
     NothingToUpdate,
@@ -44,9 +44,6 @@ _CREATION = {
     aten.ones_like.default,
     aten.empty_like.default,
 }
-
-
-_PARTS = {aten.view_as_real.default, aten.view_as_complex.default}
 
 
 OptimizerLike = Optimizer | Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -340,7 +337,7 @@ def _elementwise(node: fx.Node, shape: tuple[int, ...]) -> bool:
     element counts as its two parts, too."""
     parts = (*shape, 2)
     shapes = {tuple(n.meta["val"].shape) for n in [node, *node.all_input_nodes]} - {()}
-    if node.target in _PARTS:
+    if node.target in COMPLEX_PARTS:
         return shapes == {shape, parts} - {()}
     if not (is_pointwise(node) or node.target in _CREATION):
         return False

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 
 from graphshard import fake
-from graphshard.dataflow import downstream, is_pointwise, is_pooled
+from graphshard.dataflow import COMPLEX_PARTS, downstream, is_pointwise, is_pooled
 from graphshard.errors import OptimizerNotElementwise, PassOptionError, StagesNotCut
 from graphshard.loss_gradient import share_loss
 from graphshard.mesh import DATA_AXES
@@ -54,9 +54,8 @@ _ALLOWED = (
     aten.full_like.default,
     aten.zeros_like.default,
     aten.ones_like.default,
-    aten.view_as_real.default,
-    aten.view_as_complex.default,
     gs.transfer.default,
+    *COMPLEX_PARTS,
 )
 
 

@@ -62,14 +62,8 @@ class Run:
         self._folder = tempfile.TemporaryDirectory()
         folder = Path(self._folder.name)
         self._output, self._said, address = folder / "measured.json", folder / "said.txt", folder / "turns"
-        command = [
-            sys.executable,
-            *launcher(ROWS[name].world),
-            str(WORKER),
-            name,
-            f"--output={self._output}",
-            f"--turns={address}",
-        ]
+        command = [sys.executable, *launcher(ROWS[name].world), str(WORKER), name]
+        command += [f"--output={self._output}", f"--turns={address}"]
         command += [f"--steps={options.steps}", f"--warmup={options.warmup}", f"--sizes={json.dumps(options.sizes)}"]
         with socket.socket(socket.AF_UNIX) as server, self._said.open("w") as said:
             server.bind(str(address))
