@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
+import torch
+
 from distributed.processes import launch
+from graphshard.runtime.neighbours import Arrival
+from graphshard.runtime.shared_memory import Exchange
 
 
 def test_values_arrive_in_the_order_of_their_channel() -> None:
@@ -39,6 +45,18 @@ def test_all_reduces_over_two_axes_do_not_wait_for_each_other_and_are_whole_when
     found = launch("neighbours_rank.py", 4, "apart")
     assert [result["total"] for result in found[:3]] == [3.0] * 3
     assert [result["over_stages"] for result in found] == [2.0, 4.0, 2.0, 4.0]
+
+
+def test_an_exchange_is_not_complete_before_the_one_that_it_is_behind() -> None:
+    """Of an all-reduce, the others' parts may be taken in while this rank's own waits for what comes next."""
+    added_up, gathered = list[str](), list[str]()
+    late, value = Arrival(1), torch.zeros(4, dtype=torch.uint8)
+    own = Exchange(Mock(), [late], lambda values: added_up.append("own part"))
+    others = Exchange(Mock(), [Arrival(1, value)], lambda values: gathered.append("other parts"), own)
+    assert not others.complete() and not others.done() and not gathered
+    late.value = value
+    assert own.complete() and others.complete() and others.done()
+    assert added_up == ["own part"] and gathered == ["other parts"]
 
 
 def test_who_waits_for_another_machine_serves_its_neighbours() -> None:
