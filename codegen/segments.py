@@ -25,6 +25,7 @@ from graphshard.codegen.workspace import Ledger, storage_bytes
 from graphshard.communication import arrives
 from graphshard.dataflow import has_floats, is_getitem, is_pointwise, is_view, resolve
 from graphshard.execution import Kernel, Segment, type_of
+from graphshard.products import BLOCK, LARGE_PRODUCT, part_rows
 from graphshard.program import Section, Slot, val
 from graphshard.region import Region, is_region, region_of, results_of
 from graphshard.rewrite import list_arg
@@ -36,12 +37,6 @@ gs = torch.ops.graphshard
 
 PLACED_BYTES = 256
 """From this size on a result is written to memory that the caller has: for smaller ones that is not worth the words."""
-
-LARGE_PRODUCT = 2**26
-"""Multiply-adds from which on it matters which library computes a matrix product."""
-
-PRODUCT_PART = 512
-"""Inner length from which on products.py may add such a product up from parts."""
 
 _ELEMENTS_BEHIND_MEAN = (
     aten.mse_loss.default,
@@ -271,7 +266,6 @@ class _Emitter:
         else:
             self._define(node, self._call(node))
             self.ledger.result(node)
-            self._product_in_blocks(node)
 
     def _memory(self, node: fx.Node) -> str:
         """Where the result of ``node``, which the next line defines, is to be written; "": the operator is to say."""
@@ -345,8 +339,9 @@ class _Emitter:
         arguments = arguments_of(node, self._name)
         if _is_large_product(node):
             assert isinstance(node.target, torch._ops.OpOverload)
+            self.ledger.temporary(_parts_bytes(node))
             if memory := self._memory(node):
-                arguments += f", out=lambda: {memory}"  # a library that cannot write there has no use for it
+                arguments += f", out=lambda: {memory}"
             return f"products.{node.target._schema.name.removeprefix('aten::')}({arguments})"
         if _copies(node):
             memory = self._memory(node)
@@ -392,8 +387,7 @@ class _Emitter:
             return
         left, right = (self._expression(a) for a in node.args)
         if _is_large_product(node):
-            self.ledger.temporary(storage_bytes(val(node)))  # what a library that cannot write into the view returns
-            self._product_in_blocks(node)
+            self.ledger.temporary(_parts_bytes(node))
             self._line(f"products.{'mm_into' if destination.overwrite else 'add_mm'}({view}, {left}, {right})")
         elif destination.overwrite:
             self._line(f"torch.mm({left}, {right}, out={view})")
@@ -412,11 +406,6 @@ class _Emitter:
         if overwrite:
             self._line(f"{view}.zero_()")
         self._line(f"{view}.index_add_(0, {name}.reshape(-1), {rows}.reshape(-1, {val(node).shape[1]}))")
-
-    def _product_in_blocks(self, node: fx.Node) -> None:
-        """A large product may be summed up from several; see products.py."""
-        if _is_large_product(node) and val(node.args[-1]).shape[0] > PRODUCT_PART:  # type: ignore[arg-type]
-            self.ledger.temporary(storage_bytes(val(node)))
 
     def _pack(self, destination: _Destination) -> None:
         self._start(destination)
@@ -467,3 +456,12 @@ def _is_large_product(node: fx.Node) -> bool:
     if bias and (node.kwargs or bias[0].shape != val(node).shape[1:]):
         return False
     return bool(val(node).numel() * left.shape[1] >= LARGE_PRODUCT)
+
+
+def _parts_bytes(node: fx.Node) -> int:
+    """The most that a large product takes besides its result: a part of it, and of the right matrix where its columns
+    lie together."""
+    product, right = val(node), val(node.args[-1])  # type: ignore[arg-type]
+    inner, columns = right.shape
+    copied = BLOCK * columns if inner > BLOCK and not right.is_contiguous() else 0
+    return int((min(product.shape[0], part_rows(columns)) * columns + copied) * product.itemsize)

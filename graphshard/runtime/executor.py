@@ -30,10 +30,10 @@ from graphshard.runtime.arena import Arena, Placing, Shared
 from graphshard.runtime.cuda_graphs import SegmentGraphs, graphs_of, recorder_of, uncaptured
 from graphshard.runtime.feed import STORED, Feed, sort_feed
 from graphshard.runtime.machine import Communicator, Machine, Value
-from graphshard.runtime.memory import keep_freed_memory, return_freed_memory
+from graphshard.runtime.memory import return_freed_memory
 from graphshard.runtime.meter import Measured, make_meter
 from graphshard.runtime.offload import Homes, Offloaded
-from graphshard.runtime.products import onednn_is_faster
+from graphshard.runtime.products import library
 from graphshard.runtime.segments import SegmentFunction, compile_segments, forget_segments
 from graphshard.runtime.traffic import sent_bytes
 from graphshard.runtime.watch import Watch
@@ -74,9 +74,6 @@ class Executor(ABC):
         path: str | None = None,
         cudagraphs: bool = False,
     ) -> None:
-        # oneDNN allocates what it makes: where it computes products, those are not in the block that a plan lays out.
-        outside = device.type == "cpu" and path is None and onednn_is_faster()
-        self._keeps_freed = outside and keep_freed_memory()
         if device.type == "cpu" and path is not None:  # who moves values to files has no memory for gaps
             return_freed_memory()
         self.mesh = mesh
@@ -104,8 +101,7 @@ class Executor(ABC):
         if self.device.type != "cpu":
             return self.homes.choices() | told
         return (self.homes.choices() | told) | {
-            "large float32 products": "oneDNN" if onednn_is_faster() else "torch's BLAS",
-            "freed memory": "kept for the next step, by mallopt" if self._keeps_freed else "as the C library is set",
+            "large float32 products": library().value,
             "what a step makes": self._laid_out(),
         }
 
