@@ -10,6 +10,9 @@ from numerics.cases import OPTIMIZERS, PLANS, SPLITS, ZERO_GRADIENT, adamw, make
 from numerics.reference import check_parity
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
+FLOAT32_INSIDE = {"t5": (1e-4, 1e-5)}
+"""Models whose norms compute in float32 whatever they are in, and where a gradient's third rounds otherwise than its
+whole, which Adam makes more of where a gradient is near zero."""
 ZOO = ("mlp", "gpt", "convnet", "gpt2", "llama", "bert", "t5", "vit", "resnet", "nested", "encoder")
 
 
@@ -59,5 +62,12 @@ def test_models_with_buffers_or_many_skips(name: str, plan: str) -> None:
 def test_everything(name: str, plan: str, optimizer: str, dtype: str) -> None:
     noisy = ZERO_GRADIENT if dtype == "f32" and optimizer != "sgd" else ()
     check_parity(
-        maker(name, plan), plan, OPTIMIZERS[optimizer], dtype=DTYPES[dtype], steps=10, max_grad_norm=0.5, noisy=noisy
+        maker(name, plan),
+        plan,
+        OPTIMIZERS[optimizer],
+        dtype=DTYPES[dtype],
+        steps=10,
+        max_grad_norm=0.5,
+        noisy=noisy,
+        tolerance=FLOAT32_INSIDE.get(name),
     )
