@@ -33,7 +33,6 @@ class Placer:
         self.copies: dict[tuple[fx.Node, int | None], fx.Node] = {}
         self.taken: set[fx.Node] = set()  # originals that are the copy of some stage already
         self.sent: dict[tuple[fx.Node, int], fx.Node] = {}
-        self.transfers: list[fx.Node] = []
 
     def run(self) -> None:
         """Give every operation its stage; those that go wherever they are read, when :meth:`at` asks for them."""
@@ -49,8 +48,8 @@ class Placer:
                 place = self.places[node]
                 self._copy(node, None if place is None else (place or (0,))[0])
         drop_dead(self.section)
-        left = [n for n in self.transfers if n.users]
-        retype_from(n for n in left if val(n).stride() != val(n.all_input_nodes[0]).stride())
+        left = [(node, new) for (node, _), new in self.sent.items() if new.users]
+        retype_from(new for node, new in left if val(new).stride() != val(node).stride())
 
     def at(self, node: fx.Node, stage: int | None) -> fx.Node:
         """The node that has the value of ``node`` on ``stage``; None: on every stage."""
@@ -117,7 +116,6 @@ class Placer:
                 dense = {"memory_format": torch.contiguous_format}
                 value = call(node.graph, aten.clone.default, (value,), record, **dense)
             new = call(node.graph, gs.transfer.default, (value, src, stage), replace(record, stage=stage))
-        self.transfers.append(new)
         self.sent[node, stage] = new
         return new
 
