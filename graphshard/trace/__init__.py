@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +35,10 @@ __all__ = [
     "parameter_names",
     "spell_signature",
 ]
+
+_DEPTH = 6
+"""How deep a tensor is looked for in an argument: a cache has a list of layers, objects with attributes."""
+_NOT_SEARCHED = (nn.Module, type, ModuleType, FunctionType)
 
 Signature = tuple[str, tuple[Hashable, ...]]
 """Of arguments: their structure, and what counts of each in flattening order."""
@@ -135,8 +141,21 @@ def _check_inputs(leaves: list[Any]) -> None:
         if isinstance(leaf, Tensor):
             if leaf.layout is not torch.strided or leaf.is_nested:
                 raise UnsupportedInput(index, f"{leaf.layout} tensor", "pass a dense tensor")
-        elif any(isinstance(value, Tensor) for value in getattr(leaf, "__dict__", {}).values()):
+        elif _holds_tensor(leaf):
             raise UnsupportedInput(index, kind, "pass its tensors in a tuple, list or dict")
+
+
+def _holds_tensor(argument: Any) -> bool:
+    """Whether a tensor is in an attribute, a slot or a container of it, or inside what is there. Modules are the
+    model's own, and what code refers to is no argument."""
+    seen, held = set[int](), [argument]
+    for _ in range(_DEPTH):
+        held = [one for one in held if id(one) not in seen and not isinstance(one, _NOT_SEARCHED)]
+        seen.update(map(id, held))
+        held = gc.get_referents(*held)
+        if any(isinstance(one, Tensor) for one in held):
+            return True
+    return False
 
 
 def _check_loss(loss_fn: nn.Module, model: nn.Module) -> None:

@@ -8,8 +8,9 @@ import logging
 import pickle
 import random
 import threading
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -399,6 +400,24 @@ def test_numpy_input() -> None:
     error = refused(Model(lambda m, y: y), F.mse_loss, (np.ones((4, 6)), torch.ones(4, 6)))
     assert isinstance(error, errors.UnsupportedInput)
     assert "torch.from_numpy" in str(error)
+
+
+class Slotted:
+    __slots__ = ("x",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [UserDict(x=torch.ones(4, 6)), Slotted(torch.ones(4, 6)), SimpleNamespace(layers=[Slotted(torch.ones(4, 6))])],
+    ids=["mapping", "slots", "nested"],
+)
+def test_tensors_in_an_object(batch: Any) -> None:
+    error = refused(Model(lambda m, y: y), F.mse_loss, (batch, torch.ones(4, 6)))
+    assert isinstance(error, errors.UnsupportedInput)
+    assert f"is a {type(batch).__name__}; pass its tensors in a tuple, list or dict" in str(error)
 
 
 def test_a_number_that_forward_changes_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
