@@ -33,6 +33,7 @@ from graphshard.program import Param, Program, Role
 from graphshard.rewrite import copied
 from graphshard.text_spelling import first_line
 from graphshard.trace import Captured, Mode
+from graphshard.trace.batch_norm import check_own_statistics
 from graphshard.trace.call import LossFn, Output
 from graphshard.trace.key import seen
 from graphshard.update import add_update, check_elementwise
@@ -179,6 +180,8 @@ class Builder:
     @ambient.off()
     def capture(self, mode: Mode, example: MicroBatch, microbatches: int) -> Captured:
         """The program before the first pass."""
+        if mode == "train" and self.mesh.dp_size > 1:
+            check_own_statistics(self.model)
         args, kwargs = example.arguments()
         captured = trace.capture(
             self.model,

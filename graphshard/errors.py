@@ -1059,7 +1059,7 @@ class MissingInput(GraphshardError):
 
 
 class UnsupportedModule(GraphshardError):
-    """A module whose forward is not Python code that can run on fake tensors."""
+    """A module whose forward is not Python code that can run on fake tensors, or talks to other ranks."""
 
     def __init__(self, path: str, kind: str, instead: str) -> None:
         where = f"module {path!r}" if path else "the model"

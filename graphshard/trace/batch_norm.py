@@ -1,8 +1,9 @@
 """Batch norm while a model is captured.
 
 Its kernels make their input contiguous, or channels last, first; torch's fake ones give results the strides of the
-input, and the backward's those of the gradient, and views that are right for those fail on the real ones. And with
-``momentum=None`` torch reads the value of its count of batches.
+input, and the backward's those of the gradient, and views that are right for those fail on the real ones. With
+``momentum=None`` torch reads the value of its count of batches. And SyncBatchNorm asks for a process group, which no
+graph knows: of one data-parallel rank it is batch norm, of several it is refused.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from graphshard.errors import UnsupportedModule
 from graphshard.trace.meanwhile import meanwhile
 
 _batch_norm: Any = _BatchNorm.forward
@@ -43,8 +45,24 @@ def _dense(value: Tensor) -> Tensor:
 
 
 def batches_counted() -> AbstractContextManager[None]:
-    """Meanwhile modules with ``momentum=None``, whose statistics are those of all batches, count them as a tensor."""
-    return meanwhile((_BatchNorm, "forward", _averaged))
+    """Meanwhile modules with ``momentum=None``, whose statistics are those of all batches, count them as a tensor, and
+    those that would synchronise statistics are like the others."""
+    return meanwhile((_BatchNorm, "forward", _averaged), (nn.SyncBatchNorm, "forward", _averaged))
+
+
+def check_own_statistics(model: nn.Module) -> None:
+    """Of several data-parallel ranks, each has statistics of its own part of the batch.
+
+    Raises:
+        UnsupportedModule: a module that is being trained wants those of all ranks.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training:
+            instead = (
+                "each data-parallel rank has statistics of its own; leave BatchNorm as it is, take a norm without "
+                "statistics of the batch (GroupNorm), or train with one data-parallel rank"
+            )
+            raise UnsupportedModule(path, type(module).__name__, instead)
 
 
 def _averaged(self: _BatchNorm, input: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import graphshard
+from graphshard.errors import UnsupportedModule
 from graphshard.trace import capture
 from numerics.cases import sgd
 from numerics.reference import check_parity
@@ -239,6 +242,36 @@ def test_batch_norm_over_all_batches(plan: str) -> None:
         return nn.Sequential(*layers), (torch.randn(16, WIDTH), torch.randn(16, WIDTH)), {}, F.mse_loss
 
     check_parity(make, plan, sgd, dtype=torch.float64)
+
+
+def synchronised() -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.SyncBatchNorm(WIDTH), nn.Linear(WIDTH, WIDTH))
+    return model, (torch.randn(16, WIDTH), torch.randn(16, WIDTH)), {}, F.mse_loss
+
+
+@pytest.mark.parametrize("plan", ["dp1", "pp2"])
+def test_batch_norm_that_synchronises_one_rank(plan: str) -> None:
+    check_parity(synchronised, plan, sgd, dtype=torch.float64)
+
+
+def test_batch_norm_that_synchronises_is_captured_in_a_process_group(tmp_path: Path) -> None:
+    model, batch, _, loss_fn = synchronised()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        program = capture(model, loss_fn, batch, {}, mode="train").program
+    finally:
+        torch.distributed.destroy_process_group()
+    assert any("batch_norm" in str(node.target) for node in program.body.nodes())
+
+
+@pytest.mark.parametrize("plan", ["dp2", "zero3+pp2"])
+def test_batch_norm_that_synchronises_several_ranks_is_refused(plan: str) -> None:
+    model, batch, _, loss_fn = synchronised()
+    with pytest.raises(UnsupportedModule, match="module '1' is a SyncBatchNorm; each data-parallel rank has"):
+        graphshard.compile(model, plan, loss_fn=loss_fn, example_inputs=batch, executor="local")
+    model[1].eval()
+    graphshard.compile(model, plan, loss_fn=loss_fn, example_inputs=batch, executor="local")
 
 
 def test_the_conjugate_of_a_number_does_not_widen_a_product() -> None:
