@@ -29,6 +29,7 @@ from graphshard.errors import (
 from graphshard.mesh import AXES, Mesh
 from graphshard.plan import Plan
 from graphshard.program import Level, Program
+from graphshard.version import __version__
 
 if TYPE_CHECKING:
     from graphshard.difference import Diff
@@ -290,6 +291,7 @@ def _mesh(text: str) -> Mesh:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="graphshard", description="Compile a PyTorch model into a distributed training program.")
+    parser.add_argument("--version", action="version", version=f"graphshard {__version__}, torch {torch.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, function: Any) -> argparse.ArgumentParser:

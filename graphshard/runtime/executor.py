@@ -24,7 +24,7 @@ from graphshard.loss_scaling import SKIPPED
 from graphshard.mesh import Mesh
 from graphshard.offloaded import offloaded
 from graphshard.plan_options import PLACES
-from graphshard.program import Role, Slot
+from graphshard.program import Bucket, Role, Slot
 from graphshard.prove import prove
 from graphshard.runtime.arena import Arena, Placing, Shared
 from graphshard.runtime.cuda_graphs import SegmentGraphs, graphs_of, recorder_of, uncaptured
@@ -360,7 +360,7 @@ class Executor(ABC):
         for stored in (feed.kept, feed.taken):
             for ref, slot in stored:
                 if ref not in store:
-                    raise absent(str(slot), self.lost[rank].get(ref))
+                    raise absent(_told(slot, loaded.plan.buckets), self.lost[rank].get(ref))
         return values
 
     def _put_back(self, loaded: Loaded, values: Mapping[int, dict[Ref, Value]], first: bool) -> str:
@@ -425,6 +425,14 @@ class Executor(ABC):
 def absent(name: str, why: str | None) -> GraphshardError:
     """What to raise where a store lacks a value. ``why``: what has lost it; None: it never had one."""
     return NoValue(name) if why is None else ValueLost(name, why)
+
+
+def _told(slot: Slot, buckets: Mapping[str, Bucket]) -> str:
+    """The slot, and of a bucket a parameter that a user knows it by."""
+    if slot.name not in buckets:
+        return str(slot)
+    (name, _), *others = buckets[slot.name].members
+    return f"{slot} ({name}{f' and {len(others)} more' if others else ''})"
 
 
 @dataclass

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import graphshard
 from graphshard import factory
 from graphshard.arguments import CHECKS
 from graphshard.cli import main
@@ -183,6 +185,13 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 )
 def test_bad_arguments_are_one_line(capsys: pytest.CaptureFixture[str], argv: str, says: str) -> None:
     assert says in refused(capsys, *argv.split())
+
+
+def test_the_versions_are_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"graphshard {graphshard.__version__}, torch {torch.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_missing_values_are_named_and_nothing_is_lost() -> None:
     plan = two_stages(1)
     executor, storage = start(plan)
     del executor.stores[1][next(iter(executor.stores[1]))]
-    with pytest.raises(NoValue, match='shard "b1" @1 has no value yet'):
+    with pytest.raises(NoValue, match=r'shard "b1" @1 \(w1\) has no value yet'):
         one_step(executor, plan)
     storage.write_model(weights(), {})
     one_step(executor, plan)
