@@ -21,6 +21,7 @@ from graphshard.trace.errors import translate
 from graphshard.trace.generators import draws_refused
 from graphshard.trace.layout import KeptLayout
 from graphshard.trace.model import ModelTensors, fake_tensors, swapped
+from graphshard.trace.operators import NoChecksOfGradients
 
 logger = logging.getLogger("graphshard")
 
@@ -64,6 +65,7 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
         capturing(request.model, request.train, request.lower),
         step.left_alone(),
         KeptLayout(),  # type: ignore[no-untyped-call]
+        NoChecksOfGradients(),  # type: ignore[no-untyped-call]
         contextlib.ExitStack() as stack,
     ):
         try:

@@ -154,6 +154,20 @@ def combined(model: Any, hidden: Tensor) -> Tensor:
     return hidden * pairs.prod(1).sin().sum() + triples.prod(1).sin().sum() + torch.combinations(hidden[0, :1]).sum()
 
 
+def eigenvalues(model: Any, hidden: Tensor) -> Tensor:
+    """Their gradient solves a system, and checks that it is solved."""
+    values, vectors = torch.linalg.eig(model.weight)
+    return hidden * torch.linalg.eigvals(model.weight).abs() + values.abs() * vectors.abs()[0]
+
+
+def likely(model: Any, hidden: Tensor) -> Tensor:
+    """Of variances of every shape that torch takes, some of which are clamped."""
+    given = hidden, torch.zeros_like(hidden)
+    variances = model.weight[0].abs() * hidden.abs(), hidden[:, 0] ** 2, hidden[:, :1] ** 2
+    losses = [F.gaussian_nll_loss(*given, variance, eps=0.1, reduction="none") for variance in variances]
+    return torch.tanh(sum(losses) + F.gaussian_nll_loss(*given, variances[0], full=True, eps=0.1) + hidden)
+
+
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "masked_fill_": lambda t, new: t.masked_fill_(t.detach() > 0.3, 0.1),
     "cumsum_": lambda t, new: t.cumsum_(1),
@@ -218,7 +232,7 @@ def test_written_through_a_transposed_view_in_the_backward() -> None:
     "between",
     [
         *(filled, turned, inverse, cholesky, solved, transposed, read),
-        *(turned_in_place, covariant, combined, written_in_lists),
+        *(turned_in_place, covariant, combined, written_in_lists, eigenvalues, likely),
     ],
 )
 def test_layers(between: Any, plan: str) -> None:
