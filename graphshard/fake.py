@@ -14,14 +14,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_map_only
 
+aten = torch.ops.aten
+
+_NORMS = frozenset(
+    overload
+    for packet in (
+        *(aten.native_layer_norm, aten.native_group_norm, aten.native_batch_norm, aten._native_batch_norm_legit),
+        *(aten._native_batch_norm_legit_functional, aten._native_batch_norm_legit_no_training),
+    )
+    for overload in (getattr(packet, name) for name in packet.overloads())
+)
+
 
 class RememberingMode(FakeTensorMode):
     """A mode in which real constants may meet fake tensors. What operators give for arguments of a type is remembered:
-    graphs repeat themselves, and passes derive types again and again."""
+    graphs repeat themselves, and passes derive types again and again.
+
+    Norms of half precision with weights in float32 give statistics in float32, which torch's own types do not say."""
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
         self.known: dict[Hashable, Any] = {}
+
+    def dispatch(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What the operator gives."""
+        result: Any = super().dispatch(func, types, args, kwargs or {})
+        given = [value.dtype for value in args if isinstance(value, torch.Tensor)] if func in _NORMS else []
+        if torch.float32 not in given[1:] or given[0] is torch.float32:
+            return result
+        out, *rest = result
+        return out, *(fresh(self, value.shape, torch.float32, value.stride(), value.device) for value in rest)
 
 
 def new_mode() -> FakeTensorMode:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 import graphshard
+from graphshard import fake
 from graphshard.errors import UnsupportedModule
 from graphshard.trace import capture
 from numerics.cases import sgd
 from numerics.reference import check_parity
+
+aten = torch.ops.aten
 
 PLANS = ("dp1", "zero3:size=2+accum2", "pp2", "recompute:policy=full")
 WIDTH = 6
@@ -157,7 +163,8 @@ def combined(model: Any, hidden: Tensor) -> Tensor:
 def eigenvalues(model: Any, hidden: Tensor) -> Tensor:
     """Their gradient solves a system, and checks that it is solved."""
     values, vectors = torch.linalg.eig(model.weight)
-    return hidden * torch.linalg.eigvals(model.weight).abs() + values.abs() * vectors.abs()[0]
+    result: Tensor = hidden * torch.linalg.eigvals(model.weight).abs() + values.abs() * vectors.abs()[0]
+    return result
 
 
 def likely(model: Any, hidden: Tensor) -> Tensor:
@@ -165,7 +172,8 @@ def likely(model: Any, hidden: Tensor) -> Tensor:
     given = hidden, torch.zeros_like(hidden)
     variances = model.weight[0].abs() * hidden.abs(), hidden[:, 0] ** 2, hidden[:, :1] ** 2
     losses = [F.gaussian_nll_loss(*given, variance, eps=0.1, reduction="none") for variance in variances]
-    return torch.tanh(sum(losses) + F.gaussian_nll_loss(*given, variances[0], full=True, eps=0.1) + hidden)
+    losses.append(F.gaussian_nll_loss(*given, variances[0], full=True, eps=0.1))
+    return torch.tanh(hidden + torch.stack([loss.expand(hidden.shape) for loss in losses]).sum(0))
 
 
 WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
@@ -290,6 +298,55 @@ def test_batch_norm_that_synchronises_several_ranks_is_refused(plan: str) -> Non
 
 def test_the_conjugate_of_a_number_does_not_widen_a_product() -> None:
     trained(turned, "dp1", torch.float32)
+
+
+class MixedNorm(nn.Module):
+    """A norm in float32 between layers in bfloat16, which a CPU takes as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.norm, self.after = nn.Linear(16, 256), nn.LayerNorm(256), nn.Linear(256, 4)
+        for layer in (self.before, self.after):
+            layer.to(torch.bfloat16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.after(torch.relu(self.norm(self.before(x.bfloat16())) * 1.5))
+        return result.float()
+
+
+@pytest.mark.only_cpu
+def test_norms_in_a_higher_precision_than_what_they_norm() -> None:
+    """Of more elements than one block has, so that their statistics are written to memory of their type."""
+    torch.manual_seed(0)
+    model, batch = MixedNorm(), (torch.randn(512, 16), torch.randn(512, 4))
+    compiled = graphshard.compile(
+        copy.deepcopy(model), "dp1", loss_fn=F.mse_loss, optimizer=partial(torch.optim.SGD, lr=1.0)
+    )
+    loss, before = F.mse_loss(model(batch[0]), batch[1]), copy.deepcopy(model.norm.state_dict())
+    loss.backward()
+    assert compiled.step(*batch).item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, value in model.norm.named_parameters():
+        moved = before[name] - compiled.state_dict()[f"norm.{name}"]
+        torch.testing.assert_close(moved, value.grad, rtol=1e-4, atol=1e-6)
+
+
+HALF, WIDE = torch.ones(2, 4, 3, dtype=torch.bfloat16), torch.ones(4)
+NORMS: list[tuple[Any, tuple[Any, ...]]] = [
+    (aten.native_layer_norm.default, (HALF.transpose(1, 2), [4], None, WIDE, 1e-5)),
+    (aten.native_group_norm.default, (HALF, WIDE, WIDE, 2, 4, 3, 2, 1e-5)),
+    (aten._native_batch_norm_legit_functional.default, (HALF, WIDE, WIDE, WIDE, WIDE, True, 0.1, 1e-5)),
+    (aten._native_batch_norm_legit.no_stats, (HALF, WIDE, WIDE, True, 0.1, 1e-5)),
+    (aten._native_batch_norm_legit.no_stats, (HALF, None, None, True, 0.1, 1e-5)),
+]
+
+
+@pytest.mark.only_cpu
+@pytest.mark.parametrize(("norm", "args"), NORMS)
+def test_the_types_of_norms(norm: Any, args: tuple[Any, ...]) -> None:
+    mode = fake.new_mode()
+    with mode:
+        types = norm(*tree_map_only(Tensor, lambda v: fake.fresh(mode, v.shape, v.dtype, v.stride()), args))
+    assert [value.dtype for value in types] == [value.dtype for value in norm(*args)]
 
 
 def one_hot_loss(out: Tensor, classes: Tensor) -> Tensor:
