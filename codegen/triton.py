@@ -52,6 +52,9 @@ def _check_types(region: Region) -> None:
         for value in _tensors(node):
             if value.dtype not in TYPES:
                 raise Unsupported(f"{_named(node)}: a kernel takes no {value.dtype}")
+    for node in region.outputs:
+        if any(not value.numel() for value in _tensors(node)):
+            raise Unsupported(f"{_named(node)}: a result without elements")
     if not any(_tensors(node) for node in region.inputs):
         raise Unsupported("a region without inputs")
 

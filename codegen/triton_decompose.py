@@ -95,10 +95,11 @@ class _Decomposer:
         return fx.map_arg(graph.output_node().args[0], made.__getitem__)
 
     def result(self, made: fx.Node, node: fx.Node) -> fx.Node:
-        """The result with the strides that the region gives it."""
-        if made.op == "placeholder":
+        """The result with the strides that the region gives it, and memory of its own unless it is an input there."""
+        if node.op == "placeholder":
             return made
-        copied = made if made.meta["val"].stride() == node.meta["val"].stride() else self(aten.clone.default, made)
+        is_own = made.op != "placeholder" and made.meta["val"].stride() == node.meta["val"].stride()
+        copied = made if is_own else self(aten.clone.default, made)
         copied.meta["val"] = _typed(node.meta["val"])
         return copied
 

@@ -288,6 +288,7 @@ def test_what_returns_something_else_is_another_kernel() -> None:
         (lambda x: torch.fft.fft(x), "complex64"),
         (lambda x: x.amax(0), "aten.amax.default over dims [0]"),
         (lambda x: gs.bernoulli(x, torch.zeros(4, dtype=torch.int64), 1), "graphshard.bernoulli.default draws"),
+        (lambda x: torch.relu(x[:0]) * 2, "aten.mul.Tensor: a result without elements"),
     ],
 )
 def test_refusals_name_the_operator(function: Callable[[Tensor], Tensor], reason: str) -> None:

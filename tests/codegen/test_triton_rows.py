@@ -63,6 +63,17 @@ def test_layer_norm(
     check(interpreter, backward, grad, x, mean.to(dtype), rstd.to(dtype), weight, bias, scale=10)
 
 
+def test_a_layer_norm_without_rows(interpreter: Interpreter) -> None:
+    """The gradient of its bias is what it is given, copied."""
+    grad, x, statistic = torch.randn(4, 2)[:, 0], torch.randn(4), torch.randn(1)
+
+    def backward(grad: Tensor, x: Tensor, statistic: Tensor) -> Any:
+        return aten.native_layer_norm_backward(grad, x, [4], statistic, statistic, x, x, [True] * 3)
+
+    kernel = check(interpreter, backward, grad, x, statistic)
+    assert "grad_1," not in kernel.source.rpartition("return ")[2]
+
+
 @quick
 @given(shapes(), st.sampled_from(DTYPES), st.integers(0, 9))
 def test_rms_norm(interpreter: Interpreter, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> None:
