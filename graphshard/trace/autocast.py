@@ -34,6 +34,8 @@ AS_GIVEN = "graphshard.as_given"
 """Key of ``node.meta["custom"]`` in the joint graph: whether the plan's precision is not for the node."""
 
 _CASTS = (Tensor.float, Tensor.to, Tensor.type, Tensor.type_as)
+_WRITTEN: Mapping[Any, int] = {Tensor.copy_: 1, Tensor.__setitem__: 2}
+"""Functions that write an argument, whose position this is, over the first."""
 _TAKE_DTYPE = ("softmax", "log_softmax", "sum", "mean", "prod", "cumsum", "cumprod")
 """Functions that cast what they are given where they are told to; float32 under autocast whether they are or not."""
 
@@ -90,7 +92,14 @@ class Casts:
     def _before(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """The arguments of a call of a torch function: cast where it is told to, and autocast would not do it."""
+        """The arguments of a call of a torch function: cast where it is told to, and autocast would not do it, and
+        where they are written to what is in float32 whatever the plan does, which stays so."""
+        if (at := _WRITTEN.get(func)) is not None and at < len(args):
+            into, value = args[0], args[at]
+            both = isinstance(value, Tensor) and into.dtype is value.dtype is torch.float32
+            if both and _of(into, self._wide) is not None and _of(value, self._wide) is None:
+                args = (*args[:at], torch.ops.graphshard.cast(value, torch.float32), *args[at + 1 :])
+            return args, kwargs
         value, *others = args or (kwargs.get("input"),)
         told = any(option is torch.float32 for option in (*others, *kwargs.values()))
         if not (told and _is_off() and _name(func) in _TAKE_DTYPE):
@@ -110,8 +119,9 @@ class Casts:
         if name.removesuffix("_") in LOWER and name.endswith("_"):
             self._wide.pop(id(result), None)
             return
-        copies = name.endswith("_like") or name.startswith("new_")
-        is_made = not tensors or (copies and kwargs.get("dtype") is torch.float32)
+        copies = name.endswith("_like") or name.startswith("new_") or name == "clone"
+        wide = kwargs.get("dtype") is torch.float32 or (tensors and _of(tensors[0], self._wide) is not None)
+        is_made = not tensors or (copies and wide)
         if is_made or (not _is_off() and name in _FLOAT32):
             known = self._wide
         elif not _is_off() and name in _LOWER:

@@ -210,7 +210,30 @@ class Split(nn.Module):
         return (x @ a) * torch.sigmoid(x @ b) + x @ c
 
 
-BLOCKS = (Norm, Differences, Router, Fourier, Custom, Nested, Asks, Rotary, Exacting, Extremes, Split)
+class Sums(nn.Module):
+    """Sums in float32 that begin with what is written to their memory, in every spelling."""
+
+    start: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(SIZE, SIZE)
+        self.register_buffer("start", torch.zeros(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.lin(x)
+        sums = torch.zeros(h.shape, device=x.device), torch.empty_like(x), x.new_zeros(h.shape), self.start.clone()
+        sums[0].copy_(h)
+        sums[1][:] = h
+        sums[2].copy_(h.detach())
+        sums[3][...] = h.detach()[0]
+        for total in sums:
+            for _ in range(50):
+                total += h.detach().amax() * 0.01
+        return (sums[0] + sums[1] + sums[2] + sums[3]) / 4
+
+
+BLOCKS = (Norm, Differences, Router, Fourier, Custom, Nested, Asks, Rotary, Exacting, Extremes, Split, Sums)
 
 
 class Stack(nn.Module):
