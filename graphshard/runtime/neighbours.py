@@ -84,6 +84,7 @@ class _Peer:
     expected: dict[int, deque[Arrival]] = field(default_factory=dict)  # by channel: asked for and not here
     early: dict[int, deque[tuple[int, Tensor]]] = field(default_factory=dict)  # here and not asked for, with its block
     unsent: deque[tuple[bytes, int | None]] = field(default_factory=deque)
+    is_full: bool = False  # its socket did not take a note, and says when it has room
     common: dict[int, mmap.mmap] = field(default_factory=dict)  # by channel, not taken yet
     let_go: Counter[int] = field(default_factory=Counter)  # by channel: values in common memory
     gone: bool = False  # its end is closed
@@ -299,7 +300,6 @@ class Neighbours:
         self._flush(peer)
 
     def _flush(self, peer: _Peer) -> None:
-        was_behind = len(peer.unsent) > 1
         while peer.unsent:
             note, descriptor = peer.unsent[0]
             try:
@@ -308,6 +308,7 @@ class Neighbours:
                 else:
                     socket.send_fds(peer.link, [note], [descriptor])
             except BlockingIOError:
+                peer.is_full = True
                 self._poll.modify(peer.link, select.POLLIN | select.POLLOUT)
                 return
             except (BrokenPipeError, ConnectionResetError):
@@ -315,7 +316,8 @@ class Neighbours:
             if descriptor is not None:
                 os.close(descriptor)
             peer.unsent.popleft()
-        if was_behind and not peer.gone:
+        if peer.is_full and not peer.gone:
+            peer.is_full = False
             self._poll.modify(peer.link, select.POLLIN)
 
     def _receive(self, peer: _Peer) -> None:

@@ -64,6 +64,20 @@ def many(link: Neighbours) -> dict[str, object]:
     return {"in_order": taken == list(range(MANY)), "more_blocks": len(link._blocks) - blocks}
 
 
+def one_more(link: Neighbours) -> dict[str, object]:
+    """One note more than the socket holds: when it has gone, nothing but what comes wakes this rank."""
+    count = torch.zeros(1, dtype=torch.int64)
+    while RANK == 0 and not link.is_behind:
+        link.tell_gone([OTHER], 0)
+        count += 1
+    dist.broadcast(count, 0)
+    while RANK == 1 and link.let_go([OTHER], 0) < count:
+        link.listen(20.0)
+    while link.is_behind:
+        link.listen(20.0)
+    return {"woken": len(link._poll.poll(0.0))}
+
+
 def ends(link: Neighbours) -> dict[str, object]:
     """Rank 1 leaves: what it had put in arrives, and nothing after that."""
     if RANK:
@@ -232,7 +246,7 @@ def apart(link: Neighbours) -> dict[str, object]:
     return {"total": total.item(), "over_stages": over_stages.item()}
 
 
-_ALL = (values, many, ends, silent, common, far, late, machines, apart)
+_ALL = (values, many, one_more, ends, silent, common, far, late, machines, apart)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 

@@ -21,6 +21,10 @@ def test_nothing_blocks_when_the_other_side_does_not_listen_and_blocks_are_used_
         assert result["more_blocks"] <= 2  # the other side may be one value behind
 
 
+def test_a_rank_that_was_behind_by_one_note_waits_again_when_that_has_gone() -> None:
+    assert launch("neighbours_rank.py", 2, "one_more") == [{"woken": 0}] * 2
+
+
 def test_a_peer_that_has_ended() -> None:
     waiting, _ = launch("neighbours_rank.py", 2, "ends")
     assert waiting == {"taken": [1.0] * 3, "take": "rank 1 has ended", "put": "rank 1 has ended"}
