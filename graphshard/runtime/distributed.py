@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -84,8 +86,11 @@ class DistributedExecutor(Executor):
             if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-        if join_world(device, timeout_s):
+        self._joined = join_world(device, timeout_s)
+        if self._joined:
             atexit.register(self.close)
+        else:
+            atexit.register(_close, weakref.ref(self))
         self.timeout_s = timeout_s
         self._groups = make_groups(mesh, device, timeout_s, measure_memory)
         self.rank = dist.get_rank()
@@ -103,13 +108,25 @@ class DistributedExecutor(Executor):
         self._gave_up = ""  # why this rank may not communicate any more
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, the whole world if it was joined here; there are no more steps."""
         super().close()
         if self._neighbours is not None:
             self._neighbours.close()
             self._neighbours = None
-        if dist.is_initialized():
+        if not self._gave_up:  # else a thread may wait for ranks that do not come, and nobody waits for it
+            self._end_threads()
+        if self._joined and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _end_threads(self) -> None:
+        """Let go of process groups: gloo's threads end with the last that holds their group. One that is there while
+        Python ends, and then lets go of a tensor that it was given, would abort the process."""
+        if dist.is_initialized() and "_groups" in vars(self):
+            dist.destroy_process_group(self._groups.control)
+        for name in ("_groups", "_link", "_shared"):
+            vars(self).pop(name, None)
+        self._loaded.clear()
+        gc.collect()  # what is in common memory knows its communicator
 
     def choices(self) -> dict[str, str]:
         if self._neighbours is None:
@@ -438,6 +455,12 @@ class _Agreement:
         except RuntimeError:
             return  # a rank is gone before it could tell: the caller reports that
         self.check()
+
+
+def _close(executor: weakref.ref[DistributedExecutor]) -> None:
+    """Close what is still there."""
+    if (there := executor()) is not None:
+        there.close()
 
 
 def _short(value: int) -> str:

@@ -76,6 +76,7 @@ def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
         assert result["error"] == "NoValue"
         local, *others = result["losses"]
         assert others == [close(local)] * 3
+        assert not result["threads"], "what is left when Python ends may abort the process"
 
 
 def test_what_one_rank_dumps_all_ranks_load(tmp_path: Path) -> None:
