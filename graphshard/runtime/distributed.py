@@ -86,11 +86,7 @@ class DistributedExecutor(Executor):
             if device.index is None:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-        self._joined = join_world(device, timeout_s)
-        if self._joined:
-            atexit.register(self.close)
-        else:
-            atexit.register(_close, weakref.ref(self))
+        join_world(device, timeout_s)
         self.timeout_s = timeout_s
         self._groups = make_groups(mesh, device, timeout_s, measure_memory)
         self.rank = dist.get_rank()
@@ -106,17 +102,16 @@ class DistributedExecutor(Executor):
         self._layouts: dict[int, SharedLayouts] = {}  # by the fingerprint of collectives
         self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
         self._gave_up = ""  # why this rank may not communicate any more
+        atexit.register(_close, weakref.ref(self))  # before the world is left
 
     def close(self) -> None:
-        """Leave the process group, the whole world if it was joined here; there are no more steps."""
+        """Give back what there is outside of memory, and leave the process groups; there are no more steps."""
         super().close()
         if self._neighbours is not None:
             self._neighbours.close()
             self._neighbours = None
         if not self._gave_up:  # else a thread may wait for ranks that do not come, and nobody waits for it
             self._end_threads()
-        if self._joined and dist.is_initialized():
-            dist.destroy_process_group()
 
     def _end_threads(self) -> None:
         """Let go of process groups: gloo's threads end with the last that holds their group. One that is there while

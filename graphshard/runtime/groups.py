@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,19 +28,26 @@ class Groups:
     pairs: dict[tuple[int, int], dist.ProcessGroup]
 
 
-def join_world(device: torch.device, timeout_s: float) -> bool:
-    """Make sure that this process is in a process group; True if it was set up here, from the launcher's environment.
+def join_world(device: torch.device, timeout_s: float) -> None:
+    """Make sure that this process is in a process group; it leaves one that is set up here, from the launcher's
+    environment, when Python ends.
 
     Raises:
         NoProcessGroup: no launcher set the environment.
     """
     if dist.is_initialized():
-        return False
+        return
     if missing := [name for name in _ENVIRONMENT if name not in os.environ]:
         raise NoProcessGroup(missing)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    return True
+    atexit.register(leave_world)
+
+
+def leave_world() -> None:
+    """Destroy all process groups, if nobody has."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def make_groups(mesh: Mesh, device: torch.device, timeout_s: float, measure_memory: bool) -> Groups:

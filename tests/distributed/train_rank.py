@@ -19,6 +19,7 @@ import graphshard
 from distributed.processes import report
 from graphshard.errors import GraphshardError, OffloadFailed, PlanMismatch, RanksOutOfStep, ValueLost
 from graphshard.program import info
+from graphshard.runtime.groups import leave_world
 from graphshard.runtime.nvme import ALIGN
 from models.zoo import gpt
 
@@ -128,6 +129,7 @@ def meta(plan: str) -> dict[str, Any]:
     losses = [[c.step(*part(c, batch())).item() for _ in range(2)] for c in (local, refused, loaded, initialised)]
     for c in (initialised, loaded, refused):  # as when Python ends
         c._made_executor().close()
+    leave_world()
     return {"error": error, "losses": losses, "threads": [name for name in threads() if "gloo" in name]}
 
 
