@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphshard.codegen import blocks
+from graphshard.codegen import blocks, segments
 from graphshard.dataflow import is_view
 from graphshard.execution import Workspace
 from graphshard.program import Section
+from graphshard.runtime import products
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.meter import LiveStorages
 from graphshard.runtime.segments import compile_segments
@@ -75,6 +76,24 @@ def test_an_output_that_views_an_input_keeps_it() -> None:
 """)
     workspace, (alone, handed) = measured(graph)
     assert workspace == Workspace((X,), (1,)) and alone == handed == X
+
+
+@pytest.mark.only_cpu
+@pytest.mark.parametrize(("inner", "beside"), [(64, X), (600, X + 4 * 512 * 64)])
+def test_a_large_product_takes_a_part_of_it_and_of_the_right_matrix(
+    inner: int, beside: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "LARGE_PRODUCT", 1)
+    monkeypatch.setattr(products, "library", lambda: products.Library.ONEDNN)
+    graph = section(f"""
+  %x : f32[64,{inner}] = batch 0
+  %w : f32[64,{inner}] = batch 1
+  %t = aten.t.default(%w)
+  %a = aten.mm.default(%x, %t)
+  return output 0 %a
+""")
+    workspace, (alone, _) = measured(graph)
+    assert alone == max(workspace.held) == X + beside
 
 
 def test_operators_with_several_results() -> None:
