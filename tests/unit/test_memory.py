@@ -37,10 +37,16 @@ def test_freed_memory_leaves_the_process() -> None:
     assert run(asked=True) == ("True", False)
 
 
+KEPT = {"mmap_threshold": 1 << 25, "trim_threshold": 1 << 28}
+
+
 @pytest.mark.parametrize(
     "environment",
-    [{"MALLOC_MMAP_THRESHOLD_": "33554432"}, {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=33554432"}],
+    [
+        {f"MALLOC_{name.upper()}_": str(nbytes) for name, nbytes in KEPT.items()},
+        {"GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={nbytes}" for name, nbytes in KEPT.items())},
+    ],
+    ids=["variables", "tunables"],
 )
 def test_the_environment_wins(environment: dict[str, str]) -> None:
-    done, _ = run(asked=True, **environment)
-    assert done == "False"
+    assert run(asked=True, **environment) == ("False", True)
