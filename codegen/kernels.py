@@ -121,18 +121,32 @@ class Kernels:
             self.table[name] = write_kernel(region, name, in_place, autotune=region.autotune)
         return self.table[name]
 
-    def add_update(self, region: Region, adam: FusedAdam, dying: Collection[int]) -> Kernel:
-        """The kernel of an Adam update: it takes the step and the learning rate as well, and overwrites parameter and
-        state. ``dying``: positions of inputs that it may overwrite, too."""
+    def overwrites_update(self, node: fx.Node, region: Region, adam: FusedAdam, section: Section) -> dict[int, int]:
+        """Which results of ``node``, an Adam update as a region, its kernel can write over which operands, by position:
+        parameter and state, and what is made of them, such as a cast, over its own old value."""
+        found = {region.outputs.index(new): region.inputs.index(old) for old, new in adam.replaced}
+        behind = _behind(region, adam)
+        for index, at in self.overwrites(node, region, section).items():
+            alone = region.outputs[index] in behind and set(region.inputs[at].users) <= set(behind)
+            if alone and index not in found and at not in found.values():
+                found[index] = at
+        return found
+
+    def add_update(
+        self, region: Region, adam: FusedAdam, dying: Collection[int], in_place: Mapping[int, int]
+    ) -> Kernel:
+        """The kernel of an Adam update: it takes the step and the learning rate as well. ``in_place``: results to the
+        inputs they overwrite. ``dying``: positions of inputs that it may overwrite, too."""
         names = _names(region)
         names |= {new: names[old] for old, new in adam.replaced}
         stores = [names[node] for node in adam.stores]
         free = [region.inputs[at] for at in dying if region.inputs[at] not in adam.stores]
         behind = _behind(region, adam)
-        outs = _outs(region, names, [region.outputs.index(new) for _, new in adam.replaced])
+        outs = _outs(region, names, in_place)
+        over = {region.outputs[index]: region.inputs[at] for index, at in in_place.items()}
         before = [n for n in region.operations if n not in adam.nodes and n not in behind]
         prepared = _part(before, {adam.gradient, *region.outputs}, names, free, region.outputs, outs)
-        finished = _part(behind, region.outputs, names, [], region.outputs, outs)
+        finished = _part(behind, region.outputs, names, [], region.outputs, outs, over)
         states = ", ".join(f"[{name}]" for name in (stores[0], names[adam.gradient], *stores[1:]))
         options = f"beta1={adam.beta1}, beta2={adam.beta2}, weight_decay={adam.weight_decay}, eps={adam.eps}"
         scalars = "[step.to(torch.float32)], lr=lr.to(torch.float32)"
@@ -169,9 +183,10 @@ def _part(
     free: Sequence[fx.Node],
     returned: Collection[fx.Node],
     outs: Mapping[str, str],
+    replaced: Mapping[fx.Node, fx.Node] | None = None,
 ) -> Code:
-    """Code for some operations of a region, in order, that leaves those ``wanted``, over inputs that are ``free``;
-    what it makes that is not ``returned`` by the region is workspace."""
+    """Code for some operations of a region, in order, that leaves those ``wanted``, over inputs that are ``free`` or
+    ``replaced`` by them; what it makes that is not ``returned`` by the region is workspace."""
     if not nodes:
         return Code((), 0)
     inputs = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in nodes))
@@ -183,6 +198,8 @@ def _part(
     # Nothing behind the part may read what it writes over.
     over = [at for at, n in enumerate(inputs) if n in free and set(n.users) <= set(nodes) and fits(results[0], n)]
     in_place = {0: over[0]} if over and results[0] not in returned else {}
+    replaced = {result: old for result, old in (replaced or {}).items() if result in results}
+    in_place |= {results.index(result): inputs.index(old) for result, old in replaced.items()}
     code = blocked_code(part, own, blocks, in_place, outs)
     made = [node for index, node in enumerate(results) if index not in in_place and node not in returned]
     return Code(code.lines, code.workspace_bytes + sum(storage_bytes(val(node)) for node in made))

@@ -304,8 +304,8 @@ class _Emitter:
             in_place = self.kernels.overwrites(node, region, self.section)
             self._kernel(node, self.kernels.add(region, in_place), in_place)
         else:
-            in_place = {region.outputs.index(new): region.inputs.index(old) for old, new in adam.replaced}
-            kernel = self.kernels.add_update(region, adam, dying(node, self.section))
+            in_place = self.kernels.overwrites_update(node, region, adam, self.section)
+            kernel = self.kernels.add_update(region, adam, dying(node, self.section), in_place)
             self._kernel(node, kernel, in_place, [adam.step, adam.lr])
 
     def _kernel(

@@ -5,18 +5,21 @@ alive at once, in whatever order values come and go; and because it is the same 
 none of its pages twice. Not in it are values that outlive the step, and what torch's operators make for themselves.
 
 What ranks of one machine gather is the same on each of them: it can lie in memory that they share, laid out likewise.
-What they reduce can lie where the others can read it: in a block of each rank's own.
+What they gather of what they store need not be copied there: each can keep its part in the midst of the others', where
+all read it. What they reduce can lie where the others can read it: in a block of each rank's own.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from graphshard.execution import ExecutionPlan, Instruction, Op
+from graphshard.execution import ExecutionPlan, Instruction, Op, Ref
+from graphshard.replaced import kept_at
 from graphshard.spans import Span, items_before, memory_spans
 
 ALIGNMENT = 64  # bytes, as of what torch allocates on a CPU
@@ -29,6 +32,17 @@ class Gathered:
 
     axis: str
     offset: int
+    until: int
+
+
+@dataclass(frozen=True)
+class Resident:
+    """What the ranks along ``axis`` gather, of which each stores its part, ``ref``, in the memory that they share; the
+    position of the instruction that reads it last."""
+
+    axis: str
+    ref: Ref
+    nbytes: int
     until: int
 
 
@@ -48,6 +62,8 @@ class Layout:
     ``alive_bytes``: the most that is in use at once, which no layout can do without. ``gathered``, by the position of
     a GATHER: where its result lies in shared memory, of which there are ``shared_bytes`` by axis. ``given``, by the
     position of a RUN and its place: what others read, in a block of ``given_bytes`` by axis that each rank has.
+    ``residents``, by the position of a GATHER: what lies in shared memory for good. ``replaced``, by axis: the position
+    of the first instruction that writes to a part of those, which the others must not read any more by then.
     """
 
     nbytes: int = 0
@@ -58,14 +74,21 @@ class Layout:
     shared_bytes: dict[str, int] = field(default_factory=dict)
     given: dict[tuple[int, int], Given] = field(default_factory=dict)
     given_bytes: dict[str, int] = field(default_factory=dict)
+    residents: dict[int, Resident] = field(default_factory=dict)
+    replaced: dict[str, int] = field(default_factory=dict)
+
+    def residents_along(self, axis: str) -> dict[Ref, int]:
+        """The bytes of what lies in shared memory for good, by the part that a rank stores."""
+        return {resident.ref: resident.nbytes for resident in self.residents.values() if resident.axis == axis}
 
     def shared_along(self, axis: str) -> str:
         """What the layouts of ranks that share memory along an axis have in common, as text: where each gathered value
         lies, and in which order they come and go. Positions of instructions depend on the shapes of a batch."""
-        mine = {at: place for at, place in sorted(self.gathered.items()) if place.axis == axis}
-        events = [(at, 1, place.offset) for at, place in mine.items()]
-        events += [(place.until, 0, place.offset) for place in mine.values()]
-        return repr((self.shared_bytes[axis], [event[1:] for event in sorted(events)]))
+        mine = [(at, p.until, str(p.offset)) for at, p in self.gathered.items() if p.axis == axis]
+        mine += [(at, p.until, str(p.ref)) for at, p in self.residents.items() if p.axis == axis]
+        events = [(at, 1, place) for at, _, place in mine] + [(until, 0, place) for _, until, place in mine]
+        residents = {str(ref): nbytes for ref, nbytes in self.residents_along(axis).items()}
+        return repr((self.shared_bytes[axis], residents, [event[1:] for event in sorted(events)]))
 
 
 def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collection[str] = ()) -> Layout:
@@ -77,15 +100,23 @@ def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collec
     last = {span: bisect_right(begins, span.end) - 1 for span in spans}  # the instruction behind which it is not needed
     gathered: dict[int, Gathered] = {}
     given: dict[tuple[int, int], Given] = {}
-    shared_bytes, given_bytes = {}, {}
+    residents: dict[int, Resident] = {}
+    shared_bytes, given_bytes, replaced = {}, {}, {}
+    written = kept_at(plan, stage, first)
     for axis in shared:
         gathers = [span for span in spans if _gathers(instructions[span.position], axis)]
         # What nobody reads is still on its way when it is let go.
-        offsets, shared_bytes[axis] = _packed([s for s in gathers if instructions[last[s]].op is not Op.WAIT])
+        gathers = [span for span in gathers if instructions[last[span]].op is not Op.WAIT]
+        stored = _stored([(instructions[span.position].inputs[0], span, last[span]) for span in gathers], written, axis)
+        residents |= stored
+        if stored:
+            replaced[axis] = min(written[resident.ref] for resident in stored.values())
+        offsets, shared_bytes[axis] = _packed([span for span in gathers if span.position not in stored])
         gathered |= {span.position: Gathered(axis, offset, last[span]) for span, offset in offsets.items()}
         offsets, given_bytes[axis] = _packed([span for span in spans if span.given == axis and span.place is not None])
         given |= {(s.position, s.place): Given(axis, offset) for s, offset in offsets.items() if s.place is not None}
-    spans = [s for s in spans if s.position not in gathered and (s.position, s.place) not in given]
+    there = gathered.keys() | residents.keys()
+    spans = [s for s in spans if s.position not in there and (s.position, s.place) not in given]
     offsets, nbytes = _packed(spans)
     found = {(span.position, span.place): offset for span, offset in offsets.items()}
     segments = plan.stages[stage].segments
@@ -95,7 +126,16 @@ def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collec
         if ins.op is Op.RUN
     }
     made = {at: offset for (at, place), offset in found.items() if place is None}
-    return Layout(nbytes, _most(spans), runs, made, gathered, shared_bytes, given, given_bytes)
+    return Layout(nbytes, _most(spans), runs, made, gathered, shared_bytes, given, given_bytes, residents, replaced)
+
+
+def _stored(gathers: Sequence[tuple[Ref, Span, int]], written: Mapping[Ref, int], axis: str) -> dict[int, Resident]:
+    """Which of the gathers along an axis, each with what it is of and the position that reads it last, are of what is
+    stored and not written to before."""
+    changing = {ref for ref, _, until in gathers if until >= written.get(ref, 0)}
+    return {
+        span.position: Resident(axis, ref, span.nbytes, until) for ref, span, until in gathers if ref not in changing
+    }
 
 
 def _packed(spans: Sequence[Span]) -> tuple[dict[Span, int], int]:
@@ -108,6 +148,11 @@ def _gathers(ins: Instruction, axis: str) -> bool:
     return ins.op is Op.GATHER and ins.axis == axis
 
 
+def aligned(nbytes: Any) -> Any:
+    """Bytes, a number or an array of them, up to where the next value can begin."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def pack(spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     """Offsets for (bytes, first time, last time) such that no two overlap in both, and the bytes they take together.
 
@@ -115,7 +160,7 @@ def pack(spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     time (greedy by size: Pisarchyk and Lee, Efficient Memory Management for Deep Neural Net Inference, 2020).
     """
     sizes, begins, ends = np.array(spans, dtype=np.int64).reshape(-1, 3).T
-    sizes = -(-sizes // ALIGNMENT) * ALIGNMENT
+    sizes = aligned(sizes)
     order = np.lexsort((begins, -sizes))
     sizes, begins, ends = sizes[order], begins[order], ends[order]
     offsets = np.zeros_like(sizes)

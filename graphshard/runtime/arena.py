@@ -8,13 +8,15 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from graphshard.arena import Layout
+from graphshard.arena import Layout, Resident, aligned
 from graphshard.errors import LayoutMismatch
-from graphshard.execution import Place, TensorType
+from graphshard.execution import Place, Ref, TensorType
+from graphshard.runtime.handles import Handle
 
 Block = mmap.mmap | bytearray
 
@@ -84,10 +86,7 @@ class Arena:
 
     def _tensor(self, wanted: Wanted) -> Tensor:
         offset, kind = wanted
-        count = kind.storage_bytes // kind.dtype.itemsize
-        # With a storage of its own, of which offsets in views count from the beginning.
-        part = torch.frombuffer(self._block, dtype=kind.dtype, count=count, offset=offset)
-        return part.as_strided(kind.shape, kind.stride)
+        return _tensor(self._block, offset, kind)
 
 
 class SharedArena(Arena):
@@ -108,16 +107,65 @@ class SharedArena(Arena):
         self._tell()
 
 
+class Residents:
+    """Values that ``size`` ranks have in blocks that lie there for good: each stores its part of them, this one that at
+    ``place``, and writes to it when the others do not read it. ``tell`` as of :class:`SharedArena`."""
+
+    def __init__(self, block: Callable[[int], Block], tell: Callable[[], None], place: int, size: int) -> None:
+        self._make, self._tell, self._place, self._size = block, tell, place, size
+        self._where: dict[Ref, tuple[Block, int, int]] = {}  # offset, bytes
+        self._numbers: dict[int, int] = {}  # by address
+        self.let_go_of = 0
+
+    def holds(self, wanted: Mapping[Ref, int]) -> bool:
+        """Whether values of so many bytes are there."""
+        return all(ref in self._where and self._where[ref][2] == nbytes for ref, nbytes in wanted.items())
+
+    def reserve(self, wanted: Mapping[Ref, int]) -> None:
+        """Have room for values of so many bytes."""
+        new = {ref: nbytes for ref, nbytes in wanted.items() if not self.holds({ref: nbytes})}
+        ends = list(accumulate(aligned(nbytes) for nbytes in new.values()))
+        if not new:
+            return
+        block = self._make(ends[-1])
+        for (ref, nbytes), offset in zip(new.items(), [0, *ends], strict=False):
+            self._where[ref] = block, offset, nbytes
+            address = torch.frombuffer(block, dtype=torch.uint8, count=1, offset=offset).data_ptr()
+            self._numbers[address] = len(self._numbers)
+
+    def number(self, value: Tensor) -> int:
+        """Which of the values it is, the same on all ranks; -1: none."""
+        return self._numbers.get(value.data_ptr(), -1)
+
+    def value(self, ref: Ref, kind: TensorType) -> Tensor:
+        """The whole value of which ``ref`` is a part."""
+        block, offset, _ = self._where[ref]
+        return _tensor(block, offset, kind)
+
+    def part(self, ref: Ref, kind: TensorType) -> Tensor:
+        """This rank's part."""
+        block, offset, nbytes = self._where[ref]
+        return _tensor(block, offset + self._place * (nbytes // self._size), kind)
+
+    def let_go(self) -> None:
+        """This rank does not read one of the values any more, until it is gathered again."""
+        self.let_go_of += 1
+        self._tell()
+
+
 @dataclass(frozen=True)
 class Shared:
-    """Memory of the ranks along an axis, this one being at ``place``: one block that all write and read, and of each
-    rank one that it alone writes. They reserve them together, in this order. ``agree``: whether all give the same
-    text; they call it together."""
+    """Memory of the ranks along an axis, this one being at ``place``: one block that all write and read, of each rank
+    one that it alone writes, and what lies there for good. They reserve them together, in this order. ``agree``:
+    whether all give the same text; they call it together. ``unread``: complete when the others have let go of all
+    residents that this rank has let go of."""
 
     gathered: SharedArena
     given: tuple[Arena, ...]
+    residents: Residents
     place: int
     agree: Callable[[str], bool]
+    unread: Callable[[], Handle]
 
     @property
     def own(self) -> Arena:
@@ -156,16 +204,18 @@ class Placing:
         agreed: dict[str, str] = {}
         for axis, nbytes in self._layout.shared_bytes.items():
             shared, layout = self._shared[axis], self._layout.shared_along(axis)
-            given_bytes = self._layout.given_bytes[axis]
+            given_bytes, residents = self._layout.given_bytes[axis], self._layout.residents_along(axis)
             if known is not None:
                 agreed[axis] = known[axis]
-                if known[axis] and (known[axis] != layout or given_bytes > shared.own.nbytes):
+                there = given_bytes <= shared.own.nbytes and shared.residents.holds(residents)
+                if known[axis] and (known[axis] != layout or not there):
                     raise LayoutMismatch(axis)
             elif shared.agree(f"{layout} {given_bytes}"):
                 agreed[axis] = layout
                 shared.gathered.reserve(nbytes)
                 for arena in shared.given:
                     arena.reserve(given_bytes)
+                shared.residents.reserve(residents)
             else:
                 agreed[axis] = ""
             if not agreed[axis]:
@@ -176,12 +226,35 @@ class Placing:
         """What to call behind instructions, by position."""
         found: dict[int, list[Callable[[], None]]] = {}
         for place in self._layout.gathered.values():
-            found.setdefault(place.until, []).append(partial(self._let_go, place.axis))
+            let_go = partial(self._let_go, place.axis, self._shared[place.axis].gathered)
+            found.setdefault(place.until, []).append(let_go)
+        for resident in self._layout.residents.values():
+            let_go = partial(self._let_go, resident.axis, self._shared[resident.axis].residents)
+            found.setdefault(resident.until, []).append(let_go)
         return found
 
-    def _let_go(self, axis: str) -> None:
+    def _let_go(self, axis: str, memory: SharedArena | Residents) -> None:
         if axis not in self._apart:
-            self._shared[axis].gathered.let_go()
+            memory.let_go()
+
+    def before(self) -> dict[int, list[Callable[[], Handle | None]]]:
+        """What gives a handle that must be complete before an instruction begins, by position."""
+        found: dict[int, list[Callable[[], Handle | None]]] = {}
+        for axis, position in self._layout.replaced.items():
+            found.setdefault(position, []).append(partial(self._unread, axis))
+        return found
+
+    def _unread(self, axis: str) -> Handle | None:
+        return None if axis in self._apart else self._shared[axis].unread()
+
+    def parts(self, kinds: Mapping[Ref, TensorType]) -> dict[Ref, Tensor]:
+        """Where this rank is to store its parts of what lies in shared memory for good."""
+        residents = {resident.ref: resident.axis for resident in self._layout.residents.values()}
+        return {
+            ref: self._shared[axis].residents.part(ref, kinds[ref])
+            for ref, axis in residents.items()
+            if axis not in self._apart
+        }
 
     def of_run(self, position: int, places: Sequence[Place]) -> Callable[[int], Tensor]:
         """What the segment of a RUN calls with the number of a place."""
@@ -208,11 +281,25 @@ class Placing:
         if (gathered := self._layout.gathered.get(position)) is not None:
             axis, common = gathered.axis, self._shared[gathered.axis].gathered.tensors([(gathered.offset, kind)])
             return lambda: self._new(kind) if axis in self._apart else common[0]
+        if (resident := self._layout.residents.get(position)) is not None:
+            return self._of_resident(resident, kind)
         offset = self._layout.made.get(position)
         if offset is None or self._arena is None:
             return lambda: self._new(kind)
         inside = self._inside([(offset, kind)])
         return lambda: inside[0]
+
+    def _of_resident(self, resident: Resident, kind: TensorType) -> Callable[[], Tensor]:
+        axis, found = resident.axis, list[Tensor]()
+
+        def memory() -> Tensor:
+            if axis in self._apart:
+                return self._new(kind)
+            if not found:
+                found.append(self._shared[axis].residents.value(resident.ref, kind))
+            return found[0]
+
+        return memory
 
     def _inside(self, wanted: Sequence[tuple[int | None, TensorType]]) -> list[Tensor]:
         known = [(offset, kind) for offset, kind in wanted if offset is not None]
@@ -220,6 +307,12 @@ class Placing:
 
     def _new(self, kind: TensorType) -> Tensor:
         return torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype, device=self._device)
+
+
+def _tensor(block: Block, offset: int, kind: TensorType) -> Tensor:
+    """With a storage of its own, of which offsets in views count from the beginning."""
+    count = kind.storage_bytes // kind.dtype.itemsize
+    return torch.frombuffer(block, dtype=kind.dtype, count=count, offset=offset).as_strided(kind.shape, kind.stride)
 
 
 def _new_block(nbytes: int) -> Block:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphshard.mesh import Mesh
 from graphshard.runtime.groups import Groups
-from graphshard.runtime.machine import Handle
+from graphshard.runtime.handles import Handle
 
 _EXCHANGE_TAG = 0  # tags above are channels between stages
 
@@ -70,6 +70,7 @@ class TorchCommunicator:
         peers, me = self._members[axis], self._at[axis]
         if len(peers) == 1:
             output.copy_(source)
+        if len(peers) == 1 or not source.numel():
             return Works((), (), None)
         group = self._groups.axes[axis]
         if not self._gloo:
@@ -77,17 +78,16 @@ class TorchCommunicator:
             return Works((work,), peers, None, (output, source))
         size = len(peers)
         parts, mine = output.view(size, -1), source.view(-1)
-        works = []
-        if mine.numel():
-            works = [group.recv([parts[(me - d) % size]], (me - d) % size, _EXCHANGE_TAG) for d in range(1, size)]
-            works += [group.send([mine], (me + d) % size, _EXCHANGE_TAG) for d in range(1, size)]
-            parts[me].copy_(mine)
+        works = [group.recv([parts[(me - d) % size]], (me - d) % size, _EXCHANGE_TAG) for d in range(1, size)]
+        works += [group.send([mine], (me + d) % size, _EXCHANGE_TAG) for d in range(1, size)]
+        parts[me].copy_(mine)
         return Works(works, peers, self._timeout, (output, source))
 
     def reduce_scatter(self, axis: str, output: Tensor, source: Tensor) -> Handle:
         peers, me = self._members[axis], self._at[axis]
         if len(peers) == 1:
             output.copy_(source)
+        if len(peers) == 1 or not output.numel():
             return Works((), (), None)
         group = self._groups.axes[axis]
         if not self._gloo:
@@ -95,8 +95,6 @@ class TorchCommunicator:
             return Works((work,), peers, None, (output, source))
         size = len(peers)
         parts, total = source.view(size, -1), output.view(-1)
-        if not total.numel():
-            return Works((), peers, None)
         arriving = [parts[me] if p == me else torch.empty_like(total) for p in range(size)]
         works = [group.recv([arriving[(me - d) % size]], (me - d) % size, _EXCHANGE_TAG) for d in range(1, size)]
         works += [group.send([parts[(me + d) % size]], (me + d) % size, _EXCHANGE_TAG) for d in range(1, size)]

@@ -1,5 +1,6 @@
 """Collectives of ranks of one machine in memory that they have in common: what is gathered is written there once, for
-all of them, and what is reduced is read where it was made, in memory that its maker alone writes.
+all of them, or lies there for good; and what is reduced is read where it was made, in memory that its maker alone
+writes.
 
 All ranks run the same instructions, and notes say how far each is; see neighbours.py.
 """
@@ -15,12 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graphshard.runtime.arena import Arena, Block, Shared, SharedArena
+from graphshard.runtime.arena import Arena, Block, Residents, Shared, SharedArena
 from graphshard.runtime.collectives import add_up
-from graphshard.runtime.machine import Handle
+from graphshard.runtime.handles import Handle
 from graphshard.runtime.neighbours import Arrival, Neighbours, PeerGone
 
-CHANNELS = 2
+CHANNELS = 3
 """How many channels of Neighbours one takes: a note for a gather may come behind one for a later reduction."""
 
 
@@ -35,34 +36,47 @@ class CommonMemory:
         rank: int,
         channel: int,
         timeout_s: float,
-        complete: Callable[[Gather | Reduction], None],
+        complete: Callable[[Gather | Reduction | Unread], None],
     ) -> None:
         self._neighbours, self._members, self._timeout_s = neighbours, members, timeout_s
         self.others = [peer for peer in members if peer != rank]
         self.complete = complete
-        self._gathering, self._reducing = channel, channel + 1
+        self._gathering, self._reducing, self._residing = range(channel, channel + CHANNELS)
         self._gathers: deque[Gather] = deque()  # whose part is to be written
         self._reductions: deque[Reduction] = deque()  # that are to be added up
         self.reduced = 0  # reductions that this rank has begun
-        gathered = SharedArena(partial(self._block, channel, members), self._let_go)
-        given = (Arena(partial(self._block, channel + 1, [m, *(n for n in members if n != m)])) for m in members)
-        self.shared = Shared(gathered, tuple(given), members.index(rank), self._agree)
+        place = members.index(rank)
+        gathered = SharedArena(partial(self._block, self._gathering, members), partial(self._let_go, self._gathering))
+        given = (Arena(partial(self._block, self._reducing, [m, *(n for n in members if n != m)])) for m in members)
+        let_go, count = partial(self._let_go, self._residing), len(members)
+        residents = Residents(partial(self._block, self._residing, members), let_go, place, count)
+        self.shared = Shared(gathered, tuple(given), residents, place, self._agree, self._unread)
 
     def gather(self, output: Tensor, source: Tensor, place: int) -> Handle:
         """``output``, which lies at ``place`` on all members, becomes their ``source`` tensors in order."""
-        parts = output.view(len(self._members), -1)
-        gather = Gather(self, place, parts[self.shared.place], source.view(-1), self.shared.gathered.let_go_of)
+        part = output.view(len(self._members), -1)[self.shared.place]
+        arrivals = self.expected(self._gathering)
+        gather = Gather(self, arrivals, place, (part, source.view(-1)), self.shared.gathered.let_go_of)
         self._gathers.append(gather)
         return gather
+
+    def show(self, number: int) -> Handle:
+        """The members' parts of a resident are what it becomes."""
+        self._neighbours.tell_part(self.others, self._residing, number, 0)
+        return Gather(self, self.expected(self._residing), number)
 
     def reduce(self, output: Tensor, source: Tensor, place: int) -> Handle:
         """``output`` becomes this rank's part of the sum of the members' ``source`` tensors, which lie in their own
         blocks, this rank's at ``place``."""
         self._neighbours.tell_part(self.others, self._reducing, place, source.nbytes)
         self.reduced += 1
-        reduction = Reduction(self, source.view(len(self._members), -1)[self.shared.place], output.view(-1))
+        arrivals = self.expected(self._reducing)
+        reduction = Reduction(self, arrivals, source.view(len(self._members), -1)[self.shared.place], output.view(-1))
         self._reductions.append(reduction)
         return reduction
+
+    def _unread(self) -> Handle:
+        return Unread(self, self.shared.residents.let_go_of)
 
     def go_on(self) -> None:
         """Do what can be done of what was begun."""
@@ -75,14 +89,17 @@ class CommonMemory:
         """Whether others may wait for something that this rank has begun and not ended."""
         return bool(self._gathers or self._reductions)
 
-    def expected(self, kind: type[Gather] | type[Reduction]) -> list[Arrival]:
+    def expected(self, channel: int) -> list[Arrival]:
         """Of the others, of the next value of a kind."""
-        channel = self._gathering if kind is Gather else self._reducing
         return [self._neighbours.expect(peer, channel) for peer in self.others]
 
     def may_write(self, count: int) -> bool:
         """Whether the others have let go of so many values that were gathered."""
         return self._neighbours.let_go(self.others, self._gathering) >= count
+
+    def is_unread(self, count: int) -> bool:
+        """Whether the others have let go of so many residents."""
+        return self._neighbours.let_go(self.others, self._residing) >= count
 
     def wrote(self, place: int, nbytes: int) -> None:
         """This rank's part of what is gathered at ``place`` is there."""
@@ -106,7 +123,7 @@ class CommonMemory:
         mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         self._neighbours.put(self.others, self._gathering, mine)
         same = True
-        for arrival in self.expected(Gather):
+        for arrival in self.expected(self._gathering):
             deadline = time.monotonic() + self._timeout_s
             while arrival.value is None:
                 self._neighbours.wait_for([arrival.peer], deadline)
@@ -118,20 +135,27 @@ class CommonMemory:
         """Memory that the first of ``members`` makes for all."""
         return self._neighbours.common(members, channel, nbytes, time.monotonic() + self._timeout_s)
 
-    def _let_go(self) -> None:
-        self._neighbours.tell_gone(self.others, self._gathering)
+    def _let_go(self, channel: int) -> None:
+        self._neighbours.tell_gone(self.others, channel)
 
 
 class Gather:
-    """``source`` is to become ``part`` of the value at ``place``, once the others have let go of the values that this
-    rank had let go of when it ``asked``: these may have lain there."""
+    """The value at ``place``. Of what is ``unwritten``, a part of it and its source, the source is to become the part
+    once the others have let go of the values that this rank had let go of when it ``asked``: these may have lain
+    there."""
 
     __slots__ = ("_arrivals", "_asked", "_memory", "_place", "_unwritten", "peers")
 
-    def __init__(self, memory: CommonMemory, place: int, part: Tensor, source: Tensor, asked: int) -> None:
-        self._memory, self._place, self._asked = memory, place, asked
-        self._unwritten: tuple[Tensor, Tensor] | None = part, source
-        self._arrivals = memory.expected(Gather)
+    def __init__(
+        self,
+        memory: CommonMemory,
+        arrivals: list[Arrival],
+        place: int,
+        unwritten: tuple[Tensor, Tensor] | None = None,
+        asked: int = 0,
+    ) -> None:
+        self._memory, self._arrivals, self._place = memory, arrivals, place
+        self._unwritten, self._asked = unwritten, asked
         self.peers = memory.others
 
     def write(self) -> bool:
@@ -165,9 +189,9 @@ class Reduction:
 
     __slots__ = ("_arrivals", "_count", "_memory", "_mine", "_total", "peers")
 
-    def __init__(self, memory: CommonMemory, mine: Tensor, total: Tensor) -> None:
-        self._memory, self._mine, self._total, self._count = memory, mine, total, memory.reduced
-        self._arrivals = memory.expected(Reduction)
+    def __init__(self, memory: CommonMemory, arrivals: list[Arrival], mine: Tensor, total: Tensor) -> None:
+        self._memory, self._arrivals, self._mine, self._total = memory, arrivals, mine, total
+        self._count = memory.reduced
         self.peers = memory.others
 
     def add_up(self) -> bool:
@@ -191,3 +215,21 @@ class Reduction:
     def complete(self) -> bool:
         """Whether the sum is there, and the others have read what they need."""
         return not self._arrivals and self._memory.was_read(self._count)
+
+
+class Unread:
+    """The others are to let go of ``count`` residents."""
+
+    __slots__ = ("_count", "_memory", "peers")
+
+    def __init__(self, memory: CommonMemory, count: int) -> None:
+        self._memory, self._count, self.peers = memory, count, memory.others
+
+    def done(self) -> bool:
+        return self._memory.is_unread(self._count)
+
+    def wait(self) -> None:
+        self._memory.complete(self)
+
+    def complete(self) -> bool:
+        return self.done()

@@ -36,8 +36,9 @@ from graphshard.runtime.blame import Blame
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
 from graphshard.runtime.executor import Executor, Loaded, absent
-from graphshard.runtime.groups import join_world, make_groups
-from graphshard.runtime.machine import Communicator, Handle, Machine, SharedLayouts, Value
+from graphshard.runtime.groups import Groups, join_world, make_control, make_groups
+from graphshard.runtime.handles import Handle
+from graphshard.runtime.machine import Communicator, Machine, SharedLayouts, Value
 from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
@@ -88,13 +89,15 @@ class DistributedExecutor(Executor):
             torch.cuda.set_device(device)
         join_world(device, timeout_s)
         self.timeout_s = timeout_s
-        self._groups = make_groups(mesh, device, timeout_s, measure_memory)
+        self._control = make_control(mesh, timeout_s, measure_memory)
         self.rank = dist.get_rank()
         super().__init__(mesh, (self.rank,), device, measure_memory, path, cudagraphs)
-        self._link: Communicator = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
-        self._neighbours: Neighbours | None = None
-        if device.type == "cpu":
-            self._neighbours = Neighbours(self._groups.control, timeout_s)
+        self._neighbours = Neighbours(self._control, timeout_s) if device.type == "cpu" else None
+        alone = self._neighbours is not None and len(self._neighbours.ranks) == mesh.world_size - 1
+        # Each of gloo's groups has a thread that looks a hundred times a second whether there is something to do.
+        groups = Groups() if alone else make_groups(mesh, device, timeout_s)
+        self._link: Communicator = TorchCommunicator(mesh, self.rank, groups, device.type != "cuda", timeout_s)
+        if self._neighbours is not None:
             self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
             self._shared = self._link.shared if self.arenas else {}
         self._blame = Blame(mesh, self.rank)
@@ -116,9 +119,9 @@ class DistributedExecutor(Executor):
     def _end_threads(self) -> None:
         """Let go of process groups: gloo's threads end with the last that holds their group. One that is there while
         Python ends, and then lets go of a tensor that it was given, would abort the process."""
-        if dist.is_initialized() and "_groups" in vars(self):
-            dist.destroy_process_group(self._groups.control)
-        for name in ("_groups", "_link", "_shared"):
+        if dist.is_initialized() and "_control" in vars(self):
+            dist.destroy_process_group(self._control)
+        for name in ("_control", "_link", "_shared"):
             vars(self).pop(name, None)
         self._loaded.clear()
         gc.collect()  # what is in common memory knows its communicator
@@ -139,7 +142,7 @@ class DistributedExecutor(Executor):
             self._complete(agreement, at)
             self._agree(agreement)
             try:
-                dist.all_gather_object(given, given[self.rank], group=self._groups.control)
+                dist.all_gather_object(given, given[self.rank], group=self._control)
             except RuntimeError as error:
                 raise PeerFailed(self.rank, at, "its peer", _line(error), self._give_up("its peer", at)) from error
             if len(calls := ranks_by([what for what, _ in given])) > 1:
@@ -213,6 +216,7 @@ class DistributedExecutor(Executor):
             with self._together():
                 self._share(loaded, agreement)
         with self._together(NonFiniteStep):  # all ranks raise it
+            self._move_in(loaded, values[self.rank], first)
             return self._run_agreed(loaded, values, first, agreement)
 
     def _share(self, loaded: Loaded, agreement: _Agreement) -> None:
@@ -229,6 +233,21 @@ class DistributedExecutor(Executor):
             error.add_note(f"on rank {self.rank}, {at}")
             self._blame.fail(f"{type(error).__name__}: {_line(error)}", at)
             raise
+
+    def _move_in(self, loaded: Loaded, values: dict[Ref, Value], first: bool) -> None:
+        """Put parts of what ranks gather where the others find them: what was stored since the last step is not there,
+        and others may still read in their last step what is."""
+        elsewhere = loaded.machines[self.rank].elsewhere(values, first)
+        if elsewhere:
+            for shared in self._shared.values():
+                self._complete(shared.unread(), "writing what others read")
+        store = self.stores[self.rank]
+        for ref, part in elsewhere.items():
+            value = values[ref]
+            assert isinstance(value, Tensor)
+            values[ref] = part.copy_(value)
+            if ref in store:
+                store[ref] = part
 
     def _agree(self, agreement: _Agreement) -> None:
         """Before this rank begins: it may go on after an error if none of the others has begun."""
@@ -302,7 +321,7 @@ class DistributedExecutor(Executor):
     def _council(self) -> TorchCouncil:
         near = self._neighbours is not None and self._neighbours.ranks
         progress = self._link.progress if near and isinstance(self._link, SharedMemoryCommunicator) else time.sleep
-        return TorchCouncil(self._groups.control, self.timeout_s, progress)
+        return TorchCouncil(self._control, self.timeout_s, progress)
 
     def _complete(self, handle: Handle, what: str | Callable[[], str], agreement: _Agreement | None = None) -> None:
         """Wait for ``handle``; what goes wrong is put into words."""
@@ -403,7 +422,7 @@ class _Agreement:
             said = _Said(doing, *executor._fingerprints[id(loaded.plan)], first, ready, begins=loaded.steps > 0)
         mine = torch.tensor(said, device="cpu")
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
-        self._work = dist.all_gather(self._all, mine, group=executor._groups.control, async_op=True)
+        self._work = dist.all_gather(self._all, mine, group=executor._control, async_op=True)
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
 
     def done(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -23,9 +23,8 @@ class Groups:
     """``axes`` has a group for every axis longer than 1. ``pairs`` has one for every directed pair of stages that this
     rank is an end of; it is empty with gloo, where a tag on the group over the stages is a channel of its own."""
 
-    control: dist.ProcessGroup  # gloo, all ranks
-    axes: dict[str, dist.ProcessGroup]
-    pairs: dict[tuple[int, int], dist.ProcessGroup]
+    axes: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    pairs: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
 
 
 def join_world(device: torch.device, timeout_s: float) -> None:
@@ -50,9 +49,9 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def make_groups(mesh: Mesh, device: torch.device, timeout_s: float, measure_memory: bool) -> Groups:
-    """Create this rank's groups; every rank must call it at the same point with the same mesh, and measure memory if
-    all do: those that do tell each other after every step.
+def make_control(mesh: Mesh, timeout_s: float, measure_memory: bool) -> dist.ProcessGroup:
+    """Create the group of all ranks for control messages, on gloo; every rank must call it at the same point with the
+    same mesh, and measure memory if all do: those that do tell each other after every step.
 
     Raises:
         WorldSizeMismatch: the running process group has another size than the mesh.
@@ -61,13 +60,20 @@ def make_groups(mesh: Mesh, device: torch.device, timeout_s: float, measure_memo
     world_size, rank = dist.get_world_size(), dist.get_rank()
     if world_size != mesh.world_size:
         raise WorldSizeMismatch(str(mesh), mesh.world_size, world_size)
-    timeout = timedelta(seconds=timeout_s)
-    control = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
+    control: dist.ProcessGroup = dist.new_group(
+        backend="gloo", timeout=timedelta(seconds=timeout_s), group_desc="control"
+    )
     given = [(str(mesh), str(measure_memory))] * world_size
     dist.all_gather_object(given, given[rank], group=control)
     for what, by_rank in zip(("mesh", "measure_memory"), zip(*given, strict=True), strict=True):
         if len(set(by_rank)) > 1:
             raise PlanMismatch(what, ranks_by(by_rank))
+    return control
+
+
+def make_groups(mesh: Mesh, device: torch.device, timeout_s: float) -> Groups:
+    """Create this rank's groups over the axes of the mesh; every rank must call it at the same point."""
+    timeout, rank = timedelta(seconds=timeout_s), dist.get_rank()
     long = [(name, size) for name, size in mesh.axes if size > 1]
     axes: dict[str, dist.ProcessGroup] = {}
     if long:
@@ -78,14 +84,14 @@ def make_groups(mesh: Mesh, device: torch.device, timeout_s: float, measure_memo
     if device.type == "cuda":
         # Everybody creates every group in one order: their names are counted.
         stages = mesh.size("pp")
-        for column in (mesh.group(first, "pp") for first in range(world_size // stages)):
+        for column in (mesh.group(first, "pp") for first in range(mesh.world_size // stages)):
             for source in range(stages):
                 for target in (s for s in range(stages) if s != source):
                     group = dist.new_group([column[source], column[target]], timeout=timeout)
                     if rank in (column[source], column[target]):
                         pairs[source, target] = group
         meet(axes, pairs, mesh.coordinates(rank)["pp"], device)
-    return Groups(control, axes, pairs)
+    return Groups(axes, pairs)
 
 
 def meet(

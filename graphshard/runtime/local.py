@@ -18,7 +18,8 @@ from graphshard.execution import Ref, TensorType
 from graphshard.mesh import Mesh
 from graphshard.runtime.council import LocalCouncil
 from graphshard.runtime.executor import Executor, Loaded
-from graphshard.runtime.machine import Communicator, Handle, Value
+from graphshard.runtime.handles import Handle
+from graphshard.runtime.machine import Communicator, Value
 
 
 class LocalExecutor(Executor):

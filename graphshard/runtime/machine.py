@@ -27,23 +27,12 @@ from graphshard.replaced import replaced_at
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import Council
 from graphshard.runtime.cuda_graphs import SegmentGraphs
+from graphshard.runtime.handles import Handle
 from graphshard.runtime.meter import Measured, Meter
 from graphshard.runtime.nonfinite import judge
 from graphshard.runtime.offload import Homes, HostWork, Offloaded
 from graphshard.runtime.segments import SegmentFunction
 from graphshard.runtime.watch import Watch
-
-
-class Handle(Protocol):
-    """A communication that was started."""
-
-    def done(self) -> bool:
-        """Whether it is complete, so that nobody has to wait; False where that cannot be asked without waiting."""
-        ...
-
-    def wait(self) -> None:
-        """Return when it is complete."""
-        ...
 
 
 class Communicator(Protocol):
@@ -133,6 +122,8 @@ class Machine:
         self.homes = stage_plan.homes
         self.results: dict[Ref, Slot] = result_refs(plan, self.stage)
         self._placing = placing
+        self._awaited = {first: placing[first].before() for first in (False, True)}
+        self._parts: dict[bool, dict[Ref, Tensor]] = {False: {}, True: {}}
         self._places_in = {first: {ref: resolver.place(ref) for ref in refs} for first, refs in reads.items()}
         self._places_out = {ref: resolver.place(ref) for ref in self.results}
         self._size = resolver.size
@@ -142,7 +133,20 @@ class Machine:
         """Have the memory that ranks share, before the first step; see Placing.share."""
         steps = {placing: first for first, placing in self._placing.items()}  # one may be for both
         agreed = {p: p.share(None if known is None else known[first]) for p, first in steps.items()}
+        for first, placing in self._placing.items():
+            self._parts[first] = placing.parts({ref: kind for ref, (_, kind) in self.reads[first].items()})
         return {first: agreed[placing] for first, placing in self._placing.items()}
+
+    def elsewhere(self, values: Mapping[Ref, Value], first: bool) -> dict[Ref, Tensor]:
+        """Of the parts that this rank stores of what lies in shared memory for good, those whose ``values`` are
+        elsewhere: where they are to be."""
+        parts, found = self._parts[first], {}
+        for ref, part in parts.items():
+            value = values[ref]
+            assert isinstance(value, Tensor)
+            if value.data_ptr() != part.data_ptr():
+                found[ref] = part
+        return found
 
     @property
     def instruction(self) -> Instruction:
@@ -192,12 +196,18 @@ class Machine:
         self._environment, self._first = environment, first
         if self.meter is not None:
             self.meter.begin(self._held(environment, places))
+        awaited = self._awaited[first]
         agreed_at = -1 if council is None else self.update_begins
         observed = self.meter is not None or self.watch is not None
         for position, action in enumerate(code):
             if position == agreed_at:
                 assert council is not None
                 yield from self._agree(council, handles)
+            if position in awaited:
+                for begin in awaited[position]:
+                    handle = begin()
+                    if handle is not None and not handle.done():
+                        yield handle
             self.position = position
             blocked = self._act(action, environment, handles) if observed else action(environment, handles)
             if blocked is not None:

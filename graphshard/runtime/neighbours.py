@@ -85,7 +85,7 @@ class _Peer:
     early: dict[int, deque[tuple[int, Tensor]]] = field(default_factory=dict)  # here and not asked for, with its block
     unsent: deque[tuple[bytes, int | None]] = field(default_factory=deque)
     is_full: bool = False  # its socket did not take a note, and says when it has room
-    common: dict[int, mmap.mmap] = field(default_factory=dict)  # by channel, not taken yet
+    common: dict[int, deque[mmap.mmap]] = field(default_factory=dict)  # by channel, not taken yet
     let_go: Counter[int] = field(default_factory=Counter)  # by channel: values in common memory
     gone: bool = False  # its end is closed
     alarm: bool = False  # it cannot go on
@@ -181,9 +181,10 @@ class Neighbours:
                 for peer in others:
                     self._send(self._peers[peer], note, descriptor)
                 return mmap.mmap(descriptor, size)
-        while channel not in self._peers[maker].common:
+        made = self._peers[maker].common.setdefault(channel, deque())
+        while not made:
             self.wait_for([maker], deadline)
-        return self._peers[maker].common.pop(channel)
+        return made.popleft()
 
     def tell_part(self, peers: Sequence[int], channel: int, place: int, nbytes: int) -> None:
         """This rank's part of the next common value lies at ``place``: ``peers`` expect it as any other value."""
@@ -356,7 +357,7 @@ class Neighbours:
                 peer.blocks[number] = _map(descriptors[0], size)
                 os.close(descriptors[0])
             case _Kind.COMMON:
-                peer.common[channel] = mmap.mmap(descriptors[0], size)
+                peer.common.setdefault(channel, deque()).append(mmap.mmap(descriptors[0], size))
                 os.close(descriptors[0])
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 from graphshard.mesh import Mesh
 from graphshard.runtime.arena import Shared
 from graphshard.runtime.collectives import add_up
-from graphshard.runtime.common_memory import CHANNELS, CommonMemory, Gather, Reduction
-from graphshard.runtime.machine import Communicator, Handle
+from graphshard.runtime.common_memory import CHANNELS, CommonMemory, Gather, Reduction, Unread
+from graphshard.runtime.handles import Handle
+from graphshard.runtime.machine import Communicator
 from graphshard.runtime.neighbours import Arrival, Neighbours
 
 _PIECE_BYTES = 2**23
@@ -140,6 +141,8 @@ class SharedMemoryCommunicator:
         common = self._common[axis]
         if (place := common.shared.gathered.offset(output)) >= 0:
             return self._begun(common.gather(output, source, place))
+        if (number := common.shared.residents.number(output)) >= 0:
+            return self._begun(common.show(number))
         mine, parts, channel = source.view(-1), output.view(len(self._members[axis]), -1), self._channels[axis]
 
         def start(piece: slice) -> Exchange:
@@ -204,7 +207,7 @@ class SharedMemoryCommunicator:
         arrival = self._neighbours.expect(peer, self._transfers)
         return Exchange(self, [arrival], lambda values: _copy(values[0], wire))
 
-    def complete(self, exchange: Exchange | Pieces | Gather | Reduction) -> None:
+    def complete(self, exchange: Exchange | Pieces | Gather | Reduction | Unread) -> None:
         """Wait until ``exchange`` is complete.
 
         Raises:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from distributed.processes import report
-from graphshard.execution import TensorType
+from graphshard.execution import Ref, TensorType
 from graphshard.mesh import Mesh
 from graphshard.runtime import neighbours
 from graphshard.runtime.collectives import TorchCommunicator
@@ -137,6 +137,42 @@ def common(link: Neighbours) -> dict[str, object]:
     return {"alike": alike, "right": right, "totals": all(totals), "copied": copied, "elsewhere": elsewhere}
 
 
+def resident(link: Neighbours) -> dict[str, object]:
+    """A value of which each rank keeps its part: none writes to its own before the slower rank has read it, and none
+    reads before it is written."""
+    communicator = SharedMemoryCommunicator(Mesh((("shard", 2),)), RANK, link, Mock(spec=Communicator), timeout_s=20.0)
+    shared, part_kind = communicator.shared["shard"], TensorType((500,), torch.float32, (1,))
+    kept = shared.residents
+    for name in ("first", "second"):  # as of two plans
+        kept.reserve({Ref("first"): 4000, Ref(name): 4000})
+    values = [kept.value(Ref(name), TensorType((1000,), torch.float32, (1,))) for name in ("first", "second")]
+    parts = [kept.part(Ref(name), part_kind) for name in ("first", "second")]
+    before, found = len(link._blocks), []
+    for index in range(50):
+        unread = shared.unread()
+        if not unread.done():
+            unread.wait()
+        for part in parts:
+            part.fill_(2.0 * index + RANK)
+        if index % 3 == RANK:
+            time.sleep(0.002)  # the other one asks for what is not there yet
+        gathers = [communicator.all_gather("shard", v, p) for v, p in zip(values, parts, strict=True)]
+        for gather in gathers:
+            gather.wait()
+        if index % 2 == RANK:
+            time.sleep(0.002)  # the other one is in the next turn
+        found.append([value.view(2, 500).unique(dim=1).flatten().tolist() for value in values])
+        for _ in values:
+            kept.let_go()
+    right = found == [[[2.0 * i, 2.0 * i + 1]] * 2 for i in range(50)]
+    elsewhere = ""
+    try:
+        communicator.all_gather("shard", values[RANK], parts[RANK]).wait()
+    except PeerGone as error:
+        elsewhere = str(error)
+    return {"right": right, "copied": len(link._blocks) - before, "elsewhere": elsewhere}
+
+
 def far(link: Neighbours) -> dict[str, object]:
     """What lies behind 4 GiB of memory in common."""
     places = [2**32 - 64, 2**32, 2**40 + 64]
@@ -204,7 +240,7 @@ def machines(link: Neighbours) -> dict[str, object]:
     """Rank 2 waits for rank 0 of the other machine, which waits for rank 1, which waits for rank 3 there; and that for
     what rank 2 has begun."""
     mesh = Mesh((("pp", 2), ("shard", 2)))
-    beyond = TorchCommunicator(mesh, RANK, make_groups(mesh, torch.device("cpu"), 20.0, False), True, 20.0)
+    beyond = TorchCommunicator(mesh, RANK, make_groups(mesh, torch.device("cpu"), 20.0), True, 20.0)
     communicator = SharedMemoryCommunicator(mesh, RANK, link, beyond, timeout_s=20.0)
     value = torch.full((10,), float(RANK))
     if RANK < 2:
@@ -246,7 +282,7 @@ def apart(link: Neighbours) -> dict[str, object]:
     return {"total": total.item(), "over_stages": over_stages.item()}
 
 
-_ALL = (values, many, one_more, ends, silent, common, far, late, machines, apart)
+_ALL = (values, many, one_more, ends, silent, common, resident, far, late, machines, apart)
 SCENARIOS = {scenario.__name__: scenario for scenario in _ALL}
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -48,8 +49,14 @@ def train(plan: ExecutionPlan) -> dict[str, object]:
             "peak_bytes": [executor.measured(plan)[rank].peak_bytes for rank in range(plan.mesh.world_size)],
         }
         found["exchange"] = executor.choices().get("exchange")
+        found["groups"] = _threads("gloo_tcp_loop")
         found["rank0_only"] = sorted(storage.read_params(rank0_only=True))
     return found
+
+
+def _threads(name: str) -> int:
+    """How many threads of this process have the name."""
+    return sum(path.read_text().strip() == name for path in Path("/proc/self/task").glob("*/comm"))
 
 
 def _step(executor: Executor, plan: ExecutionPlan, step: int) -> float:

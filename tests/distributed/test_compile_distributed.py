@@ -71,6 +71,19 @@ def test_precision_is_the_same_on_processes(plan: str, world_size: int) -> None:
             assert torch.allclose(torch.tensor(ours["state"][name]), torch.tensor(values), rtol=0.0, atol=2e-3), name
 
 
+def test_parts_of_parameters_lie_where_all_ranks_read_them() -> None:
+    plans = {"zero3+accum2": 1e-6, "zero3+bf16": 2e-2}
+    results = launch("train_rank.py", 2, "in_place", *plans)
+    for rank, (plan, tolerance) in itertools.product(range(2), plans.items()):
+        assert "error" not in results[rank], results[rank]
+        local, ours = results[0]["local"][plan], results[rank]["distributed"][plan]
+        parts = local["parts"][0][1]
+        assert parts > 1 and ours["parts"] == [[parts, parts]] * 6, "of every bucket, after every step"
+        for what in ("losses", "weights"):
+            found, expected = torch.tensor(ours[what]), torch.tensor(local[what])
+            assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance), (plan, what)
+
+
 def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
     for result in launch("train_rank.py", 2, "meta", "pp2:schedule=zb-h1"):
         assert result["error"] == "NoValue"

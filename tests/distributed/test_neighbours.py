@@ -37,6 +37,12 @@ def test_memory_in_common_is_written_when_nobody_reads_it() -> None:
         assert result == {"right": True, "totals": True, "copied": 0, "elsewhere": told}
 
 
+def test_a_part_that_lies_in_memory_in_common_is_written_when_nobody_reads_it() -> None:
+    for rank, result in enumerate(launch("neighbours_rank.py", 2, "resident")):
+        told = f"rank {1 - rank} puts its part of what is gathered elsewhere"
+        assert result == {"right": True, "copied": 0, "elsewhere": told}
+
+
 def test_places_in_memory_in_common_may_be_behind_4_gib() -> None:
     assert launch("neighbours_rank.py", 2, "far") == [{"right": True}] * 2
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,9 +20,11 @@ from torch import Tensor, nn
 import graphshard
 from distributed.processes import report
 from graphshard.errors import GraphshardError, OffloadFailed, PlanMismatch, RanksOutOfStep, ValueLost
+from graphshard.execution import type_of
 from graphshard.program import info
 from graphshard.runtime.groups import leave_world
 from graphshard.runtime.nvme import ALIGN
+from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 from models.zoo import gpt
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -153,6 +157,52 @@ def loaded(plan: str, folder: str) -> dict[str, Any]:
         expected.append(local.step(*batch()).item())
         found.append(c.step(*mine).item())
     return {"executor": c.executor, "expected": expected, "found": found}
+
+
+def large(seed: int = 0) -> nn.Module:
+    """Three layers, of which the one in the middle is not trained; large enough for updates in place."""
+    torch.manual_seed(seed)
+    layers = [nn.Linear(512, 512), nn.Linear(512, 512), nn.Linear(512, 512)]
+    layers[1].requires_grad_(False)
+    return nn.Sequential(layers[0], nn.Tanh(), layers[1], nn.Tanh(), layers[2])
+
+
+def in_place(*plans: str) -> dict[str, Any]:
+    """Steps, evaluations and loading, by executor and plan; and how many of its parts of parameters a rank had where
+    the others read them after each step, and of how many."""
+    begin, generator = SharedMemoryCommunicator.all_gather, torch.Generator().manual_seed(RANK)
+
+    def later(self: SharedMemoryCommunicator, axis: str, output: Tensor, source: Tensor) -> Any:
+        time.sleep(torch.rand((), generator=generator).item() * 4e-3)
+        return begin(self, axis, output, source)
+
+    SharedMemoryCommunicator.all_gather = later  # type: ignore[method-assign]
+    torch.manual_seed(3)
+    batch = torch.randn(ROWS, 512), torch.randn(ROWS, 512)
+    found: dict[str, Any] = {executor: {} for executor in EXECUTORS}
+    for executor, plan in itertools.product(EXECUTORS, plans):
+        c = compiled(plan, executor, model=large())
+        mine, losses, parts = part(c, batch), [], []
+        for index in range(6):
+            if index == 3:
+                c.load_state_dict(large(seed=1).state_dict())
+            losses += [c.step(*mine).item(), c.evaluate(*mine).item()]
+            parts.append(shared_parts(c))
+        weights = c.state_dict()["0.weight"][:4].tolist()
+        found[executor][plan] = {"losses": losses, "parts": parts, "weights": weights}
+    return found
+
+
+def shared_parts(c: graphshard.Compiled) -> tuple[int, int]:
+    """How many of the parts of parameters that this rank stores lie in memory that ranks share, and how many there
+    are."""
+    executor, kept = c._made_executor(), 0
+    refs = [ref for ref in executor.stores[RANK] if ref.name.startswith("shard:")]
+    for residents in (shared.residents for shared in executor._shared.values()):
+        for ref, value in ((ref, executor.stored(RANK, ref)) for ref in refs):
+            if residents.holds({ref: WORLD_SIZE * value.nbytes}):
+                kept += residents.part(ref, type_of(value)).data_ptr() == value.data_ptr()
+    return kept, len(refs)
 
 
 def mixed(plan: str) -> dict[str, Any]:
@@ -424,6 +474,7 @@ def main() -> None:
         "trained": trained,
         "loaded": loaded,
         "meta": meta,
+        "in_place": in_place,
         "mixed": mixed,
         "mismatch": mismatch,
         "given_up": given_up,

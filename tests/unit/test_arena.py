@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import combinations
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,11 +16,23 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphshard
-from graphshard.arena import ALIGNMENT, Gathered, Given, Layout, lay_out, pack
+from graphshard.arena import ALIGNMENT, Gathered, Given, Layout, Resident, lay_out, pack
 from graphshard.errors import LayoutMismatch
-from graphshard.execution import ExecutionPlan, Instruction, Op, Place, Ref, Segment, StagePlan, TensorType
+from graphshard.execution import (
+    ExecutionPlan,
+    Instruction,
+    Op,
+    Place,
+    Ref,
+    Segment,
+    StagePlan,
+    Storage,
+    TensorType,
+    slot_ref,
+)
 from graphshard.mesh import Mesh
-from graphshard.runtime.arena import Arena, Placing, Shared, SharedArena
+from graphshard.program import Role, Slot
+from graphshard.runtime.arena import Arena, Placing, Residents, Shared, SharedArena
 from graphshard.runtime.local import LocalExecutor
 from graphshard.spans import Span, memory_spans
 
@@ -127,6 +142,60 @@ def test_what_ranks_gather_lies_in_memory_that_they_share() -> None:
     assert not lay_out(plan, 0).gathered and set(lay_out(plan, 0).made) == {0, 2, 5, 10}
 
 
+SHARD = Slot(Role.SHARD, "w")
+PART = slot_ref(SHARD)
+STORED = {"new": Storage(PART, 128, "parameters"), PART.name: Storage(PART, 128, "parameters")}
+
+
+def update(results: bool = True, **parts: Any) -> ExecutionPlan:
+    """What gathers a part that the step replaces, by a segment that ``parts`` may say to do so in place."""
+    half = TensorType((32,), torch.float32, (1,))
+    segments = {"f": Segment("f", "", ("w",), (), ends=(0,)), "u": Segment("u", "", ("w",), ("new",))}
+    started = Instruction(Op.GATHER, "all_gather", (PART,), (ref("a"),), axis="dp", type=half)
+    once = (started, Instruction(Op.WAIT, inputs=(ref("a"),)), run("f", "a", "", "a"))
+    new = Instruction(Op.RUN, "u", (PART,), (Ref("new"),))
+    bind = Instruction(Op.BIND, inputs=(Ref("new"),), outputs=(PART,))
+    epilogue = (new, bind) if results else ()
+    stage = StagePlan((), once, epilogue, segments=segments, **parts)
+    slots: dict[Slot, TensorType] = {SHARD: half}
+    written = slots if results else {}
+    return ExecutionPlan(Mesh((("pp", 1), ("dp", 2))), (stage,), 1, "", (slots,), (written,), {}, {}, {})
+
+
+def test_what_ranks_store_lies_where_they_gather_it_if_it_is_replaced_there() -> None:
+    layout = lay_out(update(storages=STORED), 0, shared=("dp",))
+    assert layout.residents == {0: Resident("dp", PART, 256, 2)} and layout.replaced == {"dp": 3}
+    assert not layout.gathered and layout.shared_bytes == {"dp": 0} and 0 not in layout.made
+    assert layout.residents_along("dp") == {PART: 256} and not layout.residents_along("shard")
+    assert lay_out(update(storages=STORED), 0, shared=("dp",)).shared_along("dp") == layout.shared_along("dp")
+    first = Instruction(Op.RUN, "u", (PART,), (Ref("made"),)), Instruction(Op.BIND, "", (Ref("made"),), (PART,))
+    late = Instruction(Op.RUN, "f", (ref("a"),), (), frozenset([ref("a")]))
+    again = replace(update(storages=STORED).stages[0], body=update().stages[0].body[:2])
+    new, bind = again.epilogue
+    others = {
+        "replaced by what lies elsewhere": update(),
+        "in the first step": update(storages=STORED, first_epilogue=first),
+        "not on the device": update(storages=STORED, homes={PART: "cpu"}),
+        "an evaluation": update(results=False),
+        "read when it is written": replace(update(), stages=(replace(again, epilogue=(new, late, bind)),)),
+    }
+    for why, plan in others.items():
+        found = lay_out(plan, 0, shared=("dp",))
+        assert not found.residents and not found.replaced and list(found.gathered) == [0], why
+        assert found.shared_along("dp") != layout.shared_along("dp")
+
+
+def test_what_is_never_replaced_lies_where_ranks_gather_it_while_others_are_trained() -> None:
+    plan = update(storages=STORED)
+    frozen = Slot(Role.SHARD, "frozen")
+    started = replace(plan.stages[0].body[0], inputs=(slot_ref(frozen),))
+    stage = replace(plan.stages[0], body=(started, *plan.stages[0].body[1:]))
+    plan = replace(plan, stages=(stage,), reads=({**plan.reads[0], frozen: plan.reads[0][SHARD]},))
+    layout = lay_out(plan, 0, shared=("dp",))
+    assert layout.residents == {0: Resident("dp", slot_ref(frozen), 256, 2)}
+    assert layout.replaced == {"dp": 5}, "behind the last instruction"
+
+
 def test_what_ranks_reduce_lies_where_the_others_can_read_it() -> None:
     segments = {"f": Segment("f", "", (), ("a",), places=(Place(F32, 0, 1), Place(F32, 0, 0, (0,))))}
     reduce = Instruction(
@@ -147,25 +216,42 @@ def test_a_rank_tells_what_it_lets_go_of() -> None:
     told: list[int] = []
     arena = SharedArena(bytearray, lambda: told.append(arena.let_go_of))
     answers = iter([True, False])
-    shared = Shared(arena, (Arena(), Arena()), place=1, agree=lambda text: next(answers))
+    residents = Residents(bytearray, lambda: told.append(-residents.let_go_of), place=1, size=2)
+    unread = Mock()
+    shared = Shared(arena, (Arena(), Arena()), residents, 1, lambda text: next(answers), lambda: unread)
     layout = Layout(
         runs={1: (None, None)},
         gathered={0: Gathered("dp", 64, 3)},
         shared_bytes={"dp": 320},
         given={(1, 0): Given("dp", 128)},
         given_bytes={"dp": 512},
+        residents={2: Resident("dp", ref("part"), F32.nbytes, 4)},
+        replaced={"dp": 5},
     )
     placing = Placing(CPU, Arena(), layout, {"dp": shared})
     gathered, made = placing.of_result(0, F32), placing.of_run(1, (Place(F32, 0, 0), Place(F32, 0, 0)))
+    resident, half = placing.of_result(2, F32), TensorType((32,), torch.float32, (1,))
     agreed = placing.share(None)
     assert (arena.nbytes, [given.nbytes for given in shared.given], shared.nbytes) == (320, [512] * 2, 320 + 2 * 512)
     tensors = gathered(), made(0), made(1)
     assert [[at.offset(tensor) for tensor in tensors] for at in (arena, shared.own)] == [[64, -1, -1], [-1, 128, -1]]
-    ((position, calls),) = placing.behind().items()
+    assert residents.number(resident()) == 0 and residents.number(gathered()) == -1 and resident() is resident()
+    parts = placing.parts({ref("part"): half})
+    resident().copy_(torch.arange(64.0))
+    assert list(parts) == [ref("part")] and parts[ref("part")].tolist() == list(range(32, 64))
+    assert parts[ref("part")].storage_offset() == 0
+    behind = placing.behind()
+    calls = [call for position in (3, 4) for call in behind.pop(position)]
     for call in calls:
         call()
-    assert (position, told) == (3, [1])
+    assert (behind, told) == ({}, [1, -1])
+    assert [(position, [begin() for begin in begins]) for position, begins in placing.before().items()] == [
+        (5, [unread])
+    ]
     assert placing.share(agreed) == agreed
+    larger = replace(layout, residents={2: replace(layout.residents[2], ref=ref("another"))})
+    with pytest.raises(LayoutMismatch):
+        Placing(CPU, Arena(), larger, {"dp": shared}).share({"dp": larger.shared_along("dp")})
     with pytest.raises(LayoutMismatch, match="what is gathered over dp would come and go in another order"):
         placing.share({"dp": "another one"})
     assert placing.share(None) == {"dp": ""}, "the others have another layout"
@@ -173,7 +259,27 @@ def test_a_rank_tells_what_it_lets_go_of() -> None:
     assert [[at.offset(tensor) for tensor in tensors] for at in (arena, shared.own)] == [[-1] * 3] * 2
     for call in calls:
         call()
-    assert told == [1]
+    assert told == [1, -1]
+    assert residents.number(resident()) == -1 and placing.parts({ref("part"): half}) == {}
+    assert [begin() for begin in placing.before()[5]] == [None]
+
+
+def test_residents_stay_where_they_are_when_others_come() -> None:
+    blocks: list[bytearray] = []
+
+    def block(nbytes: int) -> bytearray:
+        blocks.append(bytearray(nbytes))
+        return blocks[-1]
+
+    residents = Residents(block, Mock(), place=0, size=2)
+    residents.reserve({ref("a"): 100, ref("b"): F32.nbytes})
+    first = residents.value(ref("b"), F32).fill_(1.0)
+    residents.reserve({ref("b"): F32.nbytes, ref("c"): 64})
+    residents.reserve({ref("a"): 100})
+    assert [len(made) for made in blocks] == [128 + F32.nbytes, 64]
+    assert residents.value(ref("b"), F32).data_ptr() == first.data_ptr() and residents.number(first) == 1
+    assert residents.holds({ref("a"): 100, ref("c"): 64})
+    assert not residents.holds({ref("a"): 200}) and not residents.holds({ref("d"): 1})
 
 
 def test_a_block_that_grows_moves_what_was_given() -> None:
@@ -229,3 +335,21 @@ def test_training_does_not_depend_on_what_the_block_holds(plan: str) -> None:
                 memoryview(arena._block)[:] = b"\xff" * arena.nbytes
             assert alone or all(arena.nbytes for arena in executor.arenas.values())
     assert losses[True] == losses[False]
+
+
+def test_a_rank_waits_until_others_do_not_read_what_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    done_behind: list[int] = []
+    handle = Mock()
+
+    def done() -> bool:
+        (loaded,) = executor._loaded.values()
+        done_behind.append(loaded.machines[0].position)
+        return len(done_behind) == 2
+
+    handle.done.side_effect = done
+    monkeypatch.setattr(Placing, "before", lambda self: {3: [lambda: None, lambda: handle]})
+    compiled = graphshard.compile(Net(), "accum2", optimizer=torch.optim.AdamW)
+    batch = torch.randn(16, 16), torch.randn(16, 16)
+    executor = compiled._made_executor()
+    compiled.step(*batch)
+    assert done_behind == [2, 2]
