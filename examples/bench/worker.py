@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.output.write_text(json.dumps(measured))
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # gloo's threads abort some runs of peers while Python ends, after all has been measured
 
 
 def measure(name: str, sizes: Sizes, warmup: int, steps: int, turns: Turns | None) -> dict[str, Any]:
