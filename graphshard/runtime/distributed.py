@@ -39,7 +39,7 @@ from graphshard.runtime.executor import Executor, Loaded, absent
 from graphshard.runtime.groups import Groups, join_world, make_control, make_groups
 from graphshard.runtime.handles import Handle
 from graphshard.runtime.machine import Communicator, Machine, SharedLayouts, Value
-from graphshard.runtime.neighbours import Neighbours
+from graphshard.runtime.neighbours import Neighbours, PeerGone
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
 logger = logging.getLogger("graphshard")
@@ -318,6 +318,13 @@ class DistributedExecutor(Executor):
         if self._gave_up:
             raise RanksOutOfStep(self.rank, self._gave_up)
 
+    def _serve_during(self, wait: Callable[[], object]) -> None:
+        """Call ``wait``, which returns when other ranks have done something, and meanwhile serve neighbours."""
+        if isinstance(self._link, SharedMemoryCommunicator):
+            self._link.serve_during(wait)
+        else:
+            wait()
+
     def _council(self) -> TorchCouncil:
         near = self._neighbours is not None and self._neighbours.ranks
         progress = self._link.progress if near and isinstance(self._link, SharedMemoryCommunicator) else time.sleep
@@ -423,13 +430,19 @@ class _Agreement:
         mine = torch.tensor(said, device="cpu")
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         self._work = dist.all_gather(self._all, mine, group=executor._control, async_op=True)
+        self._serve_during = executor._serve_during
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
 
     def done(self) -> bool:
         return False
 
     def wait(self) -> None:
-        self._work.wait(self._timeout)
+        # A rank that has not come so far may wait for something that this one has not told it yet.
+        try:
+            self._serve_during(lambda: self._work.wait(self._timeout))
+        except PeerGone:
+            self.explain()
+            raise
 
     def check(self) -> None:
         """Compare: what is done, collectives on all ranks, transfers on the ranks of one pipeline, whether there is

@@ -231,7 +231,7 @@ class SharedMemoryCommunicator:
         self._neighbours.listen(wait_s)
         self._go_on()
 
-    def serve_during(self, wait: Callable[[], None]) -> None:
+    def serve_during(self, wait: Callable[[], object]) -> None:
         """Call ``wait``, which does not return before others have done something, and meanwhile go on with what is
         under way here.
 
@@ -335,7 +335,7 @@ class SharedMemoryCommunicator:
         return began
 
 
-def _in_background(call: Callable[[], None]) -> Future[None]:
+def _in_background(call: Callable[[], object]) -> Future[None]:
     """What becomes of ``call``, in a thread that no process waits for when it ends."""
     outcome = Future[None]()
 

@@ -84,6 +84,12 @@ def test_parts_of_parameters_lie_where_all_ranks_read_them() -> None:
             assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance), (plan, what)
 
 
+def test_a_rank_that_waits_for_all_to_begin_tells_what_it_had_not_told() -> None:
+    first, last = launch("train_rank.py", 2, "behind", "pp2")
+    assert first == {"outputs": [None, None]}
+    assert last["outputs"][0] == last["outputs"][1] is not None
+
+
 def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
     for result in launch("train_rank.py", 2, "meta", "pp2:schedule=zb-h1"):
         assert result["error"] == "NoValue"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import select
 import signal
 import sys
 import time
@@ -23,6 +24,7 @@ from graphshard.errors import GraphshardError, OffloadFailed, PlanMismatch, Rank
 from graphshard.execution import type_of
 from graphshard.program import info
 from graphshard.runtime.groups import leave_world
+from graphshard.runtime.neighbours import Neighbours
 from graphshard.runtime.nvme import ALIGN
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 from models.zoo import gpt
@@ -191,6 +193,28 @@ def in_place(*plans: str) -> dict[str, Any]:
         weights = c.state_dict()["0.weight"][:4].tolist()
         found[executor][plan] = {"losses": losses, "parts": parts, "weights": weights}
     return found
+
+
+def behind(plan: str) -> dict[str, Any]:
+    """A socket of rank 0's takes no note of two calls, as if its reader were busy, before the rank waits to hear that
+    the other one has begun the second."""
+    c = compiled(plan, "distributed", example_inputs=batch())
+    mine = part(c, batch())[0]
+    c(mine)
+    flush, serve, waits = Neighbours._flush, SharedMemoryCommunicator.serve_during, itertools.count()
+
+    def serve_during(self: SharedMemoryCommunicator, wait: Callable[[], object]) -> None:
+        if next(waits) == 1:
+            Neighbours._flush = flush  # type: ignore[method-assign]
+            for peer in self._neighbours._peers.values():
+                self._neighbours._poll.modify(peer.link, select.POLLIN | select.POLLOUT)
+                peer.is_full = True
+        serve(self, wait)
+
+    if RANK == 0:
+        Neighbours._flush = lambda *_: None  # type: ignore[method-assign]
+        SharedMemoryCommunicator.serve_during = serve_during  # type: ignore[method-assign]
+    return {"outputs": [None if out is None else out.sum().item() for out in (c(mine), c(mine))]}
 
 
 def shared_parts(c: graphshard.Compiled) -> tuple[int, int]:
@@ -475,6 +499,7 @@ def main() -> None:
         "loaded": loaded,
         "meta": meta,
         "in_place": in_place,
+        "behind": behind,
         "mixed": mixed,
         "mismatch": mismatch,
         "given_up": given_up,
