@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from safetensors.torch import load, save
 
 from graphshard.execution import ExecutionPlan, StagePlan, TensorType, type_of
-from graphshard.text_spelling import TypeText, from_stored, to_stored
-from graphshard.typed_json import decode, encode
+from graphshard.saved.typed_json import decode, encode
+from graphshard.text.spelling import TypeText, from_stored, to_stored
 from graphshard.units import human
 
 PLAN, KERNELS, CONSTANTS = "plan.json", "kernels.py", "constants.safetensors"

@@ -45,8 +45,8 @@ from graphshard.execution import (
     variants,
 )
 from graphshard.homes import homes, on_host
+from graphshard.memory.simulate import simulate_memory, simulated
 from graphshard.program import HOST, Level, Phase, Program, Role, Section, Slot, info, val
-from graphshard.simulate import simulate_memory, simulated
 
 c10d = torch.ops._c10d_functional
 gs = torch.ops.graphshard

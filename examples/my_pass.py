@@ -17,7 +17,7 @@ from torch import nn
 
 import graphshard
 from graphshard.diff import diff
-from graphshard.diff_text import unified
+from graphshard.diff.plain_text import unified
 from graphshard.pipeline import Context
 from graphshard.program import Program, info, set_info
 

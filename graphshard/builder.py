@@ -21,17 +21,17 @@ from graphshard.codegen.lower import lower
 from graphshard.errors import NotHashable, RanksError, TrainedParametersChanged
 from graphshard.execution import ExecutionPlan
 from graphshard.fingerprints import collectives_of
+from graphshard.memory.planner import fit
 from graphshard.mesh import Mesh
 from graphshard.moment import Moment, now
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context, Observer, Pass, Placement, placement_of, run_passes, try_passes
 from graphshard.plan import Plan
-from graphshard.plan_cache import PlanCache
-from graphshard.plan_key import digest, of_optimizer, of_passes, versions
-from graphshard.planner import fit
 from graphshard.program import Param, Program, Role
 from graphshard.rewrite import copied
-from graphshard.text_spelling import first_line
+from graphshard.saved.cache import PlanCache
+from graphshard.saved.key import digest, of_optimizer, of_passes, versions
+from graphshard.text.spelling import first_line
 from graphshard.trace import Captured, Mode
 from graphshard.trace.batch_norm import check_own_statistics
 from graphshard.trace.call import LossFn, Output

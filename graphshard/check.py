@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graphshard import rounding
-from graphshard.alignment import Alignment
+from graphshard.diff.alignment import Alignment
 from graphshard.errors import NodeFailed, NotEquivalent, NotFinite, RoundsTooMuch, TooLargeToCheck
 from graphshard.pipeline import Context, Pass, run_passes
 from graphshard.program import Level, Program, Role, Slot, info, tensors, val

@@ -32,7 +32,7 @@ from graphshard.program import Level, Program
 from graphshard.version import __version__
 
 if TYPE_CHECKING:
-    from graphshard.difference import Diff
+    from graphshard.diff.difference import Diff
 
 FAILED_CHECK, BAD_INPUT = 1, 2
 
@@ -138,7 +138,7 @@ _NOBODY = {
 
 def _diff(options: argparse.Namespace) -> int:
     """What passes changed, node by node, what it costs and which pass did it."""
-    from graphshard.diff_files import diff_files, dumped
+    from graphshard.diff.files import diff_files, dumped
 
     first = Path(options.first)
     if first.is_dir():
@@ -154,21 +154,21 @@ def _diff(options: argparse.Namespace) -> int:
 def _show(found: Diff, options: argparse.Namespace, title: str) -> None:
     """Write ``found`` as the options say: a page, JSON, or text as wide as the terminal."""
     if options.html is not None:
-        from graphshard.diff_html import to_html
+        from graphshard.diff.html import to_html
         from graphshard.files import write_atomic
 
         write_atomic(options.html, to_html(found, title))
         print(f"wrote {options.html}", file=sys.stderr if options.json else sys.stdout)
     if options.json:
-        from graphshard.diff_json import to_json
+        from graphshard.diff.json import to_json
 
         print(json.dumps(to_json(found), indent=2))
     if options.html is not None or options.json:
         return
     from rich.console import Console
 
-    from graphshard.diff_columns import SIDE_BY_SIDE_COLUMNS, side_by_side
-    from graphshard.diff_text import unified
+    from graphshard.diff.columns import SIDE_BY_SIDE_COLUMNS, side_by_side
+    from graphshard.diff.plain_text import unified
 
     console = Console()
     if console.is_terminal and console.width >= SIDE_BY_SIDE_COLUMNS:
@@ -179,7 +179,7 @@ def _show(found: Diff, options: argparse.Namespace, title: str) -> None:
 
 def _blame(options: argparse.Namespace) -> int:
     """Which passes touched a node, and where in the model's source it comes from."""
-    from graphshard.ancestry import ancestry
+    from graphshard.diff.ancestry import ancestry
 
     found = ancestry(Path(options.directory), options.node)
     print(json.dumps(dataclasses.asdict(found), indent=2) if options.json else found.render())
@@ -316,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         help="of a dump: a pass, or what lies between two; default: from the capture to the last pass. Else a graph",
     )
-    diff.add_argument("--json", action="store_true", help="as JSON on stdout; schema: graphshard/diff_json.py")
+    diff.add_argument("--json", action="store_true", help="as JSON on stdout; schema: graphshard/diff/json.py")
     diff.add_argument("--html", type=_path, metavar="FILE", help="write a page with both graphs side by side")
 
     blame = command("blame", _blame)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphshard import ambient, dump, fake, plan_directory, report
+from graphshard import ambient, dump, fake, report
 from graphshard.arguments import (
     cache_of,
     debug_nan_of,
@@ -38,20 +38,21 @@ from graphshard.built import Asked, Built
 from graphshard.check import require_fits
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS
 from graphshard.executable import Executable
-from graphshard.model_record import describe, unsaved_buffers
 from graphshard.optim import Steps, options_that_differ
-from graphshard.optimizer_record import record_of
 from graphshard.passes import default_passes, with_passes
 from graphshard.passes.fuse import Fuse
 from graphshard.passes.offload import Offload
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Pass, run_passes
 from graphshard.plan import Plan
-from graphshard.plan_cache import open_cache
-from graphshard.plan_directory import Manifest
 from graphshard.program import Program, Role
 from graphshard.reference_inputs import Inputs, random_inputs
 from graphshard.runtime.nvme import check_folder
+from graphshard.saved import directory as plan_directory
+from graphshard.saved.cache import open_cache
+from graphshard.saved.directory import Manifest
+from graphshard.saved.model import describe, unsaved_buffers
+from graphshard.saved.optimizer import record_of
 from graphshard.surroundings import device_for, distributed_world_size, executor_kind, offload_folder
 from graphshard.trace import Mode
 from graphshard.update import OptimizerLike, make_optimizer

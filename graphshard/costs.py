@@ -14,7 +14,7 @@ import torch
 
 from graphshard import analysis
 from graphshard.communication import communicates, communication_axis, sender, sent_bytes
-from graphshard.footprint import footprints
+from graphshard.memory.footprint import footprints
 from graphshard.mesh import AXES
 from graphshard.places import stage_places
 from graphshard.program import Phase, Program, info
@@ -30,7 +30,7 @@ class StageCosts:
     flops: Mapping[str, int]  # by phase; without phases that do nothing
     sent_bytes: Mapping[str, int]  # by mesh axis; transfers between stages count for pp
     stored_bytes: int  # parameters, buffers, constants and optimizer state, held between steps
-    peak_bytes: int  # estimated: see footprint.py
+    peak_bytes: int  # estimated: see memory/footprint.py
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """What a dump has for people: every pass's graph, as text that can be diffed, and a picture of memory. The plans are
-beside it; see plan_directory.py."""
+beside it; see saved/directory.py."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from graphshard import dump_folder, text
 from graphshard.dump_folder import MEMORY, PICTURE, SOURCES
 from graphshard.execution import ExecutionPlan
 from graphshard.files import write_atomic
-from graphshard.memory_picture import stage_memory, to_svg
+from graphshard.memory.picture import stage_memory, to_svg
+from graphshard.memory.timeline import Timeline
 from graphshard.pipeline import Observer
 from graphshard.program import Program
-from graphshard.timeline import Timeline
 
 
 def writer(folder: Path) -> Observer:

@@ -1,5 +1,5 @@
-"""Which files of a folder are a dump's: the names that dump.py, plan_directory.py and codegen/emit.py give them. A dump
-removes those of the one before it, and a folder says of itself that the dump into it has not come to its end."""
+"""Which files of a folder are a dump's: the names that dump.py, saved/directory.py and codegen/emit.py give them. A
+dump removes those of the one before it, and a folder says of itself that the dump into it has not come to its end."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ class ExecutionPlan:
     constants: dict[str, torch.Tensor]
     kernels: dict[str, Kernel] = field(default_factory=dict)  # what segments call, by name
     unfused: dict[str, int] = field(default_factory=dict)  # regions without a kernel: what and why, how many
-    peak_bytes: tuple[int, ...] = ()  # per stage: the most a rank holds in a step, see simulate.py; (): not stated
+    peak_bytes: tuple[int, ...] = ()  # per stage: the most a rank holds, see memory/simulate.py; (): not stated
 
     @property
     def state_keys(self) -> frozenset[str]:

@@ -24,13 +24,13 @@ from graphshard.errors import (
 from graphshard.executable import Executable
 from graphshard.mesh import Mesh
 from graphshard.model_flags import other_flags, set_flags
-from graphshard.model_record import describe, difference, skeleton
 from graphshard.optim import spell_options
-from graphshard.optimizer_record import other_optimizer, other_options, remade
 from graphshard.plan import Plan
-from graphshard.plan_directory import Manifest, PlanDirectory, read, read_manifest
 from graphshard.program import Program
 from graphshard.runtime.nvme import check_folder
+from graphshard.saved.directory import Manifest, PlanDirectory, read, read_manifest
+from graphshard.saved.model import describe, difference, skeleton
+from graphshard.saved.optimizer import other_optimizer, other_options, remade
 from graphshard.surroundings import device_for, distributed_world_size, executor_kind, offload_folder
 from graphshard.update import OptimizerLike, make_optimizer
 

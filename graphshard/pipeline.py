@@ -22,7 +22,7 @@ from graphshard.mesh import Mesh
 from graphshard.program import Bucket, PassRecord, Phase, Program, Role, info
 from graphshard.region import operations_of
 from graphshard.rewrite import copied
-from graphshard.text_spelling import first_line
+from graphshard.text.spelling import first_line
 from graphshard.verify import verify
 
 PASSES: Mapping[str, str] = {

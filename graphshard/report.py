@@ -9,7 +9,10 @@ from typing import Any
 from graphshard import analysis
 from graphshard.codegen.schedule import Schedule, simulate
 from graphshard.execution import CATEGORIES, ExecutionPlan, Op
-from graphshard.model_states import bytes_per_parameter, explain_bytes, model_states
+from graphshard.memory.model_states import bytes_per_parameter, explain_bytes, model_states
+from graphshard.memory.saved_activations import saved_activations
+from graphshard.memory.simulate import simulate_memory
+from graphshard.memory.timeline import Timeline, simulated_timeline, timeline
 from graphshard.offloaded import offloaded_bytes
 from graphshard.plan import Plan
 from graphshard.program import Phase, Program, Role, info
@@ -17,9 +20,6 @@ from graphshard.runtime.cuda_graphs import refusals
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.meter import Measured
 from graphshard.runtime.traffic import moved_bytes, sent_bytes
-from graphshard.saved_activations import saved_activations
-from graphshard.simulate import simulate_memory
-from graphshard.timeline import Timeline, simulated_timeline, timeline
 from graphshard.units import counted, human
 
 MOST_OFF = 1.05

@@ -16,7 +16,7 @@ from graphshard.plan_options import PLACES
 from graphshard.postconditions import require
 from graphshard.program import HOST, Level, Phase, Program, Role, Section, Slot, info, val
 from graphshard.region import Region
-from graphshard.text_spelling import TypeText, type_of
+from graphshard.text.spelling import TypeText, type_of
 
 _NAMESPACES = {
     Level.CAPTURED: {"aten", "prims", "graphshard"},

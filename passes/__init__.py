@@ -40,7 +40,7 @@ def default_passes(plan: Plan) -> list[Pass]:
     return [item for item in chosen if item is not None]
 
 
-# What a budget leaves open is the planner's to choose; see planner.py.
+# What a budget leaves open is the planner's to choose; see memory/planner.py.
 
 
 def _pipeline_cut(plan: Plan) -> PipelineCut:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._functorch.aot_autograd  # pytester forgets what a test imports, and Triton aborts when it comes twice
 
-from graphshard.plan_cache import SWITCH
+from graphshard.saved.cache import SWITCH
 
 pytest_plugins = ["graphshard.testing.plugin", "pytester"]
 

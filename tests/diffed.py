@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graphshard import text
 from graphshard.diff import diff
-from graphshard.difference import Diff
+from graphshard.diff.difference import Diff
 
 BODY = """
   %w : f32[4,8] = param "w"

@@ -1,4 +1,4 @@
-"""Blocks of memory in which a step's values lie where the plan's layout says; see graphshard/arena.py."""
+"""Blocks of memory in which a step's values lie where the plan's layout says; see graphshard/memory/arena.py."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from graphshard.arena import Layout, Resident, aligned
 from graphshard.errors import LayoutMismatch
 from graphshard.execution import Place, Ref, TensorType
+from graphshard.memory.arena import Layout, Resident, aligned
 from graphshard.runtime.handles import Handle
 
 Block = mmap.mmap | bytearray

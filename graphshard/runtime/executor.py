@@ -17,10 +17,10 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from graphshard.arena import Layout, lay_out
 from graphshard.errors import GraphshardError, NoValue, ValueLost
 from graphshard.execution import ExecutionPlan, Ref, TensorType, slot_ref, variants
 from graphshard.loss_scaling import SKIPPED
+from graphshard.memory.arena import Layout, lay_out
 from graphshard.mesh import Mesh
 from graphshard.offloaded import offloaded
 from graphshard.plan_options import PLACES
@@ -111,7 +111,9 @@ class Executor(ABC):
         largest = max(arena.nbytes for arena in self.arenas.values())
         common = sum(shared.nbytes for shared in self._shared.values())
         told = f", and what is gathered or reduced in {human(common)} that ranks share" if common else ""
-        return f"in one block of {human(largest)} a rank{told}, laid out before the step; see graphshard/arena.py"
+        return (
+            f"in one block of {human(largest)} a rank{told}, laid out before the step; see graphshard/memory/arena.py"
+        )
 
     def measured(self, plan: ExecutionPlan) -> dict[int, Measured]:
         """By rank, the memory that the last step of ``plan`` took, on ranks of other processes too; empty unless it was

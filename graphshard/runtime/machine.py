@@ -22,8 +22,8 @@ from graphshard.execution import (
     read_refs,
     result_refs,
 )
+from graphshard.memory.replaced import replaced_at
 from graphshard.program import HOST, Slot
-from graphshard.replaced import replaced_at
 from graphshard.runtime.arena import Placing
 from graphshard.runtime.council import Council
 from graphshard.runtime.cuda_graphs import SegmentGraphs

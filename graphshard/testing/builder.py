@@ -28,7 +28,7 @@ from graphshard.errors import BadBuild
 from graphshard.mesh import Mesh
 from graphshard.program import NodeInfo, Param, Phase, Program, Role, Section, Slot, empty_section, info
 from graphshard.rewrite import add_input
-from graphshard.text_spelling import first_line
+from graphshard.text.spelling import first_line
 from graphshard.trace.carries import Carries
 from graphshard.verify import verify
 

@@ -21,7 +21,7 @@ from torch import fx
 from graphshard.dataflow import is_getitem, is_view
 from graphshard.program import Phase, Program, Section, info
 from graphshard.text import node_text
-from graphshard.text_spelling import spell_target
+from graphshard.text.spelling import spell_target
 
 _LIMIT = 40  # lines shown of a graph
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graphshard.check import check
 from graphshard.diff import diff
-from graphshard.diff_text import unified
+from graphshard.diff.plain_text import unified
 from graphshard.errors import NotEquivalent
 from graphshard.pipeline import Context, Pass, parse_passes, run_passes
 from graphshard.program import Program

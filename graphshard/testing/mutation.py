@@ -25,7 +25,7 @@ from graphshard.rewrite import copied
 from graphshard.testing.breaks import BREAKS, Break
 from graphshard.testing.meaning import apply
 from graphshard.text import node_text
-from graphshard.text_spelling import spell_slot
+from graphshard.text.spelling import spell_slot
 from graphshard.verify import check_rules
 
 

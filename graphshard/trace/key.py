@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphshard import fake
 from graphshard.errors import NotHashable
-from graphshard.text_spelling import to_stored
+from graphshard.text.spelling import to_stored
 from graphshard.trace.call import LossFn, Mode, Output, Request
 from graphshard.trace.context import capturing
 from graphshard.trace.generators import draws_refused

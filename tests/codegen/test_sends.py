@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphshard.channels import between_stages, check_progress, check_transfers, of_stages
 from graphshard.codegen.order import order
 from graphshard.codegen.schedule import Schedule, make
 from graphshard.codegen.sends import Transfers, sent_ahead
 from graphshard.execution import Instruction, match_waits
 from graphshard.plan import SCHEDULES
+from graphshard.prove.channels import between_stages, check_progress, check_transfers, of_stages
 from handmade import kind, recv, run, send, wait
 
 X = kind(4)

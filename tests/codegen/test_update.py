@@ -12,9 +12,9 @@ from graphshard.codegen.idioms import FusedAdam
 from graphshard.codegen.kernels import Kernels
 from graphshard.compile import Compiled
 from graphshard.execution import ExecutionPlan
+from graphshard.memory.replaced import kept_at
 from graphshard.program import Role, Section
 from graphshard.region import Region
-from graphshard.replaced import kept_at
 from layers import compiled_layers
 
 WIDTH = 512  # a kernel of its own, over blocks, pays for large parameters only

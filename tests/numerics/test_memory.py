@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import graphshard
-from graphshard.simulate import simulate_memory
+from graphshard.memory.simulate import simulate_memory
 from marks import full
 from models.zoo import MODELS
 from numerics.cases import PLANS, SPLITS, adamw, maker, sgd

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard import text
-from graphshard.alignment import Alignment
-from graphshard.ancestry import Ancestry, ancestry
 from graphshard.cli import main
+from graphshard.diff.alignment import Alignment
+from graphshard.diff.ancestry import Ancestry, ancestry
 from graphshard.errors import AmbiguousNode, NotADump, UnknownNode
 from graphshard.program import Program, info, source_line
 from graphshard.trace import capture

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import graphshard
-from graphshard.arena import ALIGNMENT, Gathered, Given, Layout, Resident, lay_out, pack
 from graphshard.errors import LayoutMismatch
 from graphshard.execution import (
     ExecutionPlan,
@@ -30,11 +29,12 @@ from graphshard.execution import (
     TensorType,
     slot_ref,
 )
+from graphshard.memory.arena import ALIGNMENT, Gathered, Given, Layout, Resident, lay_out, pack
+from graphshard.memory.spans import Span, memory_spans
 from graphshard.mesh import Mesh
 from graphshard.program import Role, Slot
 from graphshard.runtime.arena import Arena, Placing, Residents, Shared, SharedArena
 from graphshard.runtime.local import LocalExecutor
-from graphshard.spans import Span, memory_spans
 
 F32 = TensorType((64,), torch.float32, (1,))
 CPU = torch.device("cpu")

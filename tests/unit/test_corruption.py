@@ -22,7 +22,7 @@ from graphshard.errors import PlanError, PlanMismatch, WorldSizeMismatch
 from graphshard.execution import ExecutionPlan, Op, Ref
 from graphshard.plan import SCHEDULES
 from graphshard.prove import prove
-from graphshard.prove_ranks import prove_ranks
+from graphshard.prove.ranks import prove_ranks
 from marks import few
 from models import zoo
 

@@ -11,8 +11,8 @@ import torch
 import graphshard
 from graphshard import text
 from graphshard.costs import costs
+from graphshard.memory.simulate import simulate_memory
 from graphshard.runtime.traffic import sent_bytes
-from graphshard.simulate import simulate_memory
 from marks import full
 from models import zoo
 

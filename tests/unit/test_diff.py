@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffed import BODY, compare, program
-from graphshard.alignment import increasing
-from graphshard.diff_files import diff_files
-from graphshard.diff_text import unified
-from graphshard.difference import Diff, Kind
+from graphshard.diff.alignment import increasing
+from graphshard.diff.difference import Diff, Kind
+from graphshard.diff.files import diff_files
+from graphshard.diff.plain_text import unified
 
 
 def names(found: Diff) -> dict[str, list[str]]:

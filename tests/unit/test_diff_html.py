@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from diffed import BODY, compare, program
-from graphshard.diff_html import to_html
-from graphshard.difference import Diff, Kind
+from graphshard.diff.difference import Diff, Kind
+from graphshard.diff.html import to_html
 
 RELU = "%z : f32[2,8] = aten.relu.default(%y)"
 PROLOGUE = "graph prologue {\n  %h_1 = aten.full.default([2], 1.0) {origin=h}\n  return\n}\n"

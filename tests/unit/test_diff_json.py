@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from diffed import BODY, compare, program
-from graphshard.diff_json import to_json
+from graphshard.diff.json import to_json
 
 RELU = "%z : f32[2,8] = aten.relu.default(%y)"
 AFTER = BODY.replace(RELU, "%n = aten.neg.default(%y) {made_by=mine}\n  %z = aten.relu.default(%n)")

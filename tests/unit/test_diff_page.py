@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from diffed import compare, program
-from graphshard.diff_html import to_html
+from graphshard.diff.html import to_html
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra 'browser'")
 

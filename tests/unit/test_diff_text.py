@@ -9,8 +9,8 @@ from rich.console import Console
 
 from diffed import BODY, compare, program
 from graphshard.diff import diff
-from graphshard.diff_columns import side_by_side
-from graphshard.diff_text import summary, unified
+from graphshard.diff.columns import side_by_side
+from graphshard.diff.plain_text import summary, unified
 from graphshard.passes.precision import Precision
 from graphshard.pipeline import Context
 from graphshard.rewrite import copied

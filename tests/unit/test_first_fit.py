@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphshard.first_fit import MARKS, first_fit, marks
+from graphshard.memory.first_fit import MARKS, first_fit, marks
 
 
 def search(held: list[int], peaks: list[int], budget: int, always: Collection[int] = ()) -> tuple[int, int]:

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphshard
-from graphshard import dump_folder, plan_directory
-from graphshard.ancestry import ancestry
-from graphshard.diff_files import dumped
+from graphshard import dump_folder
+from graphshard.diff.ancestry import ancestry
+from graphshard.diff.files import dumped
 from graphshard.errors import (
     NeedsCompiling,
     NotAPlanDirectory,
@@ -33,6 +33,7 @@ from graphshard.errors import (
 )
 from graphshard.pipeline import Context
 from graphshard.program import Program
+from graphshard.saved import directory as plan_directory
 from marks import full
 from numerics.cases import OPTIMIZERS, maker
 from numerics.reference import rolled

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 from graphshard import dump
 from graphshard.execution import Instruction, Op
-from graphshard.memory_picture import StageMemory, to_svg
-from graphshard.simulate import simulate_memory
-from graphshard.timeline import timeline
+from graphshard.memory.picture import StageMemory, to_svg
+from graphshard.memory.simulate import simulate_memory
+from graphshard.memory.timeline import timeline
 from unit.test_report import compiled
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -18,12 +18,12 @@ from graphshard.codegen.lower import lower
 from graphshard.codegen.schedule import make
 from graphshard.errors import IllegalProgram, PlanError
 from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, match_waits
+from graphshard.memory.simulate import simulate_memory
 from graphshard.offloaded import offloaded, offloaded_bytes
 from graphshard.pipeline import Context, parse_passes, run_passes
 from graphshard.program import MemoryTag, Program, info
 from graphshard.prove import prove
 from graphshard.runtime.traffic import moved_bytes
-from graphshard.simulate import simulate_memory
 from graphshard.verify import verify
 from two_layers import two_layers
 

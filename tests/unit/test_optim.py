@@ -665,7 +665,7 @@ def test_an_update_that_looks_at_a_shape_is_traced_in_each(
 
 def test_an_update_of_torch_optims_own_is_recorded_once_in_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options of equal values and other types are others; what an optimizer of somebody's own does is not known."""
-    module, recorded = importlib.import_module("graphshard.update_trace"), list[str]()
+    module, recorded = importlib.import_module("graphshard.update.trace"), list[str]()
     trace = module._trace
 
     def noted(subject: Any, *given: Any) -> Any:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard.pipeline import Context
-from graphshard.plan_cache import PlanCache
 from graphshard.program import Program
+from graphshard.saved.cache import PlanCache
 from graphshard.text import to_text
 from numerics.cases import OPTIMIZERS, maker
 from uncompiled import refuse_compiling

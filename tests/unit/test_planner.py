@@ -13,16 +13,16 @@ from torch import nn
 from torch.optim import AdamW
 
 import graphshard
-from graphshard import planner
 from graphshard.codegen.lower import lower
 from graphshard.errors import BudgetTooSmall, NothingMatches, PassOptionError
-from graphshard.ladders import ladders
+from graphshard.memory import planner
+from graphshard.memory.ladders import ladders
+from graphshard.memory.planner import fit, levers_of
 from graphshard.offloaded import offloaded_bytes
 from graphshard.passes.memory_policy import MemoryPolicy
 from graphshard.passes.pipeline_cut import PipelineCut
 from graphshard.pipeline import Context, parse_passes, run_passes
 from graphshard.plan import Plan
-from graphshard.planner import fit, levers_of
 from graphshard.rewrite import copied
 from graphshard.surroundings import offload_folder
 from marks import full

@@ -17,7 +17,7 @@ import graphshard
 from graphshard.errors import PlanError
 from graphshard.execution import ExecutionPlan, Instruction, Op, Ref, StagePlan, TensorType, Workspace
 from graphshard.prove import prove
-from graphshard.prove_ranks import prove_ranks
+from graphshard.prove.ranks import prove_ranks
 from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.storage import Storage
 from handmade import GPIPE, ONE_F_ONE_B, collective, eager, edited, free, kind, refs, run, two_stages, wait, weights

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from diffed import BODY, program
-from graphshard.diff_files import diff_files, dumped
-from graphshard.difference import Diff, Kind
+from graphshard.diff.difference import Diff, Kind
+from graphshard.diff.files import diff_files, dumped
 from graphshard.errors import MissingFile, UnknownDump
 
 RELU = "%z : f32[2,8] = aten.relu.default(%y)"

@@ -14,9 +14,9 @@ from graphshard.execution import (
     Workspace,
     slot_ref,
 )
+from graphshard.memory.simulate import simulate_memory, simulated
 from graphshard.mesh import Mesh
 from graphshard.program import Role, Slot
-from graphshard.simulate import simulate_memory, simulated
 from handmade import collective, free, kind, refs, run, wait
 
 BATCH, FROZEN, WEIGHT = Slot(Role.BATCH, "0"), Slot(Role.BUFFER, "frozen"), Slot(Role.PARAM, "w")

@@ -189,9 +189,9 @@ def test_a_string_may_hold_what_is_a_mark_elsewhere() -> None:
     ],
 )
 def test_values_have_one_spelling_each(spelling: str, value: object) -> None:
-    from graphshard.text_spelling import spell
-    from graphshard.text_tokens import Cursor
-    from graphshard.text_values import value as parse_value
+    from graphshard.text.spelling import spell
+    from graphshard.text.tokens import Cursor
+    from graphshard.text.values import value as parse_value
 
     parsed = parse_value(Cursor(spelling, ""), pytest.fail)
     assert spell(value) == spelling
@@ -204,7 +204,7 @@ def test_nan_is_spelled() -> None:
 
 
 def test_every_dtype_is_spelled() -> None:
-    from graphshard.text_spelling import DTYPES
+    from graphshard.text.spelling import DTYPES
 
     assert {d for d in vars(torch).values() if isinstance(d, torch.dtype)} == set(DTYPES.values())
 

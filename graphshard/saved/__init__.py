@@ -1,0 +1,1 @@
+"""Plans in files: the directory that ``dump`` writes and ``load`` reads, the cache of plans, and their keys."""
