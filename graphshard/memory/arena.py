@@ -62,8 +62,8 @@ class Layout:
     ``alive_bytes``: the most that is in use at once, which no layout can do without. ``gathered``, by the position of
     a GATHER: where its result lies in shared memory, of which there are ``shared_bytes`` by axis. ``given``, by the
     position of a RUN and its place: what others read, in a block of ``given_bytes`` by axis that each rank has.
-    ``residents``, by the position of a GATHER: what lies in shared memory for good. ``replaced``, by axis: the position
-    of the first instruction that writes to a part of those, which the others must not read any more by then.
+    ``residents``, by the position of a GATHER: what lies in shared memory for good. ``replaced``, by axis: positions of
+    instructions that write to parts of those, which the others must not read any more by then.
     """
 
     nbytes: int = 0
@@ -75,7 +75,7 @@ class Layout:
     given: dict[tuple[int, int], Given] = field(default_factory=dict)
     given_bytes: dict[str, int] = field(default_factory=dict)
     residents: dict[int, Resident] = field(default_factory=dict)
-    replaced: dict[str, int] = field(default_factory=dict)
+    replaced: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def residents_along(self, axis: str) -> dict[Ref, int]:
         """The bytes of what lies in shared memory for good, by the part that a rank stores."""
@@ -110,7 +110,7 @@ def lay_out(plan: ExecutionPlan, stage: int, first: bool = False, shared: Collec
         stored = _stored([(instructions[span.position].inputs[0], span, last[span]) for span in gathers], written, axis)
         residents |= stored
         if stored:
-            replaced[axis] = min(written[resident.ref] for resident in stored.values())
+            replaced[axis] = _replaced(stored.values(), written)
         offsets, shared_bytes[axis] = _packed([span for span in gathers if span.position not in stored])
         gathered |= {span.position: Gathered(axis, offset, last[span]) for span, offset in offsets.items()}
         offsets, given_bytes[axis] = _packed([span for span in spans if span.given == axis and span.place is not None])
@@ -136,6 +136,16 @@ def _stored(gathers: Sequence[tuple[Ref, Span, int]], written: Mapping[Ref, int]
     return {
         span.position: Resident(axis, ref, span.nbytes, until) for ref, span, until in gathers if ref not in changing
     }
+
+
+def _replaced(residents: Collection[Resident], written: Mapping[Ref, int]) -> tuple[int, ...]:
+    """Positions such that each resident has been read last before one of them, and that is not behind where its part is
+    written to: the fewest. A part may be written to while others are yet to be gathered."""
+    positions: list[int] = []
+    for position, until in sorted((written[resident.ref], resident.until) for resident in residents):
+        if not positions or until >= positions[-1]:
+            positions.append(position)
+    return tuple(positions)
 
 
 def _packed(spans: Sequence[Span]) -> tuple[dict[Span, int], int]:

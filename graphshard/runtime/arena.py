@@ -240,8 +240,9 @@ class Placing:
     def before(self) -> dict[int, list[Callable[[], Handle | None]]]:
         """What gives a handle that must be complete before an instruction begins, by position."""
         found: dict[int, list[Callable[[], Handle | None]]] = {}
-        for axis, position in self._layout.replaced.items():
-            found.setdefault(position, []).append(partial(self._unread, axis))
+        for axis, positions in self._layout.replaced.items():
+            for position in positions:
+                found.setdefault(position, []).append(partial(self._unread, axis))
         return found
 
     def _unread(self, axis: str) -> Handle | None:

@@ -164,7 +164,7 @@ def update(results: bool = True, **parts: Any) -> ExecutionPlan:
 
 def test_what_ranks_store_lies_where_they_gather_it_if_it_is_replaced_there() -> None:
     layout = lay_out(update(storages=STORED), 0, shared=("dp",))
-    assert layout.residents == {0: Resident("dp", PART, 256, 2)} and layout.replaced == {"dp": 3}
+    assert layout.residents == {0: Resident("dp", PART, 256, 2)} and layout.replaced == {"dp": (3,)}
     assert not layout.gathered and layout.shared_bytes == {"dp": 0} and 0 not in layout.made
     assert layout.residents_along("dp") == {PART: 256} and not layout.residents_along("shard")
     assert lay_out(update(storages=STORED), 0, shared=("dp",)).shared_along("dp") == layout.shared_along("dp")
@@ -193,7 +193,45 @@ def test_what_is_never_replaced_lies_where_ranks_gather_it_while_others_are_trai
     plan = replace(plan, stages=(stage,), reads=({**plan.reads[0], frozen: plan.reads[0][SHARD]},))
     layout = lay_out(plan, 0, shared=("dp",))
     assert layout.residents == {0: Resident("dp", slot_ref(frozen), 256, 2)}
-    assert layout.replaced == {"dp": 5}, "behind the last instruction"
+    assert layout.replaced == {"dp": (5,)}, "behind the last instruction"
+
+
+def test_a_part_that_is_replaced_while_others_are_yet_to_be_gathered_is_not_read_then() -> None:
+    names = ("w", "v", "u")
+    parts = {name: Slot(Role.SHARD, name) for name in names}
+    one = update(storages=STORED)
+    kind, stage = one.reads[0][SHARD], one.stages[0]
+
+    def of(name: str, *instructions: Instruction) -> list[Instruction]:
+        to = {PART: slot_ref(parts[name]), Ref("new"): Ref(f"new_{name}"), ref("a"): ref(name)}
+        return [
+            replace(
+                ins,
+                inputs=tuple(to[i] for i in ins.inputs),
+                outputs=tuple(to[o] for o in ins.outputs),
+                last=frozenset(to[i] for i in ins.last),
+            )
+            for ins in instructions
+        ]
+
+    def layout(*order: tuple[str, bool]) -> Layout:
+        step = [ins for name, new in order for ins in of(name, *(stage.epilogue if new else stage.body))]
+        storages = {
+            called: Storage(slot_ref(parts[name]), 128, "parameters")
+            for name in names
+            for called in (f"new_{name}", slot_ref(parts[name]).name)
+        }
+        slots = dict.fromkeys(parts.values(), kind)
+        again = replace(stage, body=tuple(step), epilogue=(), storages=storages)
+        return lay_out(replace(one, stages=(again,), reads=(slots,), results=(slots,)), 0, shared=("dp",))
+
+    gathered = [(name, False) for name in names]
+    assert layout(*gathered, *((name, True) for name in names)).replaced == {"dp": (9,)}
+    late = layout(("w", False), ("w", True), ("v", False), ("u", False), ("u", True), ("v", True))
+    assert late.replaced == {"dp": (3, 11)}, "w is read before one, v and u before the other"
+    assert len(late.residents) == 3
+    both = layout(("w", False), ("v", False), ("w", True), ("u", False), ("v", True), ("u", True))
+    assert both.replaced == {"dp": (6, 13)}, "v was not read behind where w was written to"
 
 
 def test_what_ranks_reduce_lies_where_the_others_can_read_it() -> None:
@@ -226,7 +264,7 @@ def test_a_rank_tells_what_it_lets_go_of() -> None:
         given={(1, 0): Given("dp", 128)},
         given_bytes={"dp": 512},
         residents={2: Resident("dp", ref("part"), F32.nbytes, 4)},
-        replaced={"dp": 5},
+        replaced={"dp": (5,)},
     )
     placing = Placing(CPU, Arena(), layout, {"dp": shared})
     gathered, made = placing.of_result(0, F32), placing.of_run(1, (Place(F32, 0, 0), Place(F32, 0, 0)))
