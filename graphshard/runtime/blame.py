@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from graphshard.mesh import Mesh
+from graphshard.runtime.background import in_background
+
+T = TypeVar("T")
 
 _HEARING_S = 3.0  # how long a rank that gives up listens to what the others say
 _ANSWER_S = 5.0  # how long the store may take to answer
@@ -59,25 +62,33 @@ class Blame:
         return "\n".join([verdict, *lines])
 
     def _say(self, line: str) -> None:
-        if self._store is not None:
-            try:
-                self._store.set(str(self._rank), line)
-            except RuntimeError:
-                self._store = None  # the process that held it is gone
+        self._asked(lambda store: store.set(str(self._rank), line))
 
     def _hear(self, ended: Sequence[int]) -> dict[int, str]:
         """What each rank has said; waits until all have that can, but not long."""
         said: dict[int, str] = {}
+        ranks = range(self._mesh.world_size)
         deadline = time.monotonic() + _HEARING_S
-        while self._store is not None:
-            try:
-                for rank in range(self._mesh.world_size):
-                    if rank not in said and self._store.check([str(rank)]):
-                        said[rank] = self._store.get(str(rank)).decode()
-            except RuntimeError:
-                self._store = None
-                break
+
+        def look(store: Any) -> dict[int, str]:
+            new = [rank for rank in ranks if rank not in said and store.check([str(rank)])]
+            return {rank: store.get(str(rank)).decode() for rank in new}
+
+        while (new := self._asked(look)) is not None:
+            said |= new
             if len(said) + len(set(ended) - said.keys()) >= self._mesh.world_size or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
         return said
+
+    def _asked(self, ask: Callable[[Any], T]) -> T | None:
+        """What ``ask`` gets from the store. None from when on it does not answer: the process that holds it is gone; or
+        stopped, which the store's own limits of time do not count."""
+        if self._store is None:
+            return None
+        store = self._store
+        try:
+            return in_background(lambda: ask(store), "graphshard-blame").result(2 * _ANSWER_S)
+        except (RuntimeError, TimeoutError):
+            self._store = None
+            return None

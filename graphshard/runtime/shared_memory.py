@@ -12,14 +12,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 from functools import partial
-from threading import Thread
 
 from torch import Tensor
 
 from graphshard.mesh import Mesh
 from graphshard.runtime.arena import Shared
+from graphshard.runtime.background import in_background
 from graphshard.runtime.collectives import add_up
 from graphshard.runtime.common_memory import CHANNELS, CommonMemory, Gather, Reduction, Unread
 from graphshard.runtime.handles import Handle
@@ -241,7 +240,7 @@ class SharedMemoryCommunicator:
         if not self._is_awaited():  # nor will it be, as this rank begins nothing meanwhile
             wait()
             return
-        waiting = _in_background(wait)
+        waiting = in_background(wait, "graphshard-beyond")
         while self._is_awaited() and not waiting.done():
             self.progress(_LISTEN_S)
         waiting.result()
@@ -333,22 +332,6 @@ class SharedMemoryCommunicator:
             waiting.begun.append(waiting.starts.popleft()())
             began = True
         return began
-
-
-def _in_background(call: Callable[[], object]) -> Future[None]:
-    """What becomes of ``call``, in a thread that no process waits for when it ends."""
-    outcome = Future[None]()
-
-    def run() -> None:
-        try:
-            call()
-        except BaseException as error:
-            outcome.set_exception(error)
-        else:
-            outcome.set_result(None)
-
-    Thread(target=run, name="graphshard-beyond", daemon=True).start()
-    return outcome
 
 
 def _copy(source: Tensor, target: Tensor) -> None:
