@@ -13,7 +13,7 @@ from torch import fx
 from graphshard import fake
 from graphshard.analysis import weight_views
 from graphshard.carried import keep_for_later
-from graphshard.dataflow import is_view, owns_memory
+from graphshard.dataflow import is_pointwise, is_view, owns_memory
 from graphshard.pipeline import Context
 from graphshard.program import Level, Phase, Program, Section, info, set_info, val
 from graphshard.rewrite import call, clone, drop_dead, retype, retype_behind
@@ -269,9 +269,49 @@ def _without_effect(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
     return source
 
 
+def _spread_last(node: fx.Node, changed: set[fx.Node]) -> fx.Node:
+    """What is computed of a spread-out value is computed of that value, where the operation spreads it by itself: the
+    gradient of a mean is one number a row, which no memory holds for each element."""
+    if not is_pointwise(node) or len(node.all_input_nodes) < 2:
+        return node
+    before = _type(node)
+    for operand in node.all_input_nodes:
+        chain = _chain_from_expand(operand)
+        if chain is None:
+            continue
+        spread, *rest = chain
+        small: Any = spread.args[0]
+        dims = val(operand).dim()
+        if val(small).dim() != dims or val(node).dim() != dims:
+            continue  # a tensor without dims has less to say in the type of a result
+        with node.graph.inserting_before(node):
+            for step in rest:
+                small = clone(step, {step.all_input_nodes[0]: small}.__getitem__)
+                retype([small])
+        kept = node.args
+        node.args = tuple(small if argument is operand else argument for argument in node.args)
+        retype([node])
+        if _type(node) != before:
+            node.args = kept
+            retype([node])
+    return node
+
+
+def _chain_from_expand(node: fx.Node) -> list[fx.Node] | None:
+    """An ``expand`` to more elements and the operations with numbers between it and ``node``, which is the last."""
+    chain = [node]
+    while chain[-1].target is not aten.expand.default:
+        last = chain[-1]
+        if not is_pointwise(last) or len(last.all_input_nodes) != 1 or len(last.users) > 1:
+            return None
+        chain.append(last.all_input_nodes[0])
+    source: Any = chain[-1].args[0]
+    return chain[::-1] if val(source).numel() < val(chain[-1]).numel() else None
+
+
 _RULES = (
     *(_physical, _canonical, _merge_reshapes, _merge_permutes, _transposed_product, _joined_in_order),
-    _without_effect,
+    *(_without_effect, _spread_last),
 )
 
 
