@@ -123,6 +123,7 @@ class Body:
         self.helpers: set[str] = set()
         self.reduced: dict[fx.Node, Tile | tuple[Tile, ...]] = {}  # of the rows, by now
         self.row: Expr = Integer(0)
+        self.policy = ""  # of the cache, for matrices that are read or written now; "": its own
         self.anchor: Expr = Integer(0)  # 0 in every valid place: gives a stored block its shape
         self._values: dict[tuple[fx.Node, Index], Tile] = {}
         self._names = {*taken, *HELPERS, *RESERVED, *keyword.kwlist}
@@ -176,7 +177,7 @@ class Body:
         mask = self.mask(address)
         value = self.cast(tile, buffer.dtype)
         pointer = f"{buffer.name} + {self.spell(address)}" if address != 0 else buffer.name
-        self.out(f"tl.store({pointer}, {value}{', ' + mask if mask else ''})")
+        self.out(f"tl.store({pointer}, {value}{', ' + mask if mask else ''}{self._cached(address)})")
         return Access(buffer.name, address)
 
     def cast(self, tile: Tile, dtype: torch.dtype) -> str:
@@ -235,10 +236,16 @@ class Body:
         mask = self.mask(address)
         pointer = f"{buffer.name} + {self.spell(address)}" if address != 0 else buffer.name
         dtype = compute_type(buffer.dtype)
-        loaded = f"tl.load({pointer}, {mask}, other=0)" if mask else f"tl.load({pointer})"
+        options = self._cached(address)
+        loaded = f"tl.load({pointer}, {mask}, other=0{options})" if mask else f"tl.load({pointer}{options})"
         if dtype is not buffer.dtype:
             loaded += f".to({TYPES[dtype]})"
         return self.emit(f"{name}_at", loaded, dtype, bool(positions_of(address) & self.columns))
+
+    def _cached(self, address: Expr) -> str:
+        """The option that says how long the cache keeps what is at ``address``."""
+        is_matrix = {"row", "col"} <= positions_of(address)
+        return f', eviction_policy="{self.policy}"' if self.policy and is_matrix else ""
 
     def _of_row(self, node: fx.Node, index: Index, tile: Any) -> Tile:
         value = first_value(node)

@@ -98,8 +98,9 @@ class _Decomposer:
         """The result with the strides that the region gives it, and memory of its own unless it is an input there."""
         if node.op == "placeholder":
             return made
-        is_own = made.op != "placeholder" and made.meta["val"].stride() == node.meta["val"].stride()
-        copied = made if is_own else self(aten.clone.default, made)
+        if made.op != "placeholder" and made.meta["val"].stride() == node.meta["val"].stride():
+            return made
+        copied = self(aten.clone.default, made)
         copied.meta["val"] = _typed(node.meta["val"])
         return copied
 
@@ -152,7 +153,7 @@ def _layer_norm(
         out = do(aten.mul.Tensor, out, do.wide(weight))
     if bias is not None:
         out = do(aten.add.Tensor, out, do.wide(bias))
-    return tuple(do.cast(result, value.dtype) for result, value in zip((out, mean, rstd), like, strict=True))
+    return do.cast(out, like[0].dtype), mean, rstd  # which ATen has in float32 on a GPU, whatever it says of a CPU
 
 
 def _layer_norm_backward(
@@ -226,13 +227,24 @@ def _stats(do: _Decomposer, x: fx.Node, dim: int) -> tuple[fx.Node, fx.Node]:
 def _softmax(do: _Decomposer, like: Tensor, x: fx.Node, dim: int, half_to_float: bool) -> fx.Node:
     wide = do.wide(x)
     top, sums = _stats(do, wide, dim)
-    return do.cast(do(aten.div.Tensor, do(aten.exp.default, do(aten.sub.Tensor, wide, top)), sums), like.dtype)
+    shares = do(aten.exp.default, do(aten.sub.Tensor, wide, top))
+    if wide.meta["val"].dtype is torch.float64:
+        return do.cast(do(aten.div.Tensor, shares, sums), like.dtype)
+    # A division of each element would take longer than its memory: by a product, it is off by one more bit at most.
+    return do.cast(do(aten.mul.Tensor, shares, do(aten.reciprocal.default, sums)), like.dtype)
 
 
 def _log_softmax(do: _Decomposer, like: Tensor, x: fx.Node, dim: int, half_to_float: bool) -> fx.Node:
     wide = do.wide(x)
     top, sums = _stats(do, wide, dim)
     return do.cast(do(aten.sub.Tensor, do(aten.sub.Tensor, wide, top), do(aten.log.default, sums)), like.dtype)
+
+
+def _logsumexp(do: _Decomposer, like: Tensor, x: fx.Node, dims: Sequence[int], keepdim: bool = False) -> fx.Node:
+    (dim,) = dims
+    top, sums = _stats(do, do.wide(x), dim)
+    result = do(aten.add.Tensor, top, do(aten.log.default, sums))
+    return do.cast(result if keepdim else do(aten.view.default, result, list(like.shape)), like.dtype)
 
 
 def _softmax_backward(
@@ -355,6 +367,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten._softmax.default: _softmax,
     aten._log_softmax.default: _log_softmax,
+    aten.logsumexp.default: _logsumexp,
     aten._softmax_backward_data.default: _softmax_backward,
     aten._log_softmax_backward_data.default: _log_softmax_backward,
     aten.nll_loss_forward.default: _nll_loss,

@@ -15,17 +15,27 @@ from graphshard.codegen.triton_body import RESERVED, Access, Body, Buffer
 from graphshard.codegen.triton_helpers import HELPERS
 from graphshard.codegen.triton_index import Sizes, positions_of, product, symbols_of, text
 from graphshard.codegen.triton_ops import compute_type
-from graphshard.codegen.triton_sections import REGISTER_ELEMENTS, Emitted, Places, emit_elements, emit_rows, is_wide
+from graphshard.codegen.triton_sections import (
+    REGISTER_ELEMENTS,
+    Emitted,
+    Places,
+    emit_elements,
+    emit_rows,
+    is_wide,
+    matrices_of,
+)
 from graphshard.codegen.triton_split import Section, Split
 
 BLOCK = 1024  # elements a program: 8 a thread, so that loads and stores are 16 bytes wide or more
-LOOP_COLS = 2048  # columns a step, where a row does not fit the registers
+LOOP_COLS = 4096  # columns a step, where a row does not fit the registers
+AGAIN_BYTES = 128 << 10  # of a row that is read again: so many programs as two on each multiprocessor share the cache
 MAX_PROGRAMS = 256  # of a kernel that sums over rows: two for each multiprocessor, each writing one row of partial sums
+LOOPS = ((1024, 8), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32))  # columns and warps to try
 SECTIONS = 8  # spaces that one kernel serves: its programs look up theirs one by one
 
 _LAUNCHER = frozenset(("programs", "cols", "rows", "meta"))
 """Names that lines of the launcher have for themselves."""
-_DERIVED = re.compile(r"(n|end_)\d+|.*_(s\d+|out|partial\d*)")
+_DERIVED = re.compile(r"(n|end_)\d+|.*_(s\d+|out|partial\d*s?)")
 """Names of sizes and of the ends of spaces, and those made of others': strides, results and parts of sums."""
 
 
@@ -83,18 +93,19 @@ class Writer:
             if isinstance(node.meta["val"], torch.Tensor)
         }
         self.results: dict[fx.Node, Buffer] = {}
+        self.joined: dict[str, tuple[fx.Node, ...]] = {}  # sums whose parts lie in one tensor, by its name
         self.allocations: list[str] = []
         launches = []
         number = 0
         for wave in self.plan.waves:
-            made: set[fx.Node] = set()
+            made: dict[fx.Node, None] = {}  # in order, or the source would not be the same every time
             flat = [section for section in wave if section.space is None]
             groups = [[section] for section in wave if section.space is not None]
             groups += [flat[at : at + SECTIONS] for at in range(0, len(flat), SECTIONS)]
             partials: dict[fx.Node, list[str]] = {}
             for group in groups:
                 launches.append(self._launch(group, number, partials))
-                made |= {work.into for section in group for work in section.works}
+                made |= dict.fromkeys(work.into for section in group for work in section.works)
                 number += 1
             launches[-1].lines += self._finished(partials)
             self.buffers |= {node: self.results[node] for node in made if node in self.plan.materialised}
@@ -144,7 +155,8 @@ class Writer:
         block = 32 if scalar else BLOCK
         warps = 1 if scalar else 4
         lines += self._partial_lines(places, "programs", "(programs,)", group)
-        launch = self._assemble(kernel, body_lines, emitted, expressions, places, {"BLOCK": str(block)}, warps)
+        options = {"BLOCK": str(block)} if any("BLOCK" in line for line in body_lines) else {}
+        launch = self._assemble(kernel, body_lines, emitted, expressions, places, options, warps)
         programs = str(len(group)) if scalar else grid.replace("{block}", str(block))
         tuned = self.autotune and not scalar and not places.partials
         if tuned:
@@ -156,7 +168,7 @@ class Writer:
             if places.partials:
                 lines.insert(len(lines) - len(places.partials), f"programs = {programs}")
             target = "(programs,)" if places.partials else f"({programs},)"
-            lines.append(self._call(kernel, launch, target, {"BLOCK": str(block)}, str(warps)))
+            lines.append(self._call(kernel, launch, target, options, str(warps)))
         launch.lines = lines
         what = _count(len(group), "space") + ", " if len(group) > 1 else ""
         fixed = _count(len(group), "program") if scalar else f"blocks of {block} elements, {warps} warps"
@@ -176,8 +188,8 @@ class Writer:
         fits = padded * single.blocks * (2 if double else 1) <= REGISTER_ELEMENTS
         emitted = single if fits else self._emit_rows(section, places, single=False)
         row_count, col_count = emitted.counts
-        options = {"ROWS": "1", "COLS": str(LOOP_COLS)}
-        warps = "8"
+        step, looping_warps = self._steps(emitted, cols)
+        options, warps = {"ROWS": "1", "COLS": str(step)}, str(looping_warps)
         if fits:
             lines.append(f"cols = triton.next_power_of_2({text(col_count)})")
             lines.append("rows = max(1, 1024 // cols)")
@@ -188,9 +200,8 @@ class Writer:
         if places.partials:
             lines.append(f"programs = {programs}")
             columns = {work.into for work in section.works if work.kind == "column"}
-            for node, partial in places.partials.items():
-                shape = f"(programs, {text(col_count)})" if node in columns else "(programs,)"
-                lines.append(self._empty(partial, shape))
+            shapes = {n: f"programs, {text(col_count)}" if n in columns else "programs," for n in places.partials}
+            lines += self._partials(places, shapes)
             programs = "programs"
         body_lines = emitted.body.out.text
         launch = self._assemble(kernel, body_lines, [emitted], [], places, options, 0)
@@ -203,15 +214,25 @@ class Writer:
         else:
             lines.append(self._call(kernel, launch, f"({programs},)", options, warps))
         launch.lines = lines
-        shape = f"a row of {cols} in one block" if fits else f"a row of {cols} in steps of {LOOP_COLS}"
+        shape = f"a row of {cols} in one block" if fits else f"a row of {cols} in steps of {step}"
         launch.choice = f"{kernel}: {'autotuned, ' if tuned else ''}{shape}, {rows} rows"
         if not tuned:
             group = max(1, 1024 // padded) if fits else 1
-            used = min(max(group * padded // 512, 4), 16) if fits else 8
+            used = min(max(group * padded // 512, 4), 16) if fits else looping_warps
             launch.choice += f", {group} a program, {used} warps"
         launch.loads = [(0, access) for access in emitted.body.loads]
         launch.stores = [(0, access, "col" in positions_of(access.address)) for access in emitted.stores]
         return launch
+
+    def _steps(self, emitted: Emitted, cols: int) -> tuple[int, int]:
+        """Columns a step and warps of a program that loops over a row. What is read once is hidden best behind many
+        programs. What is read again is still in the cache if few run at once: two of as many warps as there may be on
+        each multiprocessor, or, by the registers that longer steps take, one."""
+        if emitted.passes < 2:
+            return LOOP_COLS, 8
+        sizes = {buffer.name: buffer.dtype.itemsize for buffer in self.buffers.values()}
+        row_bytes = cols * sum(sizes[name] for name in matrices_of(emitted.body.loads))
+        return LOOP_COLS * (2 if row_bytes <= AGAIN_BYTES else 4), 32
 
     def _emit_rows(self, section: Section, places: Places, single: bool) -> Emitted:
         body = Body(self.buffers, self.sizes, 1, self._taken())
@@ -261,12 +282,31 @@ class Writer:
             groups = [g for g in (1, 2, 4, 8) if g * padded <= 8192] or [1]
             configs = [({"ROWS": g}, w) for g in groups for w in (4, 8, 16)]
         else:
-            configs = [({"ROWS": 1, "COLS": c}, w) for c in (1024, 2048, 4096, 8192) for w in (8, 16)]
+            configs = [({"ROWS": 1, "COLS": c}, w) for c, w in LOOPS]
         self._tune(launch, configs)
+
+    def _partials(self, places: Places, shapes: Mapping[fx.Node, str]) -> list[str]:
+        """Where the programs of a kernel leave parts of sums; those of one type lie in one tensor, for one sum."""
+        first, *others = places.partials.values()
+        if not others or len(set(shapes.values())) > 1 or any(p.dtype is not first.dtype for p in others):
+            return [self._empty(partial, f"({shapes[node]})") for node, partial in places.partials.items()]
+        joined = f"{first.name}s"
+        names = ", ".join(partial.name for partial in places.partials.values())
+        self.joined[joined] = tuple(places.partials)
+        make = f"torch.empty(({len(shapes)}, {shapes[next(iter(shapes))]}), {self._options(first.dtype)})"
+        return [f"{joined} = {make}", f"{names} = {joined}.unbind()"]
 
     def _finished(self, partials: Mapping[fx.Node, Sequence[str]]) -> list[str]:
         """Sums of the programs' parts: small, and a sum is what ATen does well."""
         lines = []
+        alone = {node for node, names in partials.items() if len(names) == 1}
+        summed: set[fx.Node] = set()
+        for joined, nodes in self.joined.items():
+            if alone.issuperset(nodes):
+                parts = [name for node in nodes for name in partials[node]]
+                lines.append(f"{', '.join(parts)} = {joined}.sum(1).unbind()")
+                summed |= set(nodes)
+        self.joined.clear()
         for node, names in partials.items():
             value = node.meta["val"]
             columns = any(
@@ -275,7 +315,7 @@ class Writer:
                 for section in wave
                 for work in section.works
             )
-            result = " + ".join(f"{name}.sum({'0' if columns else ''})" for name in names)
+            result = " + ".join(name if node in summed else f"{name}.sum({'0' if columns else ''})" for name in names)
             shape = self._shape(value.shape)
             result = f"({result})" if len(names) > 1 else result
             target = self._result_name(node)

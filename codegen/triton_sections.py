@@ -26,6 +26,9 @@ aten = torch.ops.aten
 REGISTER_ELEMENTS = 49152
 """Float32 numbers that the blocks of one program may hold at once, of the 65,536 registers of a multiprocessor."""
 
+AHEAD_BYTES = 16384
+"""Of blocks that a program loads ahead, at most."""
+
 
 @dataclass(frozen=True)
 class Places:
@@ -44,6 +47,7 @@ class Emitted:
     body: Body
     stores: tuple[Access, ...]
     blocks: int  # tiles of full size that are live at once, at most
+    passes: int  # over a row, where it does not fit a block
     counts: tuple[Expr, Expr]  # of rows and columns, or of one row of all elements
 
 
@@ -70,7 +74,7 @@ def emit_elements(body: Body, section: Section, places: Places, first: str) -> E
             sums.setdefault(work.into, []).append(part)
     for node, parts in sums.items():
         body.out(f"tl.store({places.partials[node].name} + tl.program_id(0), {' + '.join(parts)})")
-    return Emitted(body, tuple(stores), len(body.loads) + 1, (Integer(1), count))
+    return Emitted(body, tuple(stores), len(body.loads) + 1, 1, (Integer(1), count))
 
 
 def emit_rows(body: Body, section: Section, places: Places, materialised: frozenset[fx.Node], single: bool) -> Emitted:
@@ -103,6 +107,7 @@ class _Rows:
         self.full: Index = (self.row, self.col)
         self.sums: dict[tuple[fx.Node, bool], str] = {}  # by what is summed, and whether over columns too
         self.stores: list[Access] = []
+        self.passes = 0
 
     def emit(self) -> Emitted:
         body = self.body
@@ -114,21 +119,22 @@ class _Rows:
             body.out(f"col_ok = col < {body.spell(self.col_count)}")
         self._accumulators()
         if self.by_columns:
-            body.out(
-                f"for block in range(tl.program_id(0), tl.cdiv({body.spell(self.row_count)}, ROWS), "
-                "tl.num_programs(0)):"
-            )
+            begin = len(body.out.text)
             body.out.depth += 1
             self._row_lines("block")
             self._columns()
             body.out.depth -= 1
+            limits = f"tl.program_id(0), tl.cdiv({body.spell(self.row_count)}, ROWS), tl.num_programs(0)"
+            stages = f", num_stages={1 + ahead}" if (ahead := self._blocks_ahead()) else ""
+            body.out(f"for block in {'tl.range' if stages else 'range'}({limits}{stages}):")
+            body.out.text.insert(begin, body.out.text.pop())
         else:
             self._row_lines("tl.program_id(0)")
             self._columns()
         self._finish()
         distinct = {access for access in body.loads if "col" in positions_of(access.address)}
         blocks = len(distinct) + 1 + sum(work.kind == "column" for work in self.section.works)
-        return Emitted(body, tuple(self.stores), blocks, (self.row_count, self.col_count))
+        return Emitted(body, tuple(self.stores), blocks, self.passes, (self.row_count, self.col_count))
 
     def _counts(self) -> tuple[Expr, Expr]:
         """Sizes of the space, from the dims of something in it."""
@@ -142,6 +148,14 @@ class _Rows:
                     return _sizes(self.body, shape[:cut]), _sizes(self.body, shape[cut:])
         return of(self.rows), of(self.cols)
 
+    def _blocks_ahead(self) -> int:
+        """How many blocks of short rows are loaded ahead of the one that is added up, where too few programs run beside
+        each other for all that memory could bring meanwhile. Long rows need the registers."""
+        padded = max(1 << (self.cols - 1).bit_length(), 1024)
+        sizes = {buffer.name: buffer.dtype.itemsize for buffer in self.places.buffers.values()}
+        nbytes = padded * sum(sizes[name] for name in matrices_of(self.body.loads))
+        return min(AHEAD_BYTES // nbytes, 4) if 0 < nbytes <= AHEAD_BYTES * 3 // 4 else 0
+
     def _row_lines(self, block: str) -> None:
         wide = ".to(tl.int64)" if is_wide(self.places, self.rows * self.cols) else ""
         self.body.out(f"row = ({block} * ROWS + tl.arange(0, ROWS)){wide}[:, None]")
@@ -150,23 +164,32 @@ class _Rows:
     def _columns(self) -> None:
         """The reductions, level by level, then what is stored."""
         levels = self._levels()
-        for level in range(1, max(levels.values(), default=0) + 1):
-            here = [node for node in self.reductions if levels[node] == level]
-            self._pass([_REDUCERS[node.target](self, node) for node in here])
         full = [work for work in self.section.works if self._is_full(work)]
+        last = max(levels.values(), default=0)
+        for level in range(1, last + 1):
+            here = [node for node in self.reductions if levels[node] == level]
+            self._pass([_REDUCERS[node.target](self, node) for node in here], level == last and not full)
         if full:
-            self._pass([lambda: self._work(full)])
+            self._pass([lambda: self._work(full)], True)
         self._work([work for work in self.section.works if not self._is_full(work)])
 
-    def _pass(self, steps: Sequence[Callable[[], Any]]) -> None:
-        """Run the steps over all columns; what a step returns is run behind the loop."""
+    def _pass(self, steps: Sequence[Callable[[], Any]], last: bool) -> None:
+        """Run the steps over all columns; what a step returns is run behind the loop. Every other pass goes backwards:
+        it begins with what the one before it has read last, and the cache still has."""
         if self.single:
             after = [step() for step in steps]
         else:
-            with self.body.loop(f"for start in range(0, {self.body.spell(self.col_count)}, COLS):"):
-                self.body.out("col = start + tl.arange(0, COLS)[None, :]")
-                self.body.out(f"col_ok = col < {self.body.spell(self.col_count)}")
+            count = self.body.spell(self.col_count)
+            backwards = self.passes % 2 == 1
+            self.passes += 1
+            if self.passes > 1 or not last:  # read more than once in all
+                self.body.policy = "evict_first" if last else "evict_last"
+            with self.body.loop(f"for start in range(0, {count}, COLS):"):
+                start = f"(tl.cdiv({count}, COLS) - 1) * COLS - start" if backwards else "start"
+                self.body.out(f"col = {start} + tl.arange(0, COLS)[None, :]")
+                self.body.out(f"col_ok = col < {count}")
                 after = [step() for step in steps]
+            self.body.policy = ""
         for finish in after:
             if finish is not None:
                 finish()
@@ -307,10 +330,11 @@ def _softmax_stats(rows: _Rows, node: fx.Node) -> Callable[[], Any]:
             body.reduced[node] = (top, summed)
 
         return whole
-    # Milakov and Gimelshein 2018, in each lane: sums are of exp(x - top so far). A lane that has seen -inf alone has 0.
-    tops, sums, new = (body.name(f"{node.name}_{part}") for part in ("tops", "sums", "new"))
-    body.out(f"{tops} = tl.full((ROWS, COLS), {low}, {TYPES[dtype]})")
-    body.out(f"{sums} = tl.zeros((ROWS, COLS), {TYPES[dtype]})")
+    # Milakov and Gimelshein 2018, in each lane: sums are of exp(x - top so far). A lane takes four columns, which lie
+    # in one thread, so that it scales its sum once for four exponentials. One that has seen -inf alone has 0.
+    tops, sums, new, base = (body.name(f"{node.name}_{part}") for part in ("tops", "sums", "new", "base"))
+    body.out(f"{tops} = tl.full((ROWS, COLS // 4), {low}, {TYPES[dtype]})")
+    body.out(f"{sums} = tl.zeros((ROWS, COLS // 4), {TYPES[dtype]})")
 
     def finish() -> None:
         top = body.emit(f"{node.name}_top", f"tl.max({tops}, 1, keep_dims=True)", dtype, False)
@@ -319,10 +343,11 @@ def _softmax_stats(rows: _Rows, node: fx.Node) -> Callable[[], Any]:
         body.reduced[node] = (top, summed)
 
     def step() -> Callable[[], None]:
-        x = body.emit(f"{node.name}_x", f"tl.where(col_ok, {rows.source(node).text}, {low})", dtype, True).text
-        body.out(f"{new} = tl.maximum({tops}, {x})")
-        body.out(f"{sums} = tl.where({tops} == {new}, {sums}, {sums} * tl.exp({tops} - {new}))")
-        body.out(f"{sums} += tl.where({x} == {low}, 0, tl.exp({x} - {new}))")
+        masked = f"tl.where(col_ok, {rows.source(node).text}, {low})"
+        x = body.emit(f"{node.name}_x", f"tl.reshape({masked}, (ROWS, COLS // 4, 4))", dtype, True).text
+        body.out(f"{new} = tl.maximum({tops}, tl.max({x}, 2))")
+        body.out(f"{base} = tl.where({new} == {low}, 0, {new})")
+        body.out(f"{sums} = {sums} * tl.exp({tops} - {base}) + tl.sum(tl.exp({x} - {base}[:, :, None]), 2)")
         body.out(f"{tops} = {new}")
         return finish
 
@@ -352,6 +377,11 @@ def _store(body: Body, work: Work, places: Places, index: Index, tile: Tile) -> 
         shape = tuple(work.node.meta["val"].shape)
         index = reshaped(index, shape, (work.node.meta["val"].numel(),), body.sizes)
     return body.store(buffer, index, tile, work.offset)
+
+
+def matrices_of(loads: Sequence[Access]) -> set[str]:
+    """Names of buffers of which each row and column is read."""
+    return {access.buffer for access in loads if {"row", "col"} <= positions_of(access.address)}
 
 
 def _sizes(body: Body, shape: Sequence[int]) -> Expr:

@@ -26,6 +26,9 @@ gs = torch.ops.graphshard
 _ONE_PROGRAM = 4096
 """Elements that one program of a kernel sums as fast as many programs and another launch would."""
 
+_LONG_ROW = 512
+"""Columns of which blocks of their own are worth while, where all that elements share is something of their row."""
+
 _CHEAP = frozenset(
     (
         *(aten.add, aten.sub, aten.rsub, aten.mul, aten.neg, aten.div, aten.sqrt, aten.rsqrt, aten.reciprocal),
@@ -223,8 +226,22 @@ def _sections(works: Sequence[Work], materialised: set[fx.Node]) -> list[Section
             flat.setdefault(shape, []).append(work)
     return [
         *(Section(tuple(works), space) for space, works in spaces.items()),
-        *(Section(tuple(works), None) for works in flat.values()),
+        *(Section(tuple(works), _rows_of(works, materialised)) for works in flat.values()),
     ]
+
+
+def _rows_of(works: Sequence[Work], materialised: set[fx.Node]) -> tuple[int, int] | None:
+    """Rows and columns of elements that read something of their row: it is then read once for many of them, and no
+    element asks by a division in which row it is. None: they read nothing of that kind."""
+    values = [work.node.meta["val"] for work in works]
+    *outer, cols = values[0].shape if values[0].dim() > 1 else (1, 1)
+    rows = math.prod(outer)
+    stored = all(work.kind == "store" and work.into is work.node for work in works)
+    if rows == 1 or cols < _LONG_ROW or not stored or not all(value.is_contiguous() for value in values):
+        return None
+    read = [first_value(node) for node in _reachable([work.node for work in works], materialised)]
+    by_row = any(isinstance(v, torch.Tensor) and v.numel() == rows and tuple(v.shape) != (cols,) for v in read)
+    return (rows, cols) if by_row else None
 
 
 def _column_space(work: Work) -> tuple[int, int]:

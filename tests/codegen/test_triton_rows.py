@@ -52,7 +52,8 @@ def test_layer_norm(
     size = list(shape[-1:])
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return aten.native_layer_norm(x, size, weight, bias, 1e-5)
+        out, mean, rstd = aten.native_layer_norm(x, size, weight, bias, 1e-5)
+        return out, mean.float(), rstd.float()  # a kernel has them in float32 in any case, as a GPU's ATen
 
     def backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Any:
         return aten.native_layer_norm_backward(grad, x, size, mean, rstd, weight, bias, [True, not half, True])
@@ -141,7 +142,7 @@ def test_cross_entropy_of_a_large_vocabulary(interpreter: Interpreter) -> None:
     # Logits are read once, in steps, and once more at the targets; nothing of their size is written.
     assert sources[0].count("for start in") == 1 and "float32, device" in sources[0]
     assert "torch.empty((n0, n1)" not in sources[0]
-    assert sources[1].count("for start in") == 0
+    assert sources[1].count("for start in") == 1 and "//" not in sources[1]  # rows: no element asks in which it is
 
 
 def _check_cross_entropy(
