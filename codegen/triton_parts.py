@@ -14,12 +14,18 @@ from graphshard.analysis import nbytes
 from graphshard.dataflow import is_getitem
 from graphshard.program import val
 from graphshard.region import Region, region_of
+from graphshard.rows import column_space
 
 
 def refused(region: Region, refusal: Callable[[Region], str]) -> dict[fx.Node, str]:
-    """The operations that even alone are no kernel, each with the reason that ``refusal`` gives."""
+    """The operations that even alone are no kernel, each with the reason that ``refusal`` gives; if all are one alone,
+    those that sum over rows, of which a kernel with much else has no room for all columns."""
     computing = [node for node in region.operations if not is_getitem(node)]
-    return {node: reason for node in computing if (reason := refusal(_alone(node)))}
+    found = {node: reason for node in computing if (reason := refusal(_alone(node)))}
+    if found or not (reason := refusal(region)):
+        return found
+    columns = [node for node in computing if column_space(node)]
+    return dict.fromkeys(columns, reason) if len(columns) < len(computing) else {}
 
 
 def parts(region: Region, without: Collection[fx.Node]) -> list[list[fx.Node]]:

@@ -182,7 +182,7 @@ def _passes_of(plan: Plan, debug_nan: bool, on_gpu: bool) -> list[Pass]:
     passes = default_passes(plan)
     # Without a GPU the CPU updates everything anyway.
     offloads = [replace(item, update="cheaper") for item in passes if isinstance(item, Offload) and on_gpu]
-    return with_passes(passes, [Fuse(body=not debug_nan, function_flops=flops), *offloads])
+    return with_passes(passes, [Fuse(body=not debug_nan, function_flops=flops, on_gpu=on_gpu), *offloads])
 
 
 def example_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

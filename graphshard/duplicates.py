@@ -22,6 +22,8 @@ from graphshard.region import kind
 from graphshard.rewrite import clone
 from graphshard.rows import Space, common, space
 
+aten = torch.ops.aten
+
 CPU_FUNCTION_FLOPS, GPU_FUNCTION_FLOPS = 100.0, 20.0
 """What an exponential or the like costs, in FLOPs. A core that does 90 in a nanosecond takes one for it, three for
 an element of a log-softmax; a GPU has units of its own for it, an eighth as many as for multiply-adds."""
@@ -31,7 +33,7 @@ _FUNCTIONS = frozenset(
         *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "pow", "sigmoid", "erf", "erfc", "erfinv", "lgamma"),
         *("sin", "cos", "tan", "sinh", "cosh", "tanh", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh"),
         *("gelu", "gelu_backward", "silu", "silu_backward", "mish", "mish_backward", "softplus", "softplus_backward"),
-        *("elu", "elu_backward", "logit", "softmax", "log_softmax", "log_softmax_backward_data"),
+        *("elu", "elu_backward", "logit", "softmax", "log_softmax", "log_softmax_backward_data", "logsumexp"),
     )
 )
 
@@ -64,7 +66,8 @@ class _Repeat:
 
 def repeat_cheap(section: Section, groups: Sequence[Group], most: int, function_flops: float) -> None:
     """Where that costs less than the bytes moved, groups get copies of what they read of one another, up to ``most``
-    operations in all; nothing is kept in memory for that which is larger than what no longer is. ``function_flops``:
+    operations in all; nothing is kept in memory for that which is larger than what no longer is, but for one number a
+    row. ``function_flops``:
     what an exponential or the like costs."""
     decided = _Decisions(section, groups, most, function_flops)
     decided.run()
@@ -152,7 +155,10 @@ class _Decisions:
             at = pending.pop()
             if at in inside or at in operations:
                 continue
-            if (at in group.nodes or at in self.again[group]) and (at in wanted or at not in reads):
+            is_own = at in group.nodes or at in self.again[group]
+            if at.target is aten.logsumexp.default and at not in wanted:
+                leaves[at] = None  # another pass over what it reduces would cost more than its one number a row
+            elif is_own and (at in wanted or at not in reads):
                 operations.add(at)
                 pending += at.all_input_nodes
             elif at not in reads:
@@ -186,7 +192,7 @@ class _Decisions:
             root
             for repeat, end in zip(chosen, ends, strict=True)
             for root in map(storage_root, repeat.leaves)
-            if root.op != "placeholder" and self.needed[root] < end
+            if root.op != "placeholder" and self.needed[root] < end and root.target is not aten.logsumexp.default
         }
         return FLOPS_PER_BYTE * moved + work < 0 and sum(nbytes(val(root)) for root in kept) <= freed
 

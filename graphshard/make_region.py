@@ -17,9 +17,9 @@ def computing(nodes: Iterable[fx.Node]) -> int:
     return sum(not (is_view(node) or is_getitem(node)) for node in nodes)
 
 
-def make_region(section: Section, nodes: Iterable[fx.Node], autotune: bool) -> fx.Node | None:
-    """A region of the group that ``nodes`` are, where the last of them is; None, if but one does what others read. No
-    path leads from one to another through what is no member."""
+def make_region(section: Section, nodes: Iterable[fx.Node], autotune: bool, least: int = 2) -> fx.Node | None:
+    """A region of the group that ``nodes`` are, where the last of them is; None, if fewer than ``least`` do what others
+    read. No path leads from one to another through what is no member."""
     group = set(nodes)
     # No other node of the group reads a sum over all rows, which is there behind the last of them.
     group |= {pick for node in group if sums_rows(node) for pick in node.users}
@@ -32,13 +32,14 @@ def make_region(section: Section, nodes: Iterable[fx.Node], autotune: bool) -> f
     results = dict.fromkeys(base for node in read if (base := _shown(node, group)) in group)
     needed = upstream(results, stop=lambda node: node not in group)
     kept = [node for node in members if node in needed]
-    if computing(kept) < 2:
+    if computing(kept) < least:
         return None  # nobody reads the others
     inside = set(kept)
     # What reads the region, views of its results too, waits until the last of its nodes is there.
     behind: dict[fx.Node, None] = {}
     node = kept[0]
-    while (node := node.next) is not kept[-1]:
+    while node is not kept[-1]:
+        node = node.next
         if node not in inside and any(source in inside or source in behind for source in node.all_input_nodes):
             behind[node] = None
     made = into_region(section, kept, list(results), "fuse", autotune)

@@ -83,7 +83,10 @@ class Pass(Protocol):
     """A program rewrite: a frozen dataclass whose fields are its options."""
 
     name: ClassVar[str]
-    exact: ClassVar[bool]  # True: may not change numerics
+
+    @property
+    def exact(self) -> bool:
+        """Whether it may not change numerics."""
 
     def run(self, program: Program, ctx: Context) -> Program:
         """The rewritten program; the argument may be changed in place."""

@@ -88,6 +88,14 @@ def space(node: fx.Node) -> Space | None:
     return found
 
 
+def column_space(node: fx.Node) -> Space | None:
+    """The space of what gives one element for each column, a sum over all rows, which kernels of a GPU alone have."""
+    rule = _OF_COLUMNS.get(node.target)
+    found = None if rule is None else rule(node)
+    fits = found is not None and found.numel > 1 and all(_operand(found, source) for source in node.all_input_nodes)
+    return found if fits else None
+
+
 def is_reduction(node: fx.Node) -> bool:
     """Whether the node reads whole rows of its operands."""
     return node.target in _ALONG_ROWS or sums_rows(node)
@@ -148,6 +156,17 @@ def _layer_norm(node: fx.Node) -> Space | None:
     return space_of(value) if node.args[1] == [value.shape[-1]] else None
 
 
+def _sums_columns(node: fx.Node) -> Space | None:
+    value, dims = val(node.all_input_nodes[0]), node.args[1]
+    over_rows = isinstance(dims, list | tuple) and {d % value.dim() for d in dims} == set(range(value.dim() - 1))
+    return space_of(value) if value.dim() > 1 and over_rows and value.is_contiguous() else None
+
+
+def _layer_norm_backward(node: fx.Node) -> Space | None:
+    value = val(node.all_input_nodes[0])
+    return space_of(value) if node.args[2] == [value.shape[-1]] else None
+
+
 def _nll_backward(node: fx.Node) -> Space | None:
     """The gradient of a mean or a sum: a row's is its own, given how many rows count."""
     value = val(node)
@@ -170,6 +189,7 @@ _ALONG_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {
     aten.mean.dim: _reduces,
     aten.amax.default: _reduces,
     aten.amin.default: _reduces,
+    aten.logsumexp.default: _reduces,
     aten._softmax.default: _softmax(1),
     aten._log_softmax.default: _softmax(1),
     aten._softmax_backward_data.default: _softmax(2),
@@ -182,7 +202,13 @@ _ALONG_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {
 _OVER_ROWS: Mapping[Any, Callable[[fx.Node], Space | None]] = {aten.nll_loss_forward.default: _nll_forward}
 """Operators that add up what each row gives by itself."""
 
+_OF_COLUMNS: Mapping[Any, Callable[[fx.Node], Space | None]] = {
+    aten.sum.dim_IntList: _sums_columns,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+}
+"""Operators that add up what all rows give, for each column."""
+
 
 def picks(node: fx.Node) -> bool:
-    """Whether the node picks a result of an operator that computes each row by itself."""
-    return is_getitem(node) and node.all_input_nodes[0].target in _ALONG_ROWS
+    """Whether the node picks a result of an operator that belongs to a space."""
+    return is_getitem(node) and node.all_input_nodes[0].target in (*_ALONG_ROWS, *_OF_COLUMNS)

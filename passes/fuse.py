@@ -10,7 +10,7 @@ values is computed together, too, as both results of SwiGLU's backward are, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,16 +19,24 @@ from torch import fx
 
 from graphshard.analysis import has_products, is_random, nbytes
 from graphshard.communication import communicates
-from graphshard.dataflow import is_view
+from graphshard.dataflow import is_pointwise, is_view
 from graphshard.duplicates import CPU_FUNCTION_FLOPS, Group, repeat_cheap
 from graphshard.errors import PassOptionError
+from graphshard.homes import on_host
 from graphshard.make_region import computing, make_region
 from graphshard.pipeline import Context
 from graphshard.program import Phase, Program, Role, Section, info, val
-from graphshard.rows import Extent, Space, common, picks, space
+from graphshard.rewrite import call, first_operation
+from graphshard.rows import Extent, Space, column_space, common, picks, space
 
 aten = torch.ops.aten
 gs = torch.ops.graphshard
+
+_WORTHWHILE = (
+    *(aten._softmax.default, aten._softmax_backward_data.default, aten._log_softmax.default),
+    *(aten.native_layer_norm.default, aten.native_layer_norm_backward.default),
+)
+"""Operators of which one alone is worth a kernel on a GPU: torch's read their operands more often."""
 
 _Place = tuple[Phase, int | None, str]
 
@@ -37,21 +45,28 @@ _Place = tuple[Phase, int | None, str]
 class Fuse:
     """Make regions of at most ``most`` operations; ``body``: also of micro-batches, whose values debug_nan shows.
     ``function_flops``: what an exponential costs where the program is to run; ``autotune``: kernels for a GPU search
-    their block sizes and warps when they first run, instead of taking those that are right for most."""
+    their block sizes and warps when they first run, instead of taking those that are right for most. ``on_gpu``: for
+    kernels that sum over rows, too, and read and write less than torch's own even of one operator; what the backward
+    needs of a log-softmax is then one number a row."""
 
     most: int = 64
     body: bool = True
     function_flops: float = CPU_FUNCTION_FLOPS
     autotune: bool = False
+    on_gpu: bool = False
 
     name: ClassVar[str] = "fuse"
-    exact: ClassVar[bool] = True  # a region means its operations
 
     def __post_init__(self) -> None:
         if self.most < 1:
             raise PassOptionError(self.name, f"most={self.most}", "an integer of at least 1")
         if not 0 <= self.function_flops < math.inf:
             raise PassOptionError(self.name, f"function_flops={self.function_flops}", "a finite number of at least 0")
+
+    @property
+    def exact(self) -> bool:
+        """A region means its operations; but a log-softmax is rounded otherwise where its sums are kept."""
+        return not self.on_gpu
 
     def run(self, program: Program, ctx: Context) -> Program:
         for name, section in program.sections().items():
@@ -60,12 +75,17 @@ class Fuse:
             in_body = name == "body"  # an update writes over state, which nobody else may read meanwhile
             if in_body:
                 _bring_forward(section)
-            groups = _Grouping(section, self.most).run()
+                if self.on_gpu:
+                    _keep_log_sums(section)
+            elif self.on_gpu:
+                _gather_scalars(section, self.most, self.autotune)
+            groups = _Grouping(section, self.most, self.on_gpu and in_body).run()
             if in_body:
                 repeat_cheap(section, groups, self.most, self.function_flops)
             for group in groups:
-                if computing(group.nodes) > 1:
-                    make_region(section, group.nodes, self.autotune)
+                alone = in_body and self.on_gpu and any(node.target in _WORTHWHILE for node in group.nodes)
+                if computing(group.nodes) > (not alone):
+                    make_region(section, group.nodes, self.autotune, least=1 if alone else 2)
         return program
 
 
@@ -84,6 +104,58 @@ def _bring_forward(section: Section) -> None:
             other = other.prev
         if any(map(has_products, between)) and not any(map(communicates, between)):
             known.append(node)
+
+
+def _keep_log_sums(section: Section) -> None:
+    """A log-softmax is its input less one number a row: the backward can compute it again from that, in one pass."""
+    for node in list(section.nodes()):
+        if node.target is not aten._log_softmax.default or node.args[2] or space(node) is None:
+            continue
+        source, dim, _ = node.args
+        with node.graph.inserting_before(node):
+            sums = call(node.graph, aten.logsumexp.default, (source, [dim], True), info(node))
+            result = call(node.graph, aten.sub.Tensor, (source, sums), info(node))
+        node.replace_all_uses_with(result)
+        node.graph.erase_node(node)
+
+
+def _gather_scalars(section: Section, most: int, autotune: bool) -> None:
+    """What an update computes of its inputs that are numbers, such as steps, comes first, in regions: each operation is
+    a launch otherwise, and takes as long as updating a million elements."""
+    found: dict[fx.Node, None] = {}
+    for node in section.nodes():
+        numbers = all(source in found or source.op == "placeholder" for source in node.all_input_nodes)
+        scalars = all(_is_number(n) for n in (node, *node.all_input_nodes))
+        if numbers and scalars and is_pointwise(node) and not is_random(node) and not on_host(node):
+            found[node] = None
+    end = None
+    for node in found:
+        (first_operation(section.graph).prepend if end is None else end.append)(node)
+        end = node
+    for place in dict.fromkeys(map(_place, found)):
+        for chunk in _chunks([node for node in found if _place(node) == place], most):
+            make_region(section, chunk, autotune)
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = val(node)
+    return isinstance(value, torch.Tensor) and value.dim() == 0
+
+
+def _chunks(nodes: Sequence[fx.Node], most: int) -> list[list[fx.Node]]:
+    """Groups of about ``most`` operations; those that read one another are in one. Alike ones have one kernel."""
+    home: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        own = [node]
+        for other in {id(home[s]): home[s] for s in node.all_input_nodes if s in home}.values():
+            own = [*other, *own]
+        home |= dict.fromkeys(own, own)
+    chunks: list[list[fx.Node]] = [[]]
+    for part in {id(part): part for part in home.values()}.values():
+        if chunks[-1] and len(chunks[-1]) + len(part) > most:
+            chunks.append([])
+        chunks[-1] += part
+    return [sorted(chunk) for chunk in chunks if chunk]
 
 
 def _is_member(section: Section, node: fx.Node) -> bool:
@@ -114,8 +186,8 @@ def _nbytes(node: fx.Node) -> int:
 class _Grouping:
     """Assigns the nodes of one section, in order."""
 
-    def __init__(self, section: Section, most: int) -> None:
-        self.section, self.most = section, most
+    def __init__(self, section: Section, most: int, sums_columns: bool) -> None:
+        self.section, self.most, self.sums_columns = section, most, sums_columns
         self.group: dict[fx.Node, Group] = {}
         self.open: dict[_Place, list[Group]] = {}  # groups that may grow
 
@@ -132,10 +204,14 @@ class _Grouping:
                 source = node.all_input_nodes[0]
                 if source in self.group:
                     self._add(node, self.group[source])
-            elif (where := space(node)) is not None and _may_move(self.section, node):
+            elif (where := self._space(node)) is not None and _may_move(self.section, node):
                 self._assign(node, where, place)
         self._close(*self.open)
         return list(dict.fromkeys(self.group.values()))  # in order of their first nodes
+
+    def _space(self, node: fx.Node) -> Space | None:
+        found = space(node)
+        return column_space(node) if found is None and self.sums_columns else found
 
     def _close(self, *places: _Place) -> None:
         """The groups of these places grow no more. Those that read the same values in full become one."""
