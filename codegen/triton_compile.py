@@ -27,6 +27,8 @@ class Compiled:
     spills: int | None  # bytes of a thread's registers that are kept in memory
     shared_bytes: int
     binary: bytes
+    assembly: str  # PTX, or AMD's
+    arguments: tuple[Any, ...]  # tensors without data, and sizes
 
 
 def load_kernel(kernel: Kernel, cache_dir: Path | str) -> Callable[..., Any]:
@@ -67,7 +69,8 @@ def compile_for(kernel: Kernel, region: Region, target: Any, cache_dir: Path | s
         done = triton.compile(source, target=target, options=chosen)
         binary = done.asm.get("cubin") or done.asm["hsaco"]
         registers, spills = _resources(done.asm, target.backend)
-        results.append(Compiled(function.__name__, registers, spills, done.metadata.shared, binary))
+        text = done.asm.get("ptx") or done.asm["amdgcn"]
+        results.append(Compiled(function.__name__, registers, spills, done.metadata.shared, binary, text, arguments))
     return results
 
 
