@@ -60,6 +60,20 @@ def test_the_rest_of_a_region_becomes_kernels() -> None:
     graphshard.check(program, chosen, exact=True)
 
 
+def test_a_sum_over_rows_for_which_a_kernel_has_no_room_is_by_itself() -> None:
+    wide = "f32[6,16384]"
+    lines = [f"%x : {wide} = batch 0", f"%h : {wide} = batch 1", "%a = aten.mul.Tensor(%x, %h)"]
+    lines += ["%b = aten.add.Tensor(%a, %x)", "%s = aten.sum.dim_IntList(%b, [0], True)"]
+    lines += ["return output 0 %b, output 1 %s"]
+    source = "graphshard 1\n\ngraph body {\n" + "".join(f"  {line}\n" for line in lines) + "}\n"
+    program = Fuse(on_gpu=True).run(text.parse(source), Context())
+    assert operators(program.body.nodes()) == ["mul add sum"]
+    kernels = Kernels(on_gpu=True)
+    assert operators(kernels.chosen(program).body.nodes()) == ["mul add", "sum"]
+    (said,) = kernels.left
+    assert "a sum over rows of 16384 columns" in said
+
+
 def test_what_reads_less_than_it_makes_is_computed_behind() -> None:
     """A cast that only the second kernel reads: the first one would write twice as much as there is to be read."""
     program = fused(

@@ -64,6 +64,16 @@ def test_layer_norm(
     check(interpreter, backward, grad, x, mean.to(dtype), rstd.to(dtype), weight, bias, scale=10)
 
 
+def test_statistics_of_a_layer_norm_are_not_rounded(interpreter: Interpreter) -> None:
+    """The backward divides by them: of bf16 they would be off by a part in 256."""
+    x = torch.randn(4, 32).bfloat16()
+    region = region_from(lambda x: aten.native_layer_norm(x, [32], None, None, 1e-5), x)
+    (_, mean, rstd), _ = interpreter(write_kernel(region, "region"), (x,))
+    wide = x.float()
+    torch.testing.assert_close(mean, wide.mean(1, keepdim=True))
+    torch.testing.assert_close(rstd, (wide.var(1, correction=0, keepdim=True) + 1e-5).rsqrt())
+
+
 def test_a_layer_norm_without_rows(interpreter: Interpreter) -> None:
     """The gradient of its bias is what it is given, copied."""
     grad, x, statistic = torch.randn(4, 2)[:, 0], torch.randn(4), torch.randn(1)
