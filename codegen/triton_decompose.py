@@ -228,9 +228,9 @@ def _softmax(do: _Decomposer, like: Tensor, x: fx.Node, dim: int, half_to_float:
     wide = do.wide(x)
     top, sums = _stats(do, wide, dim)
     shares = do(aten.exp.default, do(aten.sub.Tensor, wide, top))
-    if wide.meta["val"].dtype is torch.float64:
+    if like.dtype.itemsize > 2:
         return do.cast(do(aten.div.Tensor, shares, sums), like.dtype)
-    # A division of each element would take longer than its memory: by a product, it is off by one more bit at most.
+    # A division of each element takes longer than moving its two bytes, whose rounding hides what the product is off by.
     return do.cast(do(aten.mul.Tensor, shares, do(aten.reciprocal.default, sums)), like.dtype)
 
 
