@@ -230,7 +230,7 @@ def _softmax(do: _Decomposer, like: Tensor, x: fx.Node, dim: int, half_to_float:
     shares = do(aten.exp.default, do(aten.sub.Tensor, wide, top))
     if like.dtype.itemsize > 2:
         return do.cast(do(aten.div.Tensor, shares, sums), like.dtype)
-    # A division of each element takes longer than moving its two bytes, whose rounding hides what the product is off by.
+    # A division of each element takes longer than moving its two bytes, whose rounding hides what a product is off.
     return do.cast(do(aten.mul.Tensor, shares, do(aten.reciprocal.default, sums)), like.dtype)
 
 

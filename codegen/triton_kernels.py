@@ -31,6 +31,7 @@ LOOP_COLS = 4096  # columns a step, where a row does not fit the registers
 AGAIN_BYTES = 128 << 10  # of a row that is read again: so many programs as two on each multiprocessor share the cache
 MAX_PROGRAMS = 256  # of a kernel that sums over rows: two for each multiprocessor, each writing one row of partial sums
 LOOPS = ((1024, 8), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32), (16384, 32))  # columns and warps to try
+TWICE_COLS = 4096  # columns of a sum over rows of which a multiprocessor has registers for two programs
 SECTIONS = 8  # spaces that one kernel serves: its programs look up theirs one by one
 
 _LAUNCHER = frozenset(("programs", "cols", "rows", "meta"))
@@ -196,7 +197,7 @@ class Writer:
             options, warps = {"ROWS": "rows", "COLS": "cols"}, "min(max(rows * cols // 512, 4), 16)"
         programs = f"triton.cdiv({text(row_count)}, rows)" if fits else text(row_count)
         if by_columns:
-            programs = f"min({programs}, {MAX_PROGRAMS})"
+            programs = f"min({programs}, {MAX_PROGRAMS if padded <= TWICE_COLS else MAX_PROGRAMS // 2})"
         if places.partials:
             lines.append(f"programs = {programs}")
             columns = {work.into for work in section.works if work.kind == "column"}
