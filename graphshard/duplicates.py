@@ -67,8 +67,7 @@ class _Repeat:
 def repeat_cheap(section: Section, groups: Sequence[Group], most: int, function_flops: float) -> None:
     """Where that costs less than the bytes moved, groups get copies of what they read of one another, up to ``most``
     operations in all; nothing is kept in memory for that which is larger than what no longer is, but for one number a
-    row. ``function_flops``:
-    what an exponential or the like costs."""
+    row. ``function_flops``: what an exponential or the like costs."""
     decided = _Decisions(section, groups, most, function_flops)
     decided.run()
     made = {group: _copies(group, sorted(nodes)) for group, nodes in decided.again.items()}
