@@ -272,13 +272,15 @@ def given_up(plan: str, why: str) -> dict[str, Any]:
         signal.raise_signal(signal.SIGINT)  # what waits for this in the main thread
         return read(file, buffers, offset)
 
+    fails = RANK == WORLD_SIZE - 1 and why in ("short read", "interrupt")
     if why == "lost":
         load_failing(c, c.state_dict())
-    elif RANK == WORLD_SIZE - 1 and why != "batch":
-        os.preadv = failing  # type: ignore[assignment]
     rows = -1 if RANK == WORLD_SIZE - 1 and why == "batch" else None
     try:
-        for _ in range(2):  # a peer that needed nothing more of this rank in that step notices in the next one
+        # A peer that needed nothing more of this rank in that step notices in the next one; and Python loses an
+        # interrupt that comes while it calls a finalizer.
+        for _ in range(4):
+            os.preadv = failing if fails else read  # type: ignore[assignment]
             c.step(*(values[:rows] for values in part(c, batch())))
     except (GraphshardError, KeyboardInterrupt) as error:
         found = {"error": type(error).__name__, "message": str(error)}
