@@ -255,9 +255,9 @@ class _Values:
         if ins.outputs.count(ref) > 1:
             self._fail(f"{ref} is defined twice by one instruction", position)
         if ref in self.types:
-            # An accumulator is updated by the segment that reads it, BIND moves a name, and an OFFLOAD replaces what is
-            # stored where it is kept; else a value would be lost.
-            replaces = ins.op is Op.OFFLOAD and self.away.get(ref) == home
+            # An accumulator is updated by the segment that reads it, BIND moves a name, and an OFFLOAD, or the CPU,
+            # replaces what is stored where it is kept; else a value would be lost.
+            replaces = (ins.op is Op.OFFLOAD or ins.device == HOST) and self.away.get(ref) == home
             if ins.op is not Op.BIND and ref not in ins.inputs and not replaces:
                 self._fail(f"{ref} is defined again while it is still there", position)
             self._not_in_flight(position, ref, "overwritten")

@@ -79,6 +79,18 @@ def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> 
         yield
 
 
+def backward_placed(held: Sequence[Held]) -> AbstractContextManager[None]:
+    """Around the trace of a model's backward, in which hooks and autograd functions of its own run: devices are the
+    CPU's there too. Autograd calls them outside of any mode that was entered before."""
+    run, mode = torch.autograd._engine_run_backward, _Placed(Devices(held))
+
+    def run_placed(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    return meanwhile((torch.autograd, "_engine_run_backward", run_placed))
+
+
 @contextlib.contextmanager
 def _no_traceback_of_backward() -> Iterator[None]:
     """Torch, which traces under its anomaly mode, does not print where the forward was whose backward raised; filters
@@ -178,6 +190,20 @@ def _no_reentrant() -> AbstractContextManager[None]:
 
     before = checkpoint.CheckpointFunction
     return meanwhile((checkpoint, "CheckpointFunction", SimpleNamespace(apply=apply)))
+
+
+class _Placed(TorchFunctionMode):
+    """Has devices replaced."""
+
+    def __init__(self, devices: Devices) -> None:
+        super().__init__()
+        self._devices = devices
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        func, args, kwargs = self._devices.replaced(func, args, kwargs or {})
+        return func(*args, **kwargs)
 
 
 class _Calls(TorchFunctionMode):

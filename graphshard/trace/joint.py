@@ -16,7 +16,7 @@ from graphshard.trace.attributes import unchanged
 from graphshard.trace.autocast import Casts
 from graphshard.trace.caches import kept_free, kept_tensor, places_of
 from graphshard.trace.call import Output, Request, call
-from graphshard.trace.context import capturing, watching
+from graphshard.trace.context import backward_placed, capturing, watching
 from graphshard.trace.errors import translate
 from graphshard.trace.generators import draws_refused
 from graphshard.trace.layout import KeptLayout
@@ -64,6 +64,7 @@ def trace_joint(request: Request, tensors: ModelTensors) -> Joint:
         draws_refused(step.run_again),
         capturing(request.model, request.train, request.lower),
         step.left_alone(),
+        backward_placed(step.held),
         KeptLayout(),  # type: ignore[no-untyped-call]
         NoChecksOfGradients(),  # type: ignore[no-untyped-call]
         contextlib.ExitStack() as stack,

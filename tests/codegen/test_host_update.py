@@ -177,6 +177,8 @@ TRAINED = [
     ("zero1+bf16+accum2+offload:optimizer=cpu", ADAMW, {}),
     ("dp2+offload:optimizer=cpu", SGD, {}),
     ("zero3+pp2+fp16+offload:optimizer=cpu", ADAMW, {"max_grad_norm": 0.1}),
+    ("zero3+bf16+offload:optimizer=cpu,params=cpu", ADAMW, {}),
+    ("zero3+fp16+accum2+offload:optimizer=cpu,params=cpu", ADAMW, {"max_grad_norm": 0.1}),
 ]
 
 

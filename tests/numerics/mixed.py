@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import graphshard
+from graphshard.passes.fuse import Fuse
+from graphshard.pipeline import Pass
 from graphshard.plan import Plan
 from numerics.cases import adamw
 from numerics.reference import Eager, Make
@@ -53,14 +56,30 @@ class Autocast(Eager):
         self.scaler.update()
 
 
+def rounding() -> list[Pass]:
+    """A GPU's kernels keep what is between their operators in float32. With this pass each operator rounds, as eager
+    ones do."""
+    return [] if torch.get_default_device().type == "cpu" else [Fuse(body=False, on_gpu=True)]
+
+
 def both(
-    make: Make, plan: str, max_grad_norm: float | None = None, optimizer: Any = adamw
+    make: Make,
+    plan: str,
+    max_grad_norm: float | None = None,
+    optimizer: Any = adamw,
+    passes: Sequence[Pass] | None = None,
 ) -> tuple[graphshard.Compiled, Autocast, tuple[Any, ...], dict[str, Any]]:
     """The same model compiled by ``plan`` and eager, and a batch."""
     model, args, kwargs, loss_fn = make()
     ours = copy.deepcopy(model)
     compiled = graphshard.compile(
-        ours, plan, loss_fn=loss_fn, optimizer=optimizer(ours), executor="local", max_grad_norm=max_grad_norm
+        ours,
+        plan,
+        loss_fn=loss_fn,
+        optimizer=optimizer(ours),
+        executor="local",
+        max_grad_norm=max_grad_norm,
+        passes=passes,
     )
     ranks, microbatches = compiled.dp_size, compiled.microbatches
     eager = Autocast(plan, model, loss_fn, optimizer, ranks, microbatches, max_grad_norm)

@@ -21,7 +21,7 @@ from graphshard.pipeline import Context
 from graphshard.program import Program
 from graphshard.trace import capture
 from numerics.cases import sgd
-from numerics.mixed import both
+from numerics.mixed import both, rounding
 
 SIZE = 16
 
@@ -87,18 +87,23 @@ class Fourier(nn.Module):
             return h + torch.cos((x.float() * 4) @ self.frequencies)
 
 
-class Product(torch.autograd.Function):
-    @staticmethod
-    @torch.amp.custom_fwd(device_type=torch.get_default_device().type, cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x @ w
+def product_on(device: str) -> Any:
+    """A product in float32, by an autograd function for ``device``."""
 
-    @staticmethod
-    @torch.amp.custom_bwd(device_type=torch.get_default_device().type)  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        x, w = ctx.saved_tensors
-        return gradients[0] @ w.T, x.T @ gradients[0]
+    class Product(torch.autograd.Function):
+        @staticmethod
+        @torch.amp.custom_fwd(device_type=device, cast_inputs=torch.float32)  # type: ignore[untyped-decorator]
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x @ w
+
+        @staticmethod
+        @torch.amp.custom_bwd(device_type=device)  # type: ignore[untyped-decorator]
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            x, w = ctx.saved_tensors
+            return gradients[0] @ w.T, x.T @ gradients[0]
+
+    return Product
 
 
 class Custom(nn.Module):
@@ -107,9 +112,10 @@ class Custom(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lin, self.weight = nn.Linear(SIZE, SIZE), nn.Parameter(torch.randn(SIZE, SIZE) / 4)
+        self.product = product_on(torch.get_default_device().type)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = Product.apply(self.lin(x), self.weight)  # type: ignore[no-untyped-call]
+        result: Tensor = self.product.apply(self.lin(x), self.weight)
         return result
 
 
@@ -268,6 +274,7 @@ def compiled(model: nn.Module, plan: str, x: Tensor, **options: Any) -> graphsha
         optimizer=partial(torch.optim.SGD, lr=0.1),
         executor=options.pop("executor", "local"),
         example_inputs=(x, copy.deepcopy(model)(x).detach()),
+        passes=options.pop("passes", rounding()),
         **options,
     )
 
@@ -289,7 +296,7 @@ def test_a_call_gives_what_autocast_gives(block: type[nn.Module], token: str) ->
 def test_training_follows_autocast(block: type[nn.Module], plan: str) -> None:
     torch.manual_seed(0)
     model, x, y = Stack(block), rows(16), torch.randn(16, 4)
-    ours, eager, *_ = both(lambda: (model, (x, y), {}, F.mse_loss), plan, optimizer=sgd)
+    ours, eager, *_ = both(lambda: (model, (x, y), {}, F.mse_loss), plan, optimizer=sgd, passes=rounding())
     before = {n: v.detach().clone() for n, v in eager.model.named_parameters()}
     for _ in range(3):
         assert ours.step(x, y).item() == pytest.approx(eager.step((x, y), {}).item(), rel=3e-3)
@@ -374,7 +381,7 @@ def test_the_other_half_precision_is_as_autocast_makes_it() -> None:
             self.lin = nn.Linear(SIZE, SIZE)
 
         def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.float16):
+            with torch.autocast(x.device.type, dtype=torch.float16):
                 result: Tensor = self.lin(x)
             return result
 
