@@ -337,7 +337,7 @@ class _Emitter:
         if is_getitem(node) or is_view(node):
             return call(node, self._name)
         arguments = arguments_of(node, self._name)
-        if _is_large_product(node):
+        if self._chooses_library(node):
             assert isinstance(node.target, torch._ops.OpOverload)
             self.ledger.temporary(_parts_bytes(node))
             if memory := self._memory(node):
@@ -354,6 +354,10 @@ class _Emitter:
             overload, out = variant
             return f"torch.ops.{overload}({arguments}, {out}={memory})"
         return call(node, self._name)
+
+    def _chooses_library(self, node: fx.Node) -> bool:
+        """Whether the runtime chooses the library that computes ``node``; see products.py. A GPU has one."""
+        return not self.kernels.on_gpu and _is_large_product(node)
 
     def _start(self, destination: _Destination) -> None:
         """Allocate a pack's buffer before the first write; what no part covers is zero."""
@@ -386,7 +390,7 @@ class _Emitter:
             self._add_rows(node, view, destination.overwrite)
             return
         left, right = (self._expression(a) for a in node.args)
-        if _is_large_product(node):
+        if self._chooses_library(node):
             self.ledger.temporary(_parts_bytes(node))
             self._line(f"products.{'mm_into' if destination.overwrite else 'add_mm'}({view}, {left}, {right})")
         elif destination.overwrite:
@@ -449,7 +453,7 @@ def _copies(node: fx.Node) -> bool:
 
 
 def _is_large_product(node: fx.Node) -> bool:
-    """Whether the runtime chooses the library that computes ``node``; see products.py."""
+    """Whether ``node`` is a product in float32 of which it matters what computes it."""
     if node.target not in (aten.mm.default, aten.addmm.default) or val(node).dtype is not torch.float32:
         return False
     *bias, left, _ = (val(source) for source in node.args)  # type: ignore[arg-type]

@@ -99,10 +99,10 @@ class Instruction:
     input, one output; ``peer`` is a broadcast's source coordinate. SEND has one input and RECV one output; ``peer`` is
     the other stage. WAIT: ``inputs`` holds the one value waited for (of a SEND, what is sent). A collective's or RECV's
     output may be read only after its WAIT; a SEND's input may be freed only after its WAIT. OFFLOAD and RELOAD:
-    ``name`` is where to, or where from ("cpu", "nvme"); one input, one output,
-    under the same rules; of an OFFLOAD's output nothing but RELOAD and the host read. If it, or an output of the host,
-    names an offloaded value that is there, it replaces that in its place. FREE: ``inputs`` are forgotten. BIND: the value of
-    ``inputs[i]`` becomes that of ``outputs[i]``, all at once.
+    ``name`` is where to, or where from ("cpu", "nvme"); one input, one output, under the same rules; of an OFFLOAD's
+    output nothing but RELOAD and the host read. If it, or an output of the host, names an offloaded value that is
+    there, it replaces that in its place. FREE: ``inputs`` are forgotten. BIND: the value of ``inputs[i]`` becomes that
+    of ``outputs[i]``, all at once.
     """
 
     op: Op

@@ -49,11 +49,11 @@ def returned(graph: Section) -> list[fx.Node]:
     return list(dict.fromkeys(node for node in graph.outputs.values() if node.op == "call_function"))
 
 
-def code(graph: Section, *, first: bool = False, accumulate: bool = True) -> Made:
+def code(graph: Section, *, first: bool = False, accumulate: bool = True, on_gpu: bool = False) -> Made:
     """A segment of all operations. Carries are accumulated in place, as in a body, or read like anything else."""
     carries = [slot for slot in graph.input_slots if slot.role is Role.CARRY and accumulate]
-    nodes, kernels = list(graph.nodes()), Kernels()
-    sums = sums_of(graph, carries, [nodes], on_gpu=False)
+    nodes, kernels = list(graph.nodes()), Kernels(on_gpu)
+    sums = sums_of(graph, carries, [nodes], on_gpu=on_gpu)
     made = emit("f", nodes, returned(graph), graph, kernels, sums=sums, first=first)
     return Made(**vars(made), kernels=kernels.table)
 

@@ -82,7 +82,7 @@ def watching(held: Sequence[Held], casts: Casts | None, unchecked: set[str]) -> 
 def backward_placed(held: Sequence[Held]) -> AbstractContextManager[None]:
     """Around the trace of a model's backward, in which hooks and autograd functions of its own run: devices are the
     CPU's there too. Autograd calls them outside of any mode that was entered before."""
-    run, mode = torch.autograd._engine_run_backward, _Placed(Devices(held))
+    run, mode = torch.autograd._engine_run_backward, _Placed(Devices(held))  # type: ignore[attr-defined]
 
     def run_placed(*args: Any, **kwargs: Any) -> Any:
         with mode:

@@ -235,6 +235,9 @@ def test_the_runtime_chooses_who_computes_large_products(monkeypatch: pytest.Mon
     made = code(graph)
     assert "products.add_mm(total[0:12].view([3, 4]), xt, gy)" in made.segment.source
     torch.testing.assert_close(run(made, values | {"total": torch.ones(32)})[0], 1 + packed(values))
+    on_gpu = code(graph, on_gpu=True).segment
+    assert "products" not in on_gpu.source  # there is one library
+    assert max(on_gpu.workspace.held) < max(made.segment.workspace.held)
     monkeypatch.setattr(segments, "LARGE_PRODUCT", 2 * 3 * 4 + 1)
     assert "products" not in code(graph).segment.source
 

@@ -108,6 +108,15 @@ def expected(plan: str, optimizer: str, max_grad_norm: float | None, name: str) 
     return losses, state_of(compiled)
 
 
+def assert_same(found: Tensor, wanted: Tensor, what: str) -> None:
+    """To the bit; but a GPU has kernels cut where something is moved, and the CPU may make its updates."""
+    if torch.get_default_device().type == "cpu":
+        assert torch.equal(found, wanted), what
+    else:
+        largest = wanted.abs().max().item()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * largest, msg=lambda told: f"{what}: {told}")
+
+
 def check(
     plan: str, places: str, optimizer: str, path: Path, max_grad_norm: float | None = 0.5, name: str = "gpt"
 ) -> Compiled:
@@ -116,9 +125,9 @@ def check(
     compiled, losses = trained(moved, plan, optimizer, passes, name, max_grad_norm)
     found = state_of(compiled)
     plain_losses, plain = expected(plan, optimizer, max_grad_norm, name)
-    assert losses == plain_losses
+    assert_same(torch.tensor(losses), torch.tensor(plain_losses), "losses")
     for key, value in plain.items():
-        assert torch.equal(found[key], value), key
+        assert_same(found[key], value, key)
     for rank in compiled.report()["ranks"]:
         assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
     assert not list(path.iterdir())

@@ -41,7 +41,7 @@ def follow(name: str, plan: str, precision: str, steps: int = 4, **options: Any)
         assert ours.dtype is torch.float32
         assert ours.item() == pytest.approx(theirs.item(), rel=CLOSE[kind]), f"step {index}"
     state = compiled.state_dict()
-    moved = torch.cat([(state[n].cpu() - old).flatten() for n, old in before.items()])
+    moved = torch.cat([(state[n].to(old.device) - old).flatten() for n, old in before.items()])
     wanted = torch.cat([(v.detach() - before[n]).flatten() for n, v in eager.model.named_parameters()])
     assert torch.nn.functional.cosine_similarity(moved, wanted, dim=0) > 0.9
     return compiled

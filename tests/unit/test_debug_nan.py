@@ -20,6 +20,7 @@ from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.watch import look
 from marks import few, full
 from models import zoo
+from numerics.mixed import rounding
 
 HERE = Path(__file__)
 WIDTH, ROWS = 4, 16
@@ -167,7 +168,7 @@ def test_a_nan_of_the_backward_pass_alone_has_the_line_of_its_forward() -> None:
 def test_a_finite_model_and_a_causal_mask_are_silent_and_train_alike(
     function: Callable[[Tensor], Tensor], plan: str
 ) -> None:
-    plain, watched = (compiled(function, plan, debug_nan=flag) for flag in (False, True))
+    plain, watched = (compiled(function, plan, debug_nan=flag, passes=rounding()) for flag in (False, True))
     for _ in range(3):
         assert torch.equal(plain.step(*batch()), watched.step(*batch()))
     other = watched.state_dict()
@@ -345,12 +346,12 @@ def test_a_sum_over_ranks_that_overflows() -> None:
 @pytest.mark.parametrize("name", few(["gpt", "convnet", "encoder", "nested", "llama"], ["gpt", "nested"]))
 def test_models_run_watched_as_they_do_otherwise(name: str) -> None:
     losses = []
-    for debug_nan in (False, True):
+    for debug_nan in (False, True):  # whose operators are no regions
         torch.manual_seed(0)
         model, (args, kwargs), loss_fn = zoo.MODELS[name]()
         optimizer = functools.partial(torch.optim.SGD, lr=1e-3)
         options: dict[str, Any] = {"loss_fn": loss_fn, "optimizer": optimizer, "executor": "local"}
-        step = graphshard.compile(model, "zero3+pp2", **options, debug_nan=debug_nan)
+        step = graphshard.compile(model, "zero3+pp2", **options, debug_nan=debug_nan, passes=rounding())
         losses.append([step.step(*args, **kwargs) for _ in range(2)])
     assert all(map(torch.equal, *losses))
 

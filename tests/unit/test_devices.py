@@ -104,6 +104,7 @@ def test_the_default_device_changes_nothing(name: str, plan: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*states, strict=True))
 
 
+@pytest.mark.only_cpu("kernels of a GPU do not run on meta tensors")
 @pytest.mark.parametrize(
     "optimizer", [torch.optim.AdamW, torch.optim.NAdam, functools.partial(torch.optim.SGD, momentum=0.9)]
 )
