@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint bench bench-compile bench-memory bench-overhead bench-gpu bench-memory-gpu clean
+.PHONY: help demo test test-gpu test-emulated-gpu lint bench bench-compile bench-memory bench-overhead bench-gpu bench-memory-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -25,6 +25,9 @@ test: $(READY) ## run the test suite
 
 test-gpu: $(READY) ## run what trains or computes on a CUDA device (DEVICE=cuda:1 for another one)
 	@$(BIN)/python -m pytest -q -n $(GPU_WORKERS) --dist worksteal --device $(DEVICE) $(ARGS)
+
+test-emulated-gpu: $(READY) ## the same on a GPU that the CPU emulates, slowly; it needs a C++ compiler
+	@PYTHONPATH=tests $(BIN)/python -m pytest -q -n 2 --dist worksteal -p emulated.gpu --device cuda $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check .

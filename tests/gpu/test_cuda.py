@@ -69,6 +69,7 @@ def busy(device: torch.device) -> Iterator[Tensor]:
     torch.cuda.synchronize(device)
 
 
+@pytest.mark.real_gpu("of an emulated one the host waits")
 def test_the_host_does_not_wait_for_copies(device: torch.device, busy: Tensor) -> None:
     """What is computed before a copy is not done when it is issued; what comes after its WAIT sees it."""
     homes, value = Homes(device), torch.zeros(1 << 24)
@@ -87,6 +88,7 @@ def test_the_host_does_not_wait_for_copies(device: torch.device, busy: Tensor) -
     assert bool((back == 1).all())
 
 
+@pytest.mark.real_gpu("of an emulated one the host waits")
 def test_a_lane_is_not_the_one_that_computes(device: torch.device, busy: Tensor) -> None:
     lanes = streams_of(device)
     idle = lanes.record(Lane.OUT)
@@ -116,6 +118,7 @@ def test_the_allocator_agrees_with_the_simulation() -> None:
     assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
 
 
+@pytest.mark.real_gpu("NCCL")
 def test_one_rank_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses as in the local executor."""
     losses = []

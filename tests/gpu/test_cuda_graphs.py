@@ -14,6 +14,8 @@ import graphshard
 from graphshard.execution import type_of
 from graphshard.runtime.cuda_graphs import CudaRecorder
 
+pytestmark = pytest.mark.real_gpu("CUDA graphs")
+
 STEPS = 8
 PLANS = (
     "dp1",

@@ -224,6 +224,7 @@ class TimeMajor(nn.Module):
         return out, h
 
 
+@pytest.mark.real_gpu("eager training's recurrent kernels")
 def test_calling_a_model_whose_batch_is_not_dim_0() -> None:
     torch.manual_seed(0)
     model, x = TimeMajor(), torch.randn(2, 8, 4)

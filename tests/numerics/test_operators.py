@@ -89,7 +89,8 @@ def transposed(model: Any, hidden: Tensor) -> Tensor:
 
 def read(model: Any, hidden: Tensor) -> Tensor:
     """Numbers of a constant: they are part of the program."""
-    hidden = hidden * float(1 + model.mask.numpy().sum() / 8) * (1 + int(np.asarray(model.mask)[0, 1]) / 2)
+    if model.mask.is_cpu:
+        hidden = hidden * float(1 + model.mask.numpy().sum() / 8) * (1 + int(np.asarray(model.mask)[0, 1]) / 2)
     assert f"{model.width}" == str(model.width.item()), repr(model.width)
     if model.width:
         hidden = hidden * float(model.width) + model.width.tolist() + int(model.width)
@@ -465,11 +466,13 @@ def recurrent(**options: Any) -> Callable[[], Any]:
     return make
 
 
+@pytest.mark.real_gpu("eager training's recurrent kernels")
 @pytest.mark.parametrize("plan", PLANS)
 def test_lstm(plan: str) -> None:
     check_parity(recurrent(batch_first=True), plan, sgd)
 
 
+@pytest.mark.real_gpu("eager training's recurrent kernels")
 @pytest.mark.parametrize(
     "options",
     [{"bidirectional": True, "batch_first": True}, {"num_layers": 2}, {"proj_size": 4}, {"bias": False}],
@@ -495,6 +498,7 @@ class Twice(nn.Module):
         return result
 
 
+@pytest.mark.real_gpu("eager training's recurrent kernels")
 @pytest.mark.parametrize("plan", PLANS)
 def test_gru_cell(plan: str) -> None:
     def make() -> Any:
@@ -504,6 +508,7 @@ def test_gru_cell(plan: str) -> None:
     check_parity(make, plan, sgd)
 
 
+@pytest.mark.real_gpu("eager training's recurrent kernels")
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_dropout_between_recurrent_layers(kind: Any) -> None:
     """Where all of it is dropped, the second layer sees zeros, in both: of its weights for them none is trained."""

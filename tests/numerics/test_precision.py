@@ -21,7 +21,7 @@ from graphshard.program import Program
 from graphshard.region import operations_of
 from marks import full
 from numerics.cases import maker, sgd
-from numerics.mixed import both
+from numerics.mixed import both, rounding
 from numerics.reference import rolled
 from numerics.test_memory import agree
 
@@ -172,7 +172,7 @@ def test_the_loss_of_200_steps_stays_in_the_band_between_two_orders_of_the_data(
 
 def scaling(plan: str, optimizer: Any = sgd, **options: Any) -> Any:
     """A small model under fp16, compiled and eager."""
-    return both(maker("mlp", plan), plan, optimizer=optimizer, **options)
+    return both(maker("mlp", plan), plan, optimizer=optimizer, passes=rounding(), **options)
 
 
 def spoiled(args: tuple[Any, ...], factor: float) -> tuple[Any, ...]:
@@ -224,14 +224,14 @@ def test_a_first_step_that_is_skipped_leaves_no_optimizer_state() -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_state_goes_on_under_another_plan(precision: str) -> None:
-    compiled, _, args, kwargs = both(maker("gpt", "zero3:size=2"), f"zero3:size=2+{precision}")
+    compiled, _, args, kwargs = both(maker("gpt", "zero3:size=2"), f"zero3:size=2+{precision}", passes=rounding())
     for _ in range(3):
         compiled.step(*args, **kwargs)
     state, update = compiled.state_dict(), compiled.optimizer.state_dict()
     assert {value.dtype for value in state.values()} == {torch.float32}
     assert any(not torch.equal(v, v.bfloat16().float()) for v in state.values())  # masters, not what is computed with
     assert not any("master" in keys for keys in update["state"].values())
-    other, *_ = both(maker("gpt", "zero3:size=2"), f"pp2:microbatches=2+{precision}")
+    other, *_ = both(maker("gpt", "zero3:size=2"), f"pp2:microbatches=2+{precision}", passes=rounding())
     other.step(*args, **kwargs)
     other.load_state_dict(state)
     other.optimizer.load_state_dict(update)

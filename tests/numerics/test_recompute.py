@@ -13,6 +13,7 @@ from torch.optim import AdamW
 import graphshard
 from marks import full
 from numerics.cases import maker
+from numerics.mixed import rounding
 
 POLICIES = ("policy=full", "policy=selective", "policy=custom,ops=gelu/native_layer_norm/dropout_mask")
 BUDGETS = ("recompute:policy=auto,", "memory:")
@@ -23,7 +24,9 @@ def train(
 ) -> tuple[list[Tensor], dict[str, Tensor], graphshard.Compiled]:
     model, args, kwargs, loss_fn = maker(name, plan, **sizes)()
     optimizer = partial(AdamW, lr=1e-3)
-    compiled = graphshard.compile(model, plan, loss_fn=loss_fn, optimizer=optimizer, executor="local")
+    compiled = graphshard.compile(
+        model, plan, loss_fn=loss_fn, optimizer=optimizer, executor="local", passes=rounding()
+    )
     losses = [compiled.step(*args, **kwargs) for _ in range(3)]
     return losses, compiled.state_dict(), compiled
 
