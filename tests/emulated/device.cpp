@@ -52,7 +52,7 @@ class Clocks {
     learn(clock, host_);
     auto& use = uses_[memory];
     if (writes) {
-      for (auto& [reader, at] : use.read) check(clock, stream, reader, at, use.readers, what);
+      for (auto& [reader, by] : use.read) check(clock, stream, reader, by.first, by.second, what);
       use.read.clear();
     }
     if (use.written) check(clock, stream, use.writer, use.written, use.what, what);
@@ -60,7 +60,7 @@ class Clocks {
     if (writes) {
       use.writer = stream, use.written = now, use.what = what;
     } else {
-      use.read[stream] = now, use.readers = what;
+      use.read[stream] = {now, what};
     }
   }
 
@@ -95,9 +95,10 @@ class Clocks {
     for (auto& [_, clock] : clocks_) learn(host_, clock);
   }
 
+  // Whether there is a stream beside the one that computes.
   bool any() {
     std::lock_guard<std::mutex> guard(lock_);
-    return clocks_.size() > 1;
+    return !clocks_.empty();
   }
 
   std::vector<std::string> told() {
@@ -110,8 +111,8 @@ class Clocks {
  private:
   struct Use {
     int64_t writer = 0, written = 0;
-    std::string what, readers;
-    Clock read;
+    std::string what;
+    std::unordered_map<int64_t, std::pair<int64_t, std::string>> read;
   };
 
   static void learn(Clock& clock, const Clock& other) {

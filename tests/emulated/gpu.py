@@ -100,6 +100,7 @@ class Stream:
         if stream_id is None:
             Stream._made += 1
             stream_id = Stream._made
+            _device.record(stream_id)  # it is known from now on
         self.stream_id, self.device = stream_id, torch.device("cuda", _index(device))
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -190,17 +191,16 @@ def _is_emulated() -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    plain = torch.UntypedStorage.clone
+    plain: Any = torch.UntypedStorage.clone
 
-    def clone(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    def clone(storage: torch.UntypedStorage) -> Any:
         if storage.device.type != "cuda":
             return plain(storage)
         with torch.no_grad():
-            seen = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
-            copied: torch.UntypedStorage = seen.clone().untyped_storage()
-        return copied
+            seen = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+            return seen.clone().untyped_storage()
 
-    torch.UntypedStorage.clone = clone  # type: ignore[method-assign]
+    setattr(torch.UntypedStorage, "clone", clone)  # noqa: B010
 
 
 # --- attention ------------------------------------------------------------------------------------------------------
@@ -262,8 +262,9 @@ def _attention_is_emulated() -> None:
     }
     for name, kernel in kernels.items():
         _library.impl(name, kernel, "CUDA")
-    torch.backends.cuda.can_use_flash_attention = lambda given, debug=False: given.query.dtype in _HALVES
-    torch.backends.cuda.can_use_efficient_attention = lambda given, debug=False: given.query.dtype.itemsize < 8
+    chosen = torch.backends.cuda
+    setattr(chosen, "can_use_flash_attention", lambda given: given.query.dtype in _HALVES)  # noqa: B010
+    setattr(chosen, "can_use_efficient_attention", lambda given: given.query.dtype.itemsize < 8)  # noqa: B010
 
 
 # --- Triton ---------------------------------------------------------------------------------------------------------
