@@ -511,9 +511,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 // --- what emulated.gpu asks -----------------------------------------------------------------------------------------
 
-// The memory of a value as the CPU sees it, for a kernel that writes to it; it must not outlive the value.
-at::Tensor seen_by_kernel(const at::Tensor& value) {
-  if (clocks().any()) touch(value, true, "a Triton kernel", current_device);
+// The memory of a value as the CPU sees it, for a kernel; it must not outlive the value.
+at::Tensor seen_by_kernel(const at::Tensor& value, bool writes) {
+  if (clocks().any()) touch(value, writes, "a Triton kernel", current_device);
   return Call().to_cpu(value);
 }
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Generator, Iterator
@@ -273,20 +276,30 @@ def _attention_is_emulated() -> None:
 def _kernels_are_interpreted() -> None:
     """On the memory of the device, as a kernel is; a tensor of the host is refused, as by a kernel."""
 
-    def seen(value: Any) -> Any:
+    def seen(value: Any, writes: bool) -> Any:
         if not isinstance(value, Tensor):
             return value
         assert value.is_cuda, "Pointer argument cannot be accessed from Triton (cpu tensor?)"
-        return _device.seen_by_kernel(value)
+        return _device.seen_by_kernel(value, writes)
 
-    def arguments(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(grid: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        written = _written(grid.fn)
         with _disable_current_modes():
-            return [seen(value) for value in given], {name: seen(value) for name, value in named.items()}
+            placed = [seen(value, name in written) for name, value in zip(grid.arg_names, given, strict=False)]
+            return placed, {name: seen(value, name in written) for name, value in named.items()}
 
     interpreter.GridExecutor._init_args_hst = arguments
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
     builder = interpreter.InterpreterBuilder
     builder.cast_impl = _rounding_to_nearest(builder.cast_impl)
+
+
+@functools.cache
+def _written(kernel: Any) -> frozenset[str]:
+    """The arguments that a kernel stores to."""
+    found = frozenset(re.findall(r"tl\.store\((\w+)", inspect.getsource(kernel)))
+    assert found, f"{kernel.__name__} stores nothing"
+    return found
 
 
 def _rounding_to_nearest(plain: Any) -> Any:
