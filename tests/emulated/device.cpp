@@ -399,8 +399,10 @@ bool may_mix_devices(const std::string& name) {
       name == "aten::index" || name == "aten::_index_put_impl_" || name == "aten::index_put_";
 }
 
-// Kernels of a GPU widen and narrow a softmax as they compute it; the CPU's do not.
-std::optional<c10::ScalarType> softmax_in_one_type(const std::string& name, c10::IValue* arguments) {
+// Kernels of a GPU widen and narrow a softmax as they compute it; the CPU's do not. The type of the result, and what it
+// is to be written to, where they differ from what the CPU makes.
+std::pair<std::optional<c10::ScalarType>, at::Tensor> softmax_in_one_type(
+    const std::string& name, c10::IValue* arguments, size_t count) {
   if (name == "aten::_softmax" || name == "aten::_log_softmax") {
     if (arguments[2].toBool()) {
       arguments[0] = arguments[0].toTensor().to(c10::kFloat);
@@ -410,9 +412,13 @@ std::optional<c10::ScalarType> softmax_in_one_type(const std::string& name, c10:
   if (name == "aten::_softmax_backward_data" || name == "aten::_log_softmax_backward_data") {
     auto has = arguments[0].toTensor().scalar_type(), wanted = arguments[3].toScalarType();
     arguments[3] = has;
-    if (wanted != has) return wanted;
+    if (wanted != has) {
+      auto out = count > 4 ? arguments[4].toTensor() : at::Tensor();
+      if (count > 4) arguments[4] = at::empty(out.sizes(), arguments[0].toTensor().options());
+      return {wanted, out};
+    }
   }
-  return std::nullopt;
+  return {};
 }
 
 void touch(const at::Tensor& value, bool writes, const std::string& what, DeviceIndex device) {
@@ -464,7 +470,7 @@ void call_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       "Expected all tensors to be on the same device, but found at least two devices, cuda and cpu! (", name, ")");
   auto target = asked.value_or(call.device().value_or(Device(c10::kCUDA, current_device)));
   if (target.is_cuda()) target = Device(c10::kCUDA, index_of(target));
-  auto narrowed = softmax_in_one_type(name, arguments);
+  auto [narrowed, target_of_it] = softmax_in_one_type(name, arguments, count_in);
   const bool host_waits = name == "aten::_local_scalar_dense" ||
       (name == "aten::copy_" && !arguments[2].toBool() && !arguments[0].toTensor().is_same(arguments[1].toTensor()));
   {
@@ -479,7 +485,10 @@ void call_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         c10::DispatchKeySet({DispatchKey::PythonTLSSnapshot, DispatchKey::PreDispatch, DispatchKey::Functionalize}));
     op.callBoxed(stack);
   }
-  if (narrowed.has_value()) stack->back() = stack->back().toTensor().to(*narrowed);
+  if (narrowed.has_value()) {
+    auto made = stack->back().toTensor().to(*narrowed);
+    stack->back() = target_of_it.defined() ? target_of_it.copy_(made) : made;
+  }
   call.settle();
   if (watched && host_waits) clocks().synchronize(clocks().record(current_stream[current_device]));
   if (!target.is_cuda()) return;

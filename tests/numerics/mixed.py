@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,16 @@ from numerics.cases import adamw
 from numerics.reference import Eager, Make
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _of_float32(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``loss_fn`` of a float32 output: a GPU's autocast leaves the log-softmax inside of a cross-entropy as narrow as
+    that was, where the CPU's, and ours, widen it."""
+
+    def loss(output: Any, *targets: Any) -> Tensor:
+        return loss_fn(output.float() if isinstance(output, Tensor) else output, *targets)
+
+    return loss
 
 
 class Autocast(Eager):
@@ -35,6 +45,9 @@ class Autocast(Eager):
             growth_interval=precision.growth_interval,
             enabled=precision.dtype == "fp16",
         )
+
+        if torch.get_default_device().type != "cpu" and self.loss_fn is not None:
+            self.loss_fn = _of_float32(self.loss_fn)
 
     def _loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         with torch.autocast(torch.get_default_device().type, self.dtype):

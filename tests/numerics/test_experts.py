@@ -40,6 +40,7 @@ def mixtral(plan: str) -> Make:
     return make
 
 
+@pytest.mark.real_gpu("eager counts of what goes to an expert")
 @pytest.mark.parametrize("plan", few(PLANS, ["zero3+pp2"]))
 def test_mixtral(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eager in float64 with transformers' own operator, since torch's takes no float64."""
@@ -48,6 +49,7 @@ def test_mixtral(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     check_parity(mixtral(plan), plan, sgd, dtype=torch.float64)
 
 
+@pytest.mark.real_gpu("eager counts of what goes to an expert")
 def test_mixtral_follows_autocast() -> None:
     """Where products of groups are in float32."""
     compiled, eager, args, kwargs = both(mixtral("dp2"), "dp2+bf16", optimizer=sgd)

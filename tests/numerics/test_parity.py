@@ -3,16 +3,25 @@ with eager PyTorch that saw the same micro-batches. ``-m full`` runs the whole m
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from numerics.cases import OPTIMIZERS, PLANS, SPLITS, ZERO_GRADIENT, adamw, maker, sgd
-from numerics.reference import TOLERANCE, check_parity
+from numerics.reference import TOLERANCE, Tolerance, check_parity
 
 DTYPES = {"f64": torch.float64, "f32": torch.float32}
 FLOAT32_INSIDE = {"gpt2": TOLERANCE[torch.float32], "llama": TOLERANCE[torch.float32], "t5": (1e-4, 1e-5)}
 """Models that compute norms or the loss in float32 whatever they are in: there a gradient's third rounds otherwise than
 its whole, which Adam makes more of where a gradient is near zero."""
+
+
+def tolerance_of(name: str) -> Tolerance | None:
+    """On a GPU, whose kernels round otherwise than eager operators, these models are as far off without a third."""
+    return None if torch.get_default_device().type == "cpu" else FLOAT32_INSIDE.get(name)
+
+
 ZOO = ("mlp", "gpt", "convnet", "gpt2", "llama", "bert", "t5", "vit", "resnet", "nested", "encoder")
 
 
@@ -46,12 +55,13 @@ def test_optimizers(optimizer: str, plan: str) -> None:
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in ("mlp", "gpt")])
 def test_models(name: str) -> None:
     plan = "zero3+pp2:microbatches=2"
-    check_parity(maker(name, plan), plan, adamw, dtype=torch.float64, steps=2, max_grad_norm=0.5)
+    options: dict[str, Any] = {"dtype": torch.float64, "steps": 2, "tolerance": tolerance_of(name)}
+    check_parity(maker(name, plan), plan, adamw, max_grad_norm=0.5, **options)
 
 
 @pytest.mark.parametrize(("name", "plan"), [("convnet", "dp2+accum2"), ("resnet", "pp4:microbatches=2"), ("t5", "pp4")])
 def test_models_with_buffers_or_many_skips(name: str, plan: str) -> None:
-    check_parity(maker(name, plan), plan, sgd, dtype=torch.float64, steps=2)
+    check_parity(maker(name, plan), plan, sgd, dtype=torch.float64, steps=2, tolerance=tolerance_of(name))
 
 
 @pytest.mark.full
