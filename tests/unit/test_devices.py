@@ -58,6 +58,40 @@ def test_devices_that_the_model_names_are_symbolic() -> None:
     assert torch.equal(torch.stack(found[0]), torch.stack(found[1]))
 
 
+class Halved(torch.autograd.Function):
+    """Its backward names a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x / 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * torch.full((), 0.5, device="cuda")
+
+
+class NamesThemInBackward(NamesNone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear.weight.register_hook(lambda gradient: gradient + torch.arange(4).to("cuda"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = Halved.apply(super().forward(x))  # type: ignore[no-untyped-call]
+        return result.sum()
+
+
+def test_devices_that_the_backward_names_are_symbolic() -> None:
+    model = NamesThemInBackward()
+    before = model.linear.weight.detach().clone()
+    sgd = functools.partial(torch.optim.SGD, lr=1.0)
+    compiled = graphshard.compile(model, "dp1", optimizer=sgd, executor="local")
+    compiled.step(torch.ones(4, 4))
+    assert devices(compiled) == {"cpu"}
+    half = torch.arange(4)[:, None] / 4 * 0.5  # of the mean over four columns
+    wanted = before - (half.expand(4, 4) + torch.arange(4))
+    torch.testing.assert_close(compiled.state_dict()["linear.weight"], wanted)
+
+
 class Accelerated(NamesNone):
     """It turns the autocast of an accelerator on, as ``torch.autocast`` does where there is one."""
 
