@@ -41,9 +41,7 @@ def _built() -> Path:
         _BUILD.mkdir(exist_ok=True)
         partial = library.with_suffix(f".{os.getpid()}")
         include, lib = torch_folder / "include", torch_folder / "lib"
-        assert not (lib / "libtorch_cuda.so").exists(), (
-            "this torch was built with CUDA: it has devices of its own"
-        )
+        assert not (lib / "libtorch_cuda.so").exists(), "this torch was built with CUDA: it has devices of its own"
         paths = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}", f"-Wl,-rpath,{lib}"]
         compiler = [os.environ.get("CXX", "g++"), "-O1", "-std=c++20", "-shared", "-fPIC", "-w", str(_SOURCE)]
         subprocess.run([*compiler, "-o", str(partial), *paths, "-ltorch_cpu", "-lc10"], check=True)
