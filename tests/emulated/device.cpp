@@ -421,10 +421,20 @@ std::pair<std::optional<c10::ScalarType>, at::Tensor> softmax_in_one_type(
   return {};
 }
 
-void touch(const at::Tensor& value, bool writes, const std::string& what, DeviceIndex device) {
+void touch(const at::Tensor& value, bool writes, const std::string& what) {
   if (!value.defined() || !value.has_storage()) return;
   auto* data = value.storage().data();
-  if (value.is_cuda() || is_pinned(data)) clocks().touch(data, current_stream[device], writes, what);
+  if (value.is_cuda() || is_pinned(data)) clocks().touch(data, current_stream[current_device], writes, what);
+}
+
+// A tensor, or a list of them, with each replaced; anything else as it is.
+template <typename Function>
+c10::IValue each(const c10::IValue& value, Function replaced) {
+  if (value.isTensor()) return replaced(value.toTensor());
+  if (!value.isTensorList()) return value;
+  c10::List<at::Tensor> list;
+  for (const auto& one : value.toTensorVector()) list.push_back(replaced(one));
+  return list;
 }
 
 void call_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
@@ -442,16 +452,10 @@ void call_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const auto* alias = schema.arguments()[i].alias_info();
     const bool writes = alias && alias->isWrite();
     auto see = [&](const at::Tensor& one) {
-      if (watched && !view) touch(one, writes, name, current_device);
+      if (watched && !view) touch(one, writes, name);
       return call.to_cpu(one);
     };
-    if (value.isTensor()) {
-      value = see(value.toTensor());
-    } else if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const auto& one : value.toTensorVector()) list.push_back(see(one));
-      value = list;
-    } else if (value.isOptionalTensorList()) {
+    if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> list;
       for (const auto& one : value.toOptionalTensorList()) {
         std::optional<at::Tensor> held = one;
@@ -463,6 +467,8 @@ void call_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = Device(c10::kCPU);
     } else if (value.isStorage() && value.toStorage().device_type() == c10::kCUDA) {
       value = call.to_cpu(value.toStorage());
+    } else {
+      value = each(value, see);
     }
   }
   TORCH_CHECK(
@@ -470,7 +476,7 @@ void call_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       "Expected all tensors to be on the same device, but found at least two devices, cuda and cpu! (", name, ")");
   auto target = asked.value_or(call.device().value_or(Device(c10::kCUDA, current_device)));
   if (target.is_cuda()) target = Device(c10::kCUDA, index_of(target));
-  auto [narrowed, target_of_it] = softmax_in_one_type(name, arguments, count_in);
+  auto [narrowed, out] = softmax_in_one_type(name, arguments, count_in);
   const bool host_waits = name == "aten::_local_scalar_dense" ||
       (name == "aten::copy_" && !arguments[2].toBool() && !arguments[0].toTensor().is_same(arguments[1].toTensor()));
   {
@@ -487,25 +493,18 @@ void call_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   if (narrowed.has_value()) {
     auto made = stack->back().toTensor().to(*narrowed);
-    stack->back() = target_of_it.defined() ? target_of_it.copy_(made) : made;
+    stack->back() = out.defined() ? out.copy_(made) : made;
   }
   call.settle();
   if (watched && host_waits) clocks().synchronize(clocks().record(current_stream[current_device]));
   if (!target.is_cuda()) return;
   auto back = [&](const at::Tensor& one) {
     auto made = call.to_device(one, target);
-    if (watched && !view) touch(made, true, name, current_device);
+    if (watched && !view) touch(made, true, name);
     return made;
   };
   for (auto at = stack->size() - schema.returns().size(); at < stack->size(); at++) {
-    auto& value = (*stack)[at];
-    if (value.isTensor()) {
-      value = back(value.toTensor());
-    } else if (value.isTensorList()) {
-      c10::List<at::Tensor> list;
-      for (const auto& one : value.toTensorVector()) list.push_back(back(one));
-      value = list;
-    }
+    (*stack)[at] = each((*stack)[at], back);
   }
 }
 
@@ -522,7 +521,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 // The memory of a value as the CPU sees it, for a kernel; it must not outlive the value.
 at::Tensor seen_by_kernel(const at::Tensor& value, bool writes) {
-  if (clocks().any()) touch(value, writes, "a Triton kernel", current_device);
+  if (clocks().any()) touch(value, writes, "a Triton kernel");
   return Call().to_cpu(value);
 }
 

@@ -346,7 +346,7 @@ def test_a_sum_over_ranks_that_overflows() -> None:
 @pytest.mark.parametrize("name", few(["gpt", "convnet", "encoder", "nested", "llama"], ["gpt", "nested"]))
 def test_models_run_watched_as_they_do_otherwise(name: str) -> None:
     losses = []
-    for debug_nan in (False, True):  # whose operators are no regions
+    for debug_nan in (False, True):
         torch.manual_seed(0)
         model, (args, kwargs), loss_fn = zoo.MODELS[name]()
         optimizer = functools.partial(torch.optim.SGD, lr=1e-3)
