@@ -21,6 +21,8 @@ from graphshard.saved.cache import SWITCH
 pytest_plugins = ["graphshard.testing.plugin", "pytester"]
 
 ON_DEVICE = {
+    "distributed/test_compile_distributed.py": "processes, each of which has a device",
+    "distributed/test_distributed_executor.py": "processes that run a plan written by hand",
     "numerics": "training against eager training, precision, recomputation, offloading, peaks, state",
     "unit/test_attention.py": "kernels of attention against torch's",
     "unit/test_debug_nan.py": "what is looked at while a step runs",
@@ -31,7 +33,7 @@ ON_DEVICE = {
     "unit/test_whole_parameters.py": "optimizers that look at whole parameters",
 }
 """Folders and files of tests that train or compute on a device, and what they are about. What is left out is about
-graphs and text, which no device knows, or about the CPU alone: processes over gloo and shared memory, oneDNN, loops."""
+graphs and text, which no device knows, or about the CPU alone: shared memory, processes that end, oneDNN, loops."""
 
 GPU = "gpu"
 """The folder of tests for which there has to be a GPU."""

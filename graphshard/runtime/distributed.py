@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ from graphshard.runtime.groups import Groups, join_world, make_control, make_gro
 from graphshard.runtime.handles import Handle
 from graphshard.runtime.machine import Communicator, Machine, SharedLayouts, Value
 from graphshard.runtime.neighbours import Neighbours, PeerGone
+from graphshard.runtime.overdue import Overdue
 from graphshard.runtime.shared_memory import SharedMemoryCommunicator
 
 logger = logging.getLogger("graphshard")
@@ -61,8 +63,8 @@ class DistributedExecutor(Executor):
             environment of one of them, and others over gloo. "cuda": NCCL, on the GPU that LOCAL_RANK names.
         path: a folder for what is offloaded to files.
         cudagraphs: capture segments as CUDA graphs.
-        timeout_s: a rank that waits longer in one instruction raises WaitTimeout. On GPUs the host learns of it at the
-            beginning of the next step but one.
+        timeout_s: a rank that waits longer in one instruction raises WaitTimeout. On a GPU the host may be ahead: it
+            raises in its next step, or logs the error and ends the process where it waits for the device itself.
 
     Raises:
         NoProcessGroup: no process group is running and no launcher's environment is set.
@@ -101,15 +103,18 @@ class DistributedExecutor(Executor):
             self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
             self._shared = self._link.shared if self.arenas else {}
         self._blame = Blame(mesh, self.rank)
+        too_long = partial(_waited_too_long, mesh, self.rank, self._blame, timeout_s)
+        self._overdue = Overdue(timeout_s, too_long) if device.type == "cuda" else None
         self._fingerprints: dict[int, tuple[int, int]] = {}
         self._layouts: dict[int, SharedLayouts] = {}  # by the fingerprint of collectives
-        self._running: list[tuple[Works, str]] = []  # on a GPU: what the last step started
         self._gave_up = ""  # why this rank may not communicate any more
         atexit.register(_close, weakref.ref(self))  # before the world is left
 
     def close(self) -> None:
         """Give back what there is outside of memory, and leave the process groups; there are no more steps."""
         super().close()
+        if self._overdue is not None:
+            self._overdue.close()
         if self._neighbours is not None:
             self._neighbours.close()
             self._neighbours = None
@@ -261,7 +266,6 @@ class DistributedExecutor(Executor):
     def _run_agreed(
         self, loaded: Loaded, values: dict[int, dict[Ref, Value]], first: bool, agreement: _Agreement
     ) -> dict[int, dict[Ref, Value]]:
-        self._drain()
         machine = loaded.machines[self.rank]
         council = self._council() if loaded.plan.watched else None
         steps = machine.step(values[self.rank], first, council=council)
@@ -288,9 +292,6 @@ class DistributedExecutor(Executor):
                 raise
             assert handle is not None, "a machine that is not preempted stops only where it must wait"
             self._complete(handle, lambda: loaded.instruction_of(self.rank), agreement)
-            if self.device.type == "cuda" and handle is not council:
-                assert isinstance(handle, Works)
-                self._running.append((handle, loaded.instruction_of(self.rank)))
 
     @contextmanager
     def _together(self, *harmless: type[Exception]) -> Iterator[None]:
@@ -315,8 +316,12 @@ class DistributedExecutor(Executor):
         self._alarm()
 
     def _check_in_step(self) -> None:
+        """Raise what keeps this rank from doing anything with the others."""
         if self._gave_up:
             raise RanksOutOfStep(self.rank, self._gave_up)
+        if self._overdue is not None and (error := self._overdue.error()) is not None:
+            self._leave(error)
+            raise error
 
     def _serve_during(self, wait: Callable[[], object]) -> None:
         """Call ``wait``, which returns when other ranks have done something, and meanwhile serve neighbours."""
@@ -333,6 +338,8 @@ class DistributedExecutor(Executor):
     def _complete(self, handle: Handle, what: str | Callable[[], str], agreement: _Agreement | None = None) -> None:
         """Wait for ``handle``; what goes wrong is put into words."""
         began = time.monotonic()
+        if self._overdue is not None and isinstance(handle, Works):
+            self._overdue.started(handle, what if isinstance(what, str) else what())
         try:
             handle.wait()
         except RuntimeError as error:
@@ -340,7 +347,7 @@ class DistributedExecutor(Executor):
             if agreement is not None:
                 agreement.explain()
             at = what if isinstance(what, str) else what()
-            peers = _name(self, getattr(handle, "peers", range(self.mesh.world_size)))
+            peers = _name(self.mesh, self.rank, getattr(handle, "peers", range(self.mesh.world_size)))
             account = self._give_up(peers, at)
             if late:
                 raise WaitTimeout(self.rank, at, peers, self.timeout_s, account) from error
@@ -354,17 +361,6 @@ class DistributedExecutor(Executor):
     def _alarm(self) -> None:
         if self._neighbours is not None:
             self._neighbours.alarm()
-
-    def _drain(self) -> None:
-        """On a GPU waiting happens there: see that the step before has finished, so that a hang is noticed."""
-        running, self._running = self._running, []
-        deadline = time.monotonic() + self.timeout_s
-        for works, what in running:
-            while not works.completed():
-                if time.monotonic() > deadline:
-                    peers = _name(self, works.peers)
-                    raise WaitTimeout(self.rank, what, peers, self.timeout_s, self._give_up(peers, what))
-                time.sleep(1e-4)
 
 
 @dataclass
@@ -494,10 +490,15 @@ def _short(value: int) -> str:
     return f"{value & 0xFFFFFFFF:08x}"
 
 
-def _name(executor: DistributedExecutor, ranks: Iterable[int]) -> str:
-    others = [rank for rank in ranks if rank != executor.rank]
-    stages = {rank: executor.mesh.coordinates(rank)["pp"] for rank in others}
-    return ", ".join(f"rank {rank} (stage {stages[rank]})" for rank in others)
+def _name(mesh: Mesh, rank: int, ranks: Iterable[int]) -> str:
+    """``ranks`` but for ``rank`` itself."""
+    others = [other for other in ranks if other != rank]
+    return ", ".join(f"rank {other} (stage {mesh.coordinates(other)['pp']})" for other in others)
+
+
+def _waited_too_long(mesh: Mesh, rank: int, blame: Blame, timeout_s: float, works: Works, at: str) -> WaitTimeout:
+    peers = _name(mesh, rank, works.peers)
+    return WaitTimeout(rank, at, peers, timeout_s, blame.account(peers, at, ()))
 
 
 def _line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +11,15 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from graphshard.errors import NoProcessGroup, PlanMismatch, WorldSizeMismatch
 from graphshard.mesh import Mesh, ranks_by
 
+_BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NCCL_WAITS = 2.0
+"""How many times the limit NCCL waits before it ends the process. It counts from the host's call, which may come a step
+before the device gets there; see overdue.py for who notices first."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,7 @@ def join_world(device: torch.device, timeout_s: float) -> None:
         return
     if missing := [name for name in _ENVIRONMENT if name not in os.environ]:
         raise NoProcessGroup(missing)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(_BACKENDS[device.type], timeout=_limit(device, timeout_s))
     atexit.register(leave_world)
 
 
@@ -73,25 +76,39 @@ def make_control(mesh: Mesh, timeout_s: float, measure_memory: bool) -> dist.Pro
 
 def make_groups(mesh: Mesh, device: torch.device, timeout_s: float) -> Groups:
     """Create this rank's groups over the axes of the mesh; every rank must call it at the same point."""
-    timeout, rank = timedelta(seconds=timeout_s), dist.get_rank()
-    long = [(name, size) for name, size in mesh.axes if size > 1]
+    rank, stages = dist.get_rank(), mesh.size("pp")
     axes: dict[str, dist.ProcessGroup] = {}
-    if long:
-        names, sizes = zip(*long, strict=True)
-        device_mesh = init_device_mesh(device.type, sizes, mesh_dim_names=names)
-        axes = {name: device_mesh.get_group(name) for name in names}
+    # Everybody creates every group in one order: their names are counted.
+    for axis in (name for name, size in mesh.axes if size > 1):
+        for members in sorted({mesh.group(member, axis) for member in range(mesh.world_size)}):
+            group = _group(members, device, timeout_s)
+            if rank in members:
+                axes[axis] = group
     pairs = {}
     if device.type == "cuda":
-        # Everybody creates every group in one order: their names are counted.
-        stages = mesh.size("pp")
         for column in (mesh.group(first, "pp") for first in range(mesh.world_size // stages)):
-            for source in range(stages):
-                for target in (s for s in range(stages) if s != source):
-                    group = dist.new_group([column[source], column[target]], timeout=timeout)
-                    if rank in (column[source], column[target]):
-                        pairs[source, target] = group
+            for source, target in itertools.permutations(range(stages), 2):
+                group = _group((column[source], column[target]), device, timeout_s, shared=False)
+                if rank in (column[source], column[target]):
+                    pairs[source, target] = group
         meet(axes, pairs, mesh.coordinates(rank)["pp"], device)
     return Groups(axes, pairs)
+
+
+def _group(members: tuple[int, ...], device: torch.device, timeout_s: float, shared: bool = True) -> dist.ProcessGroup:
+    """A group that carries tensors of ``device``, whatever the world's does; ``shared``: it may be the world's."""
+    backend = _BACKENDS[device.type]
+    if shared and len(members) == dist.get_world_size() and dist.get_backend() == backend:
+        world = dist.group.WORLD
+        assert world is not None
+        return world
+    made: dist.ProcessGroup = dist.new_group(members, _limit(device, timeout_s), backend)
+    return made
+
+
+def _limit(device: torch.device, timeout_s: float) -> timedelta:
+    """How long a group's members wait for one another."""
+    return timedelta(seconds=timeout_s * (_NCCL_WAITS if device.type == "cuda" else 1.0))
 
 
 def meet(

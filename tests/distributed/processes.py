@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from distributed.template import Rank, Template
+import pytest
+import torch
+
+from distributed.template import DEVICE, Rank, Template
 from graphshard.errors import GraphshardError
 
 Plan = TypeVar("Plan")
@@ -30,10 +33,18 @@ def _template() -> Template:
 def start(
     script: str, world_size: int, port: int, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> list[Rank]:
-    """``script`` of this folder as ``world_size`` processes that meet at ``port``."""
+    """``script`` of this folder as ``world_size`` processes that meet at ``port``.
+
+    With ``--device cuda`` each has a GPU, and the test is skipped where there are not as many.
+    """
     common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     common |= dict(environment or {})
-    return [_template().fork(str(HERE / script), arguments, common | {"RANK": str(rank)}) for rank in range(world_size)]
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+    if (device := torch.get_default_device()).type == "cuda":
+        if (count := torch.cuda.device_count()) < world_size:
+            pytest.skip(f"{world_size} ranks need as many GPUs; there are {count}")
+        own = [rank | {DEVICE: f"{device.type}:{rank['RANK']}"} for rank in own]
+    return [_template().fork(str(HERE / script), arguments, common | rank) for rank in own]
 
 
 def launch(

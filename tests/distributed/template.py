@@ -24,6 +24,8 @@ from typing import IO, NamedTuple
 
 MESSAGE_BYTES = 1 << 20  # of a request: an environment and arguments
 STOPPED = "stopped"
+DEVICE = "TEST_DEVICE"  # in a rank's environment: where it makes tensors, unless told otherwise
+FIRST = ("emulated.gpu",)  # what comes before torch, where tests have it
 
 
 class Template:
@@ -34,7 +36,7 @@ class Template:
         with theirs:
             path = os.pathsep.join(filter(None, sys.path))
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno()), *(name for name in FIRST if name in sys.modules)],
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -168,12 +170,20 @@ def _run(asked: _Asked) -> None:
     sys.stdin = os.fdopen(0)
     os.environ.update(asked.environment)
     sys.argv = asked.argv
+    if DEVICE in os.environ:
+        importlib.import_module("torch").set_default_device(os.environ[DEVICE])
     runpy.run_path(asked.argv[0], run_name="__main__")
 
 
 def _import() -> None:
     """What scripts and a first compilation import."""
-    for module in ("graphshard.compile", "models.zoo", "torch._functorch.aot_autograd", "torch.distributed"):
+    for module in (
+        *sys.argv[2:],
+        "graphshard.compile",
+        "models.zoo",
+        "torch._functorch.aot_autograd",
+        "torch.distributed",
+    ):
         importlib.import_module(module)
 
 

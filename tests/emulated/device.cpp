@@ -519,9 +519,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 // --- what emulated.gpu asks -----------------------------------------------------------------------------------------
 
-// The memory of a value as the CPU sees it, for a kernel; it must not outlive the value.
-at::Tensor seen_by_kernel(const at::Tensor& value, bool writes) {
-  if (clocks().any()) touch(value, writes, "a Triton kernel");
+// The memory of a value as the CPU sees it, for ``what``; it must not outlive the value.
+at::Tensor seen_by(const at::Tensor& value, bool writes, std::string what) {
+  if (clocks().any()) touch(value, writes, what);
   return Call().to_cpu(value);
 }
 
@@ -540,7 +540,7 @@ TORCH_LIBRARY(emulated_gpu, m) {
   m.def("synchronize", [](int64_t event) { clocks().synchronize(event); });
   m.def("synchronize_all", [](int64_t) { clocks().synchronize_all(); });
   m.def("races", [](int64_t) { return clocks().told(); });
-  m.def("seen_by_kernel", &seen_by_kernel);
+  m.def("seen_by", &seen_by);
 }
 
 }  // namespace

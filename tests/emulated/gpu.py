@@ -1,9 +1,9 @@
 """A plugin of pytest's (``-p emulated.gpu``): torch sees CUDA devices, which the CPU emulates; see device.cpp.
 
 What the tests of a GPU run on it is what they run on a real one: plans with Triton kernels, which Triton interprets,
-transfers in streams, another allocator, tensors that do not mix with the host's. A test fails that lets two streams use
-the same memory in no order. How fast anything is, what NVIDIA's libraries compute, CUDA graphs and NCCL are not
-emulated.
+transfers in streams, another allocator, tensors that do not mix with the host's, processes that exchange over NCCL (see
+nccl.py). A test fails that lets two streams use the same memory in no order. How fast anything is, what NVIDIA's
+libraries compute and CUDA graphs are not emulated.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _kernels_are_interpreted() -> None:
         if not isinstance(value, Tensor):
             return value
         assert value.is_cuda, "Pointer argument cannot be accessed from Triton (cpu tensor?)"
-        return _device.seen_by_kernel(value, writes)
+        return _device.seen_by(value, writes, "a Triton kernel")
 
     def arguments(grid: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         written = _written(grid.fn)
@@ -323,6 +323,10 @@ def _rounding_to_nearest(plain: Any) -> Any:
 _is_emulated()
 _attention_is_emulated()
 _kernels_are_interpreted()
+
+from emulated import nccl  # noqa: E402
+
+nccl.emulate()
 
 
 # --- tests ----------------------------------------------------------------------------------------------------------
