@@ -23,6 +23,8 @@ pytest_plugins = ["graphshard.testing.plugin", "pytester"]
 ON_DEVICE = {
     "distributed/test_compile_distributed.py": "processes, each of which has a device",
     "distributed/test_distributed_executor.py": "processes that run a plan written by hand",
+    "distributed/test_failures.py": "processes that fail",
+    "distributed/test_killed_offload.py": "a process that is killed",
     "numerics": "training against eager training, precision, recomputation, offloading, peaks, state",
     "unit/test_attention.py": "kernels of attention against torch's",
     "unit/test_debug_nan.py": "what is looked at while a step runs",

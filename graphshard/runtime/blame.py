@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from graphshard.errors import RanksError
 from graphshard.mesh import Mesh
 from graphshard.runtime.background import in_background
 
@@ -17,14 +18,20 @@ T = TypeVar("T")
 
 _HEARING_S = 3.0  # how long a rank that gives up listens to what the others say
 _ANSWER_S = 5.0  # how long the store may take to answer
-_FAILED = "failed"
+_FAILED, _GAVE_UP = "failed", "gave up"
+_TROUBLE = "trouble"
 
 
 class Blame:
-    """This rank's line to the others; silent where no launcher's environment names a store."""
+    """This rank's line to the others; silent where no launcher's environment names a store.
 
-    def __init__(self, mesh: Mesh, rank: int) -> None:
+    Args:
+        name: what is asked of its executor is said under; the same on all ranks.
+    """
+
+    def __init__(self, mesh: Mesh, rank: int, name: str) -> None:
         self._mesh, self._rank = mesh, rank
+        self._spoke = False
         self._store: Any = None  # a torch.distributed.Store
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
         if host and port and mesh.world_size > 1:
@@ -34,11 +41,21 @@ class Blame:
             except (RuntimeError, ValueError):
                 return  # a process group that was set up otherwise
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            self._store = dist.PrefixStore(f"graphshard.blame.{attempt}", store)  # type: ignore[attr-defined]
+            self._store = dist.PrefixStore(f"graphshard.blame.{attempt}.{name}", store)  # type: ignore[attr-defined]
 
     def fail(self, reason: str, instruction: str) -> None:
         """Say that this rank failed on its own."""
         self._say(f"{_FAILED}: {reason} in {instruction}")
+
+    def leave(self, error: BaseException) -> None:
+        """Say, unless this rank has said why, that it does nothing more with the others."""
+        if not self._spoke:
+            own = _GAVE_UP if isinstance(error, RanksError) else _FAILED
+            self._say(f"{own}: {type(error).__name__}: {first_line(error)}")
+
+    def is_trouble(self) -> bool:
+        """Whether any rank has said something."""
+        return bool(self._asked(lambda store: store.check([_TROUBLE])))
 
     def account(self, waits_for: str, instruction: str, ended: Sequence[int]) -> str:
         """Say that this rank waits, hear the others, and put together who is at fault, and a line for every rank.
@@ -49,11 +66,11 @@ class Blame:
         """
         self._say(f"waits for {waits_for} in {instruction}")
         said = self._hear(ended)
-        failed = [rank for rank, line in said.items() if line.startswith(_FAILED)]
+        failed, left = ([rank for rank, line in said.items() if line.startswith(k)] for k in (_FAILED, _GAVE_UP))
         silent = [rank for rank in range(self._mesh.world_size) if rank not in said]
         if self._store is None:
             return ""
-        names = ", ".join(f"rank {rank}" for rank in failed or silent)
+        names = ", ".join(f"rank {rank}" for rank in failed or left or silent)
         verdict = f"at fault: {names}" if names else "all ranks wait for one another"
         lines = []
         for rank in range(self._mesh.world_size):
@@ -62,7 +79,13 @@ class Blame:
         return "\n".join([verdict, *lines])
 
     def _say(self, line: str) -> None:
-        self._asked(lambda store: store.set(str(self._rank), line))
+        self._spoke = True
+
+        def say(store: Any) -> None:
+            store.set(str(self._rank), line)
+            store.set(_TROUBLE, "")
+
+        self._asked(say)
 
     def _hear(self, ended: Sequence[int]) -> dict[int, str]:
         """What each rank has said; waits until all have that can, but not long."""
@@ -92,3 +115,8 @@ class Blame:
         except (RuntimeError, TimeoutError):
             self._store = None
             return None
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its type where it says nothing."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

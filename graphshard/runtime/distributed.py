@@ -33,7 +33,7 @@ from graphshard.errors import (
 from graphshard.execution import ExecutionPlan, Op, Ref, TensorType
 from graphshard.fingerprints import collectives_of, transfers_of
 from graphshard.mesh import Mesh, ranks_by
-from graphshard.runtime.blame import Blame
+from graphshard.runtime.blame import Blame, first_line
 from graphshard.runtime.collectives import TorchCommunicator, Works
 from graphshard.runtime.council import TorchCouncil
 from graphshard.runtime.executor import Executor, Loaded, absent
@@ -102,9 +102,9 @@ class DistributedExecutor(Executor):
         if self._neighbours is not None:
             self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
             self._shared = self._link.shared if self.arenas else {}
-        self._blame = Blame(mesh, self.rank)
-        too_long = partial(_waited_too_long, mesh, self.rank, self._blame, timeout_s)
-        self._overdue = Overdue(timeout_s, too_long) if device.type == "cuda" else None
+        self._blame = Blame(mesh, self.rank, self._control.group_name)
+        in_vain = partial(_waits_in_vain, mesh, self.rank, self._blame, timeout_s)
+        self._overdue = Overdue(timeout_s, self._blame.is_trouble, in_vain) if device.type == "cuda" else None
         self._fingerprints: dict[int, tuple[int, int]] = {}
         self._layouts: dict[int, SharedLayouts] = {}  # by the fingerprint of collectives
         self._gave_up = ""  # why this rank may not communicate any more
@@ -149,7 +149,7 @@ class DistributedExecutor(Executor):
             try:
                 dist.all_gather_object(given, given[self.rank], group=self._control)
             except RuntimeError as error:
-                raise PeerFailed(self.rank, at, "its peer", _line(error), self._give_up("its peer", at)) from error
+                raise PeerFailed(self.rank, at, "its peer", first_line(error), self._give_up("its peer", at)) from error
             if len(calls := ranks_by([what for what, _ in given])) > 1:
                 raise CallMismatch(calls)
         return [value for _, value in given]
@@ -204,7 +204,7 @@ class DistributedExecutor(Executor):
         again."""
         if self._gave_up or isinstance(error, RanksError):
             return  # they know
-        logger.warning("graphshard: rank %d cannot begin, and tells the others: %s", self.rank, _line(error))
+        logger.warning("graphshard: rank %d cannot begin, and tells the others: %s", self.rank, first_line(error))
         with suppress(PeerFailed, WaitTimeout), self._together():
             agreement = _Agreement(self, _Doing.STEP, ready=False)
             self._complete(agreement, "comparing plans")
@@ -236,7 +236,7 @@ class DistributedExecutor(Executor):
             self._layouts[collectives] = sharing.agreed
         except OSError as error:
             error.add_note(f"on rank {self.rank}, {at}")
-            self._blame.fail(f"{type(error).__name__}: {_line(error)}", at)
+            self._blame.fail(f"{type(error).__name__}: {first_line(error)}", at)
             raise
 
     def _move_in(self, loaded: Loaded, values: dict[Ref, Value], first: bool) -> None:
@@ -286,9 +286,9 @@ class DistributedExecutor(Executor):
                 if isinstance(error, RuntimeError) and machine.instruction.op in _COMMUNICATION:
                     agreement.explain()
                     account = self._give_up("its peer", at)
-                    raise PeerFailed(self.rank, at, "its peer", _line(error), account) from error
+                    raise PeerFailed(self.rank, at, "its peer", first_line(error), account) from error
                 error.add_note(f"on rank {self.rank} in instruction {at}")
-                self._blame.fail(f"{type(error).__name__}: {_line(error)}", at)
+                self._blame.fail(f"{type(error).__name__}: {first_line(error)}", at)
                 raise
             assert handle is not None, "a machine that is not preempted stops only where it must wait"
             self._complete(handle, lambda: loaded.instruction_of(self.rank), agreement)
@@ -312,8 +312,9 @@ class DistributedExecutor(Executor):
 
     def _leave(self, error: BaseException) -> None:
         """Communicate no more: the others need not wait."""
-        self._gave_up = _line(error)
+        self._gave_up = first_line(error)
         self._alarm()
+        self._blame.leave(error)
 
     def _check_in_step(self) -> None:
         """Raise what keeps this rank from doing anything with the others."""
@@ -323,12 +324,15 @@ class DistributedExecutor(Executor):
             self._leave(error)
             raise error
 
-    def _serve_during(self, wait: Callable[[], object]) -> None:
-        """Call ``wait``, which returns when other ranks have done something, and meanwhile serve neighbours."""
+    def _hear(self, work: dist.Work) -> None:
+        """Wait for control messages, and meanwhile serve neighbours, and hear whether a device waits in vain."""
+        timeout = timedelta(seconds=self.timeout_s)
         if isinstance(self._link, SharedMemoryCommunicator):
-            self._link.serve_during(wait)
+            self._link.serve_during(lambda: work.wait(timeout))
+        elif self._overdue is None:
+            work.wait(timeout)
         else:
-            wait()
+            self._overdue.hear(work, self.timeout_s)
 
     def _council(self) -> TorchCouncil:
         near = self._neighbours is not None and self._neighbours.ranks
@@ -351,7 +355,7 @@ class DistributedExecutor(Executor):
             account = self._give_up(peers, at)
             if late:
                 raise WaitTimeout(self.rank, at, peers, self.timeout_s, account) from error
-            raise PeerFailed(self.rank, at, peers, _line(error), account) from error
+            raise PeerFailed(self.rank, at, peers, first_line(error), account) from error
 
     def _give_up(self, peers: str, at: str) -> str:
         """Tell the others that this rank waits in vain, and hear what they say; see Blame.account."""
@@ -419,14 +423,13 @@ class _Agreement:
         ready: bool = True,
     ) -> None:
         self._mesh = executor.mesh
-        self._timeout = timedelta(seconds=executor.timeout_s)
         said = _Said(doing, ready=ready)
         if loaded is not None:
             said = _Said(doing, *executor._fingerprints[id(loaded.plan)], first, ready, begins=loaded.steps > 0)
         mine = torch.tensor(said, device="cpu")
         self._all = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
         self._work = dist.all_gather(self._all, mine, group=executor._control, async_op=True)
-        self._serve_during = executor._serve_during
+        self._hear = executor._hear
         self.peers = tuple(rank for rank in range(self._mesh.world_size) if rank != executor.rank)
 
     def done(self) -> bool:
@@ -435,7 +438,7 @@ class _Agreement:
     def wait(self) -> None:
         # A rank that has not come so far may wait for something that this one has not told it yet.
         try:
-            self._serve_during(lambda: self._work.wait(self._timeout))
+            self._hear(self._work)
         except PeerGone:
             self.explain()
             raise
@@ -496,10 +499,12 @@ def _name(mesh: Mesh, rank: int, ranks: Iterable[int]) -> str:
     return ", ".join(f"rank {other} (stage {mesh.coordinates(other)['pp']})" for other in others)
 
 
-def _waited_too_long(mesh: Mesh, rank: int, blame: Blame, timeout_s: float, works: Works, at: str) -> WaitTimeout:
+def _waits_in_vain(
+    mesh: Mesh, rank: int, blame: Blame, timeout_s: float, works: Works, at: str, late: bool
+) -> RanksError:
+    """The error of a rank whose GPU waits for ``works``: ``late`` for too long, else for ranks of which one gave up."""
     peers = _name(mesh, rank, works.peers)
-    return WaitTimeout(rank, at, peers, timeout_s, blame.account(peers, at, ()))
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    account = blame.account(peers, at, ())
+    if late:
+        return WaitTimeout(rank, at, peers, timeout_s, account)
+    return PeerFailed(rank, at, peers, "some rank gave up", account)

@@ -17,9 +17,9 @@ from graphshard.mesh import Mesh, ranks_by
 
 _BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_NCCL_WAITS = 2.0
-"""How many times the limit NCCL waits before it ends the process. It counts from the host's call, which may come a step
-before the device gets there; see overdue.py for who notices first."""
+_NCCL_TIMES, _NCCL_MORE_S = 2.0, 30.0
+"""How many times the limit NCCL waits before it ends the process, and how much longer than that. It counts from the
+host's call, which may come a step before the device gets there; overdue.py notices first, and hears what others say."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _group(members: tuple[int, ...], device: torch.device, timeout_s: float, sha
 
 def _limit(device: torch.device, timeout_s: float) -> timedelta:
     """How long a group's members wait for one another."""
-    return timedelta(seconds=timeout_s * (_NCCL_WAITS if device.type == "cuda" else 1.0))
+    return timedelta(seconds=_NCCL_TIMES * timeout_s + _NCCL_MORE_S if device.type == "cuda" else timeout_s)
 
 
 def meet(

@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -80,5 +81,7 @@ def report(scenario: Callable[[Plan], Mapping[str, Any]], plan: Plan) -> NoRetur
         result = scenario(plan)
     except GraphshardError as error:
         result = {"error": type(error).__name__, "message": str(error)}
+    if (emulated := sys.modules.get("emulated.gpu")) is not None:
+        emulated.check_races()
     print(json.dumps(result), flush=True)
     os._exit(0)  # peers may be gone: leaving the process group in order would wait for them

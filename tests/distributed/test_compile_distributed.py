@@ -28,6 +28,7 @@ PLANS = {
     2: ("dp", "zero3", "pp2:schedule=zb-h1", f"zero3+offload:optimizer=nvme,params=cpu,{NVME}"),
     4: ("zero3+pp2", f"zero1+pp2+offload:optimizer=cpu,params=nvme,activations=nvme,{NVME}"),
 }
+PIPELINE = "pp2:schedule=1f1b"
 
 
 @pytest.mark.parametrize("world_size", PLANS)
@@ -71,6 +72,7 @@ def test_precision_is_the_same_on_processes(plan: str, world_size: int) -> None:
             assert torch.allclose(torch.tensor(ours["state"][name]), torch.tensor(values), rtol=0.0, atol=2e-3), name
 
 
+@pytest.mark.only_cpu("common memory")
 def test_parts_of_parameters_lie_where_all_ranks_read_them() -> None:
     plans = {"zero3+accum2": 1e-6, "zero3+bf16": 2e-2}
     results = launch("train_rank.py", 2, "in_place", *plans)
@@ -84,6 +86,7 @@ def test_parts_of_parameters_lie_where_all_ranks_read_them() -> None:
             assert torch.allclose(found, expected, rtol=tolerance, atol=tolerance), (plan, what)
 
 
+@pytest.mark.only_cpu("common memory")
 def test_a_rank_that_waits_for_all_to_begin_tells_what_it_had_not_told() -> None:
     first, last = launch("train_rank.py", 2, "behind", "pp2")
     assert first == {"outputs": [None, None]}
@@ -115,8 +118,8 @@ def test_ranks_with_different_values_or_calls_say_so_and_go_on() -> None:
     cure = "; every rank must begin with the same values: call torch.manual_seed with the same number"
     weight = f"ValuesDiffer: rank 1 has other values of 'layers.0.weight' than rank 0{cure}"
     peer, own = "PeerNotReady: rank 1 cannot begin", "StateMismatch: centre: given nothing"
-    results = launch("train_rank.py", 2, "differing", "zero3", "pp2:schedule=1f1b")
-    for rank, plan in itertools.product(range(2), ("zero3", "pp2:schedule=1f1b")):
+    results = launch("train_rank.py", 2, "differing", "zero3", PIPELINE)
+    for rank, plan in itertools.product(range(2), ("zero3", PIPELINE)):
         assert "error" not in results[rank], results[rank]
         found = results[rank][plan]
         assert found["far"] < 1e-10
@@ -135,11 +138,18 @@ def test_ranks_with_different_values_or_calls_say_so_and_go_on() -> None:
             assert "rank 1 has no values of 'layers.0.weight', which others have" in said["none"], said
             assert "rank 1 has other values of 'centre' than rank 0" in said["init"], said
             assert said["one traces"].startswith(peer) == (rank == 0), said
-        else:
-            assert "ranks 0 have state_dict, load_state_dict or a first step; ranks 1 have a step" in said["one reads"]
-            assert "rank0_only=True" in said["one reads"] and "drop_last=True" in said["one reads"]
 
 
+@pytest.mark.real_gpu("of an emulated one the host waits")
+def test_a_rank_that_reads_while_another_steps_says_so() -> None:
+    for result in launch("train_rank.py", 2, "one_reads", PIPELINE):
+        assert result["error"] == "CallMismatch", result
+        said = result["message"]
+        assert "ranks 0 have state_dict, load_state_dict or a first step; ranks 1 have a step" in said
+        assert "rank0_only=True" in said and "drop_last=True" in said
+
+
+@pytest.mark.real_gpu("of an emulated one the host waits")
 def test_a_disk_that_fails_on_one_rank_ends_all_and_is_named() -> None:
     plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
     peer, failed = launch("train_rank.py", 2, "given_up", plan, "short read")
@@ -157,6 +167,7 @@ def test_what_one_rank_has_lost_all_ranks_say_when_they_read_it() -> None:
         assert result["same"]
 
 
+@pytest.mark.real_gpu("of an emulated one the host waits")
 def test_a_rank_that_lacks_values_tells_the_others_when_they_have_begun() -> None:
     plan = f"zero3+offload:params=nvme,path={tempfile.gettempdir()}"
     peer, failed = launch("train_rank.py", 2, "given_up", plan, "lost")
@@ -174,6 +185,7 @@ def test_where_no_rank_has_begun_all_go_on_once_values_are_loaded() -> None:
         assert ours == close(local)
 
 
+@pytest.mark.real_gpu("of an emulated one the host waits")
 def test_a_rank_that_refuses_its_batch_tells_the_others_when_they_have_begun() -> None:
     peer, failed = launch("train_rank.py", 2, "given_up", "zero3+accum2", "batch")
     assert failed["error"] == "BatchDoesNotSplit"
@@ -189,6 +201,7 @@ def test_where_no_rank_has_begun_a_batch_that_is_refused_is_left_out_by_all(plan
         assert result["steps"] == 3 and result["far"] < 1e-10
 
 
+@pytest.mark.real_gpu("of an emulated one the host waits")
 def test_an_interrupted_step_ends_all() -> None:
     plan = f"zero3+offload:optimizer=nvme,path={tempfile.gettempdir()}"
     peer, interrupted = launch("train_rank.py", 2, "given_up", plan, "interrupt")

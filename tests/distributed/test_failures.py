@@ -53,6 +53,7 @@ def test_the_others_end_and_name_it(how: str, seed: int) -> None:
             process.communicate()
 
 
+@pytest.mark.only_cpu("common memory")
 def test_where_there_is_no_memory_to_share_the_others_name_it() -> None:
     """The first of its stage, for which the other one waits before the first step."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))  # type: ignore[attr-defined]

@@ -489,8 +489,19 @@ def differing(*plans: str) -> dict[str, Any]:
             budgeted = compiled(f"{plan}+memory:budget_gb=1", "distributed", model=Centred())
             attempt("one traces", budgeted.trace, *(["x"] if RANK else mine))
         found[plan] = {"said": said, "far": max(map(abs, losses))}
-    attempt("one reads", *([c.step, *mine] if RANK else [c.state_dict]))
     return found
+
+
+def one_reads(plan: str) -> dict[str, Any]:
+    """Rank 0 asks for all values, which all ranks have to do, while the other one trains."""
+    c = compiled(plan, "distributed")
+    mine = part(c, batch())
+    c.step(*mine)
+    if RANK:
+        c.step(*mine)
+    else:
+        c.state_dict()
+    return {}
 
 
 def main() -> None:
@@ -512,6 +523,7 @@ def main() -> None:
         "against_resident": against_resident,
         "uneven": uneven,
         "differing": differing,
+        "one_reads": one_reads,
     }
     report(lambda given: scenarios[scenario](*given), arguments)
 

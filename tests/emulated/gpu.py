@@ -341,5 +341,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     result = yield
-    assert not (races := _device.races(0)), "\n".join(races)
+    check_races()
     return result
+
+
+def check_races() -> None:
+    """Fail if there was one since the last time."""
+    assert not (races := _device.races(0)), "\n".join(races)

@@ -43,7 +43,7 @@ def account(monkeypatch: pytest.MonkeyPatch, answers: int, lost: bool) -> str:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setattr(blame, "_ANSWER_S", 0.05)
     monkeypatch.setattr(blame, "_HEARING_S", 0.05)
-    found = Blame(MESH, 0)
+    found = Blame(MESH, 0, "")
     found._store = Store(answers, lost)
     began = time.monotonic()
     told = found.account("rank 1", "1 WAIT", ())
