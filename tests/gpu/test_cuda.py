@@ -118,7 +118,6 @@ def test_the_allocator_agrees_with_the_simulation() -> None:
     assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
 
 
-@pytest.mark.real_gpu("NCCL")
 def test_one_rank_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same losses as in the local executor."""
     losses = []
