@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class OnCpu(Recorder):
     def record(self, issue: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
         number = self.recorded
         self.recorded += 1  # what dies meanwhile is read by this graph
-        log = _Log(self.refuse)
+        log = Log(self.refuse)
         try:
             with log:
                 results = issue()
@@ -60,10 +61,7 @@ class OnCpu(Recorder):
             if number == 0:
                 _poison(value for values in self._made[1:] for value in values)
             _poison(value for at, value in self._deaths if at == number)
-            for func, args, kwargs, made in log.calls:
-                again = tree_leaves(func(*args, **kwargs))
-                for index, value in made.items():
-                    value.copy_(again[index])
+            log.again()
             _poison(temporary)
 
         return replay, results
@@ -74,7 +72,7 @@ class OnCpu(Recorder):
         memory = (ctypes.c_char * span(kind)).from_address(address)
         return torch.frombuffer(memory, dtype=torch.uint8).view(kind.dtype).as_strided(kind.shape, kind.stride)
 
-    def _handed_out(self, result: Tensor, log: _Log) -> Tensor:
+    def _handed_out(self, result: Tensor, log: Log) -> Tensor:
         """The result in a storage of its own at the same place, so that it is seen when nobody holds it any more."""
         key, origin = _key(result), self._origins.get(_key(result))
         if key in log.made:
@@ -95,12 +93,12 @@ class OnCpu(Recorder):
             self._deaths.append((self.recorded, origin))
 
 
-class _Log(TorchDispatchMode):
+class Log(TorchDispatchMode):
     """Operators, with values that share the memory of theirs; ``made``: the storages they made, by address."""
 
     def __init__(self, refuse: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[tuple[Any, Any, Any, dict[int, Tensor]]] = []
+        self._calls: list[Callable[[], None]] = []
         self.made: dict[int, Tensor] = {}
         self.rooms: set[int] = set()
         self._refuse = refuse
@@ -126,8 +124,19 @@ class _Log(TorchDispatchMode):
         if func in _ROOMS:
             self.rooms |= {_key(value) for value in fresh.values()}
         else:
-            self.calls.append((func, *held, fresh))
+            self._calls.append(partial(_again, func, held, fresh))
         return result
+
+    def note(self, call: Callable[[], None], written: Iterable[Tensor]) -> None:
+        """Something else is about to be called that writes to those."""
+        for target in written:
+            self._keep_memory(target)
+        self._calls.append(call)
+
+    def again(self) -> None:
+        """Do all of it with the values that there are now."""
+        for call in self._calls:
+            call()
 
     def undo(self) -> None:
         """Nothing was done to what was there before."""
@@ -139,9 +148,19 @@ class _Log(TorchDispatchMode):
         written = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
             for target in tree_leaves(value) if name in written else ():
-                if _key(target) not in self.made and _key(target) not in self._before:
-                    memory = _bytes(target)
-                    self._before[_key(target)] = memory, memory.clone()
+                self._keep_memory(target)
+
+    def _keep_memory(self, target: Tensor) -> None:
+        if _key(target) not in self.made and _key(target) not in self._before:
+            memory = _bytes(target)
+            self._before[_key(target)] = memory, memory.clone()
+
+
+def _again(func: Any, given: tuple[Any, Any], made: Mapping[int, Tensor]) -> None:
+    args, kwargs = given
+    again = tree_leaves(func(*args, **kwargs))
+    for index, value in made.items():
+        value.copy_(again[index])
 
 
 def _alias(value: Tensor) -> Tensor:
@@ -154,7 +173,7 @@ def _key(value: Tensor) -> int:
 
 def _bytes(value: Tensor) -> Tensor:
     """All memory of its storage."""
-    return torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage())
+    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage())
 
 
 def _poison(memory: Any) -> None:

@@ -3,7 +3,7 @@
 What the tests of a GPU run on it is what they run on a real one: plans with Triton kernels, which Triton interprets,
 transfers in streams, another allocator, tensors that do not mix with the host's, processes that exchange over NCCL (see
 nccl.py). A test fails that lets two streams use the same memory in no order. How fast anything is, what NVIDIA's
-libraries compute and CUDA graphs are not emulated.
+libraries compute, and how CUDA graphs use memory again, are not emulated.
 """
 
 from __future__ import annotations
@@ -289,6 +289,17 @@ def _kernels_are_interpreted() -> None:
             placed = [seen(value, name in written) for name, value in zip(grid.arg_names, given, strict=False)]
             return placed, {name: seen(value, name in written) for name, value in named.items()}
 
+    plain = interpreter.GridExecutor.__call__
+
+    def launched(grid: Any, *given: Any, **named: Any) -> None:
+        if (graph := graphs.CUDAGraph.capturing) is None:
+            plain(grid, *given, **named)
+            return
+        values = dict(zip(grid.arg_names, given, strict=False)) | named
+        written = [value for name, value in values.items() if name in _written(grid.fn)]
+        graph.launch(lambda: plain(grid, *given, **named), written)
+
+    interpreter.GridExecutor.__call__ = launched
     interpreter.GridExecutor._init_args_hst = arguments
     interpreter.GridExecutor._restore_args_dev = lambda *_: None
     builder = interpreter.InterpreterBuilder
@@ -324,8 +335,9 @@ _is_emulated()
 _attention_is_emulated()
 _kernels_are_interpreted()
 
-from emulated import nccl  # noqa: E402
+from emulated import graphs, nccl  # noqa: E402
 
+graphs.emulate()
 nccl.emulate()
 
 

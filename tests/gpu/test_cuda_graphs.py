@@ -14,8 +14,6 @@ import graphshard
 from graphshard.execution import type_of
 from graphshard.runtime.cuda_graphs import CudaRecorder
 
-pytestmark = pytest.mark.real_gpu("CUDA graphs")
-
 STEPS = 8
 PLANS = (
     "dp1",
@@ -100,6 +98,7 @@ def test_evaluation_and_calls_between_steps() -> None:
         torch.testing.assert_close(second, plain(x + 1))
 
 
+@pytest.mark.real_gpu("the memory of a pool")
 def test_memory_is_used_again_from_graph_to_graph() -> None:
     """Micro-batches one after the other need what the largest needs, not the sum, which is the same for both."""
 
@@ -142,6 +141,7 @@ def test_what_fails_to_be_recorded_leaves_the_device_as_it_was() -> None:
     assert result.tolist() == [3.0] * 4
 
 
+@pytest.mark.real_gpu("how long something takes")
 def test_a_step_takes_the_host_less_time() -> None:
     def host_seconds(plan: str) -> float:
         run, data = compiled(plan), batch(0)
