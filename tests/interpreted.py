@@ -63,6 +63,27 @@ def _type_comparisons() -> None:
     InterpreterBuilder.binary_op = typed
 
 
+def _numpy_2() -> None:
+    """The interpreter of triton before 3.9 was written for a numpy that made an integer of an array of one element, and
+    of -1 the largest unsigned one."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    patch, ones = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.get_all_ones_value
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    def all_ones(self: Any, kind: Any) -> Any:
+        numbers = interpreter._get_np_dtype(kind)
+        if not np.issubdtype(numbers, np.unsignedinteger):
+            return ones(self, kind)
+        return interpreter.TensorHandle(np.full(1, np.iinfo(numbers).max, numbers), kind.scalar)
+
+    interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.get_all_ones_value = patched, all_ones
+
+
 def _serve() -> None:
     import traceback
 
@@ -70,6 +91,7 @@ def _serve() -> None:
 
     torch.set_num_threads(1)
     _type_comparisons()
+    _numpy_2()
     answers, sys.stdout = sys.stdout.buffer, sys.stderr  # a kernel that prints does not break the answers
     with tempfile.TemporaryDirectory() as folder:
         while True:

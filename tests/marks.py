@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 
 def full(*values: Any) -> Any:
@@ -16,3 +17,8 @@ def full(*values: Any) -> Any:
 def few(values: Iterable[Any], chosen: Collection[Any]) -> list[Any]:
     """``values``, of which but those that are ``chosen`` run always."""
     return [value if value in chosen else full(value) for value in values]
+
+
+def has_triton(version: str) -> bool:
+    """Whether Triton is as new as that."""
+    return Version(pytest.importorskip("triton").__version__) >= Version(version)

@@ -72,6 +72,9 @@ def signs() -> Tensor:
     return torch.tensor([1.0, -1.0, 1.0, -1.0])
 
 
+QUANTILE: dict[str, Callable[[Tensor], Tensor]] = {"quantile": lambda y: y.float().quantile(0.3, dim=1).sum()}
+if torch.__version__ < "2.12":  # there, what is traced may not ask whether all of a tensor is true
+    QUANTILE.clear()
 COMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda y: F.hinge_embedding_loss(y, signs()[:, None].expand(4, 8)),
     "cosine": lambda y: F.cosine_embedding_loss(y[:, :4], y[:, 4:], signs()),
@@ -81,7 +84,7 @@ COMPOSED: dict[str, Callable[[Tensor], Tensor]] = {
     "margin": lambda y: F.multi_margin_loss(y.float(), torch.arange(4)),
     "l1": lambda y: F.l1_loss(y, torch.ones(4, 8)),
     "kl": lambda y: F.kl_div(y.log_softmax(-1), torch.full((4, 8), 0.125), reduction="batchmean"),
-    "quantile": lambda y: y.float().quantile(0.3, dim=1).sum(),
+    **QUANTILE,
     "prelu": lambda y: F.prelu(F.layer_norm(y, (8,)), torch.full((1,), 0.2)).sum(),
 }
 
