@@ -797,6 +797,13 @@ class ExecutorNone(GraphshardError):
         )
 
 
+class Closed(GraphshardError):
+    """Running, reading or loading what has been closed."""
+
+    def __init__(self) -> None:
+        super().__init__("this was closed and holds no parameters any more; compile the model again")
+
+
 class NeedsExampleInputs(GraphshardError):
     """Something that needs the training graph was asked for before anything was traced."""
 

@@ -6,9 +6,9 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from graphshard import ambient, fake, report, trace
 from graphshard.autocast import HALVES
 from graphshard.batch import MicroBatch, check_batch, split_batch
 from graphshard.built import Asked, Built, assemble
-from graphshard.errors import ExecutorNone, GraphshardError, NeedsExampleInputs
+from graphshard.errors import Closed, ExecutorNone, GraphshardError, NeedsExampleInputs, RanksOutOfStep
 from graphshard.execution import ExecutionPlan
 from graphshard.mesh import Mesh
 from graphshard.model_flags import flags_of, names_of
@@ -54,6 +54,7 @@ class Executable(ABC):
     _main: Built | None = None
     _runtime: Executor | None = None
     _storage: Storage | None = None
+    _closed: bool = False
     _steps: Steps = field(default_factory=Steps)
     _compared: bool = False  # whether all ranks have the same first values
     _given: dict[str, Tensor] = field(default_factory=dict)  # loaded before there was where to store it
@@ -198,6 +199,32 @@ class Executable(ABC):
             parts = self._split(batch, kwargs, self.microbatches, has_values=False)
             self._build("train", parts[0][0], self.microbatches)
 
+    def close(self) -> None:
+        """Give back parameters, optimizer state, files, threads and the connections to other ranks. All ranks call it;
+        what was compiled can still be explained, dumped and diffed. At the end of ``with compiled:`` it is called.
+
+        Raises:
+            RanksError: other ranks do something else.
+        """
+        self._give_back(together=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._give_back(together=kind is None)  # after an error the others may not come
+
+    def _give_back(self, together: bool) -> None:
+        runtime, self._runtime, self._storage, self._closed = self._runtime, None, None, True
+        if runtime is None:
+            return
+        try:
+            if together:
+                with suppress(RanksOutOfStep):  # nobody waits for this rank then
+                    runtime.told(None, "closing")  # nobody is in a step any more that needs it
+        finally:
+            runtime.close()
+
     def _split(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], microbatches: int | None, has_values: bool = True
     ) -> list[list[MicroBatch]]:
@@ -333,6 +360,8 @@ class Executable(ABC):
 
     def _made_executor(self) -> Executor:
         """The executor, which is made when it is first needed."""
+        if self._closed:
+            raise Closed()
         if self._runtime is None:
             self._runtime = self._make_executor()
         return self._runtime

@@ -97,8 +97,8 @@ class DistributedExecutor(Executor):
         self._neighbours = Neighbours(self._control, timeout_s) if device.type == "cpu" else None
         alone = self._neighbours is not None and len(self._neighbours.ranks) == mesh.world_size - 1
         # Each of gloo's groups has a thread that looks a hundred times a second whether there is something to do.
-        groups = Groups() if alone else make_groups(mesh, device, timeout_s)
-        self._link: Communicator = TorchCommunicator(mesh, self.rank, groups, device.type != "cuda", timeout_s)
+        self._groups = Groups() if alone else make_groups(mesh, device, timeout_s)
+        self._link: Communicator = TorchCommunicator(mesh, self.rank, self._groups, device.type != "cuda", timeout_s)
         if self._neighbours is not None:
             self._link = SharedMemoryCommunicator(mesh, self.rank, self._neighbours, self._link, timeout_s)
             self._shared = self._link.shared if self.arenas else {}
@@ -125,8 +125,9 @@ class DistributedExecutor(Executor):
         """Let go of process groups: gloo's threads end with the last that holds their group. One that is there while
         Python ends, and then lets go of a tensor that it was given, would abort the process."""
         if dist.is_initialized() and "_control" in vars(self):
-            dist.destroy_process_group(self._control)
-        for name in ("_control", "_link", "_shared"):
+            for group in (self._control, *self._groups.own()):
+                dist.destroy_process_group(group)
+        for name in ("_control", "_groups", "_link", "_shared"):
             vars(self).pop(name, None)
         self._loaded.clear()
         gc.collect()  # what is in common memory knows its communicator
@@ -389,7 +390,7 @@ class _Doing(IntEnum):
     EXCHANGE = 1  # they tell each other something, or read what they store
 
 
-_CALLS = {_Doing.STEP: "a step or evaluation", _Doing.EXCHANGE: "state_dict, load_state_dict or a first step"}
+_CALLS = {_Doing.STEP: "a step or evaluation", _Doing.EXCHANGE: "state_dict, load_state_dict, close or a first step"}
 
 
 class _Said(NamedTuple):

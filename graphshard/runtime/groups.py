@@ -30,6 +30,10 @@ class Groups:
     axes: dict[str, dist.ProcessGroup] = field(default_factory=dict)
     pairs: dict[tuple[int, int], dist.ProcessGroup] = field(default_factory=dict)
 
+    def own(self) -> list[dist.ProcessGroup]:
+        """Those that were made here: an axis may have the world's."""
+        return [group for group in (*self.axes.values(), *self.pairs.values()) if group is not dist.group.WORLD]
+
 
 def join_world(device: torch.device, timeout_s: float) -> None:
     """Make sure that this process is in a process group; it leaves one that is set up here, from the launcher's

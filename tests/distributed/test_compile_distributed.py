@@ -101,6 +101,17 @@ def test_a_meta_model_takes_values_from_a_state_dict_or_init() -> None:
         assert not result["threads"], "what is left when Python ends may abort the process"
 
 
+@pytest.mark.parametrize(("plan", "exchange"), [("zero3", "shared memory"), ("zero3+pp2", "gloo")])
+def test_what_is_closed_leaves_nothing_in_the_process(plan: str, exchange: str) -> None:
+    environment = {"GRAPHSHARD_SHARED_MEMORY": "0"} if exchange == "gloo" else {}
+    for result in launch("train_rank.py", 4 if "pp2" in plan else 2, "closed", plan, environment=environment):
+        assert "error" not in result, result
+        first, *others = result["losses"]
+        assert others == [first] * 2
+        once, *left = result["left"]
+        assert all(threads <= once[0] and files <= once[1] for threads, files in left), result["left"]
+
+
 def test_what_one_rank_dumps_all_ranks_load(tmp_path: Path) -> None:
     for result in launch("train_rank.py", 2, "loaded", "zero3", str(tmp_path)):
         assert "error" not in result, result
@@ -145,7 +156,7 @@ def test_a_rank_that_reads_while_another_steps_says_so() -> None:
     for result in launch("train_rank.py", 2, "one_reads", PIPELINE):
         assert result["error"] == "CallMismatch", result
         said = result["message"]
-        assert "ranks 0 have state_dict, load_state_dict or a first step; ranks 1 have a step" in said
+        assert "ranks 0 have state_dict, load_state_dict, close or a first step; ranks 1 have a step" in said
         assert "rank0_only=True" in said and "drop_last=True" in said
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import logging
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from torch.optim.lr_scheduler import StepLR
 
 import graphshard
 from graphshard.errors import (
+    Closed,
     ExecutorNone,
     OptimizerStateMismatch,
     OptimizerStateMissing,
@@ -158,6 +162,31 @@ def test_a_learning_rate_that_is_a_tensor_is_not_shared_with_what_was_loaded() -
     scheduler.step()  # fills the tensor
     assert compiled.optimizer.lrs() == [pytest.approx(0.05)]
     assert given["param_groups"][0]["lr"].item() == 0.5
+
+
+def test_what_is_closed_holds_nothing_and_says_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(6, 3), torch.randn(8, 6), torch.randn(8, 3)
+    plan = f"zero3:size=2+offload:optimizer=nvme,path={tmp_path}"
+    before = _descriptors()
+    with graphshard.compile(model, plan, loss_fn=F.mse_loss, optimizer=adamw, executor="local") as compiled:
+        compiled.step(x, y)
+        executor = weakref.ref(compiled._made_executor())
+        assert _descriptors() > before, "its file"
+    assert _descriptors() == before
+    gc.collect()
+    assert executor() is None, "and with it what it stored"
+    for ask in (lambda: compiled.step(x, y), lambda: compiled(x), compiled.state_dict, compiled.optimizer.state_dict):
+        with pytest.raises(Closed, match="compile the model again"):
+            ask()
+    with pytest.raises(Closed):
+        compiled.load_state_dict(model.state_dict())
+    compiled.close()
+    assert "zero" in compiled.explain()
+
+
+def _descriptors() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
 
 
 def test_an_account_takes_no_state() -> None:
