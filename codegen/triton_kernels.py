@@ -275,7 +275,15 @@ class Writer:
         names = [name for name in self._arguments if name in {s.name for s in self.sizes.values}]
         lines = [f"        triton.Config({options}, num_warps={warps})," for options, warps in configs]
         restore = f", restore_value={written}" if written else ""
-        head = ["@triton.autotune(", "    configs=[", *lines, "    ],", f"    key={names}{restore},", ")"]
+        head = [
+            "@triton.autotune(",
+            "    configs=[",
+            *lines,
+            "    ],",
+            f"    key={names}{restore},",
+            "    cache_results=True,",
+            ")",
+        ]
         launch.kernel = "\n".join(head) + "\n" + launch.kernel
 
     def _tune_rows(self, launch: Launch, rows: int, padded: int, fits: bool) -> None:

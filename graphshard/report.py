@@ -16,6 +16,7 @@ from graphshard.memory.timeline import Timeline, simulated_timeline, timeline
 from graphshard.offloaded import offloaded_bytes
 from graphshard.plan import Plan
 from graphshard.program import Phase, Program, Role, info
+from graphshard.runtime import tuning
 from graphshard.runtime.cuda_graphs import refusals
 from graphshard.runtime.executor import Executor
 from graphshard.runtime.meter import Measured
@@ -101,7 +102,7 @@ def report(
         "kernels": [
             {
                 "name": kernel.name,
-                "how": f"{kernel.language}: {kernel.how}",
+                "how": f"{kernel.language}: {tuning.how(kernel)}",
                 "workspace_bytes": kernel.workspace_bytes,
                 "calls": sum(f"kernels.{kernel.name}(" in s.source for p in plan.stages for s in p.segments.values()),
             }

@@ -203,12 +203,12 @@ class Machine:
             if position == agreed_at:
                 assert council is not None
                 yield from self._agree(council, handles)
+            self.position = position
             if position in awaited:
                 for begin in awaited[position]:
                     handle = begin()
                     if handle is not None and not handle.done():
                         yield handle
-            self.position = position
             blocked = self._act(action, environment, handles) if observed else action(environment, handles)
             if blocked is not None:
                 yield blocked

@@ -12,7 +12,7 @@ import torch
 
 import graphshard.ops  # noqa: F401  (segments call torch.ops.graphshard)
 from graphshard.execution import ExecutionPlan, Kernel, Segment
-from graphshard.runtime import products
+from graphshard.runtime import products, tuning
 from graphshard.source_files import KERNELS, imported
 
 SegmentFunction = Callable[
@@ -34,7 +34,9 @@ def compile_segments(
 
 def _kernel(kernel: Kernel) -> Any:
     if kernel.language == "triton":
-        return getattr(imported(kernel.name, kernel.source, KERNELS), kernel.name)
+        function = getattr(imported(kernel.name, kernel.source, KERNELS), kernel.name)
+        tuning.note(kernel, function)
+        return function
     return _function(kernel.name, kernel.source, {})
 
 

@@ -29,6 +29,7 @@ from graphshard.files import write_atomic
 from graphshard.mesh import Mesh
 from graphshard.model_flags import NamedFlags
 from graphshard.program import Program
+from graphshard.runtime import tuning
 from graphshard.saved.model import ModelRecord
 from graphshard.saved.optimizer import OptimizerRecord
 from graphshard.saved.typed_json import decode, encode
@@ -134,7 +135,8 @@ def write(
             logger.warning("graphshard: %s: a call's plan is left out, because of its output: %s", folder, error)
             continue
         records.append(record)
-        contents |= {_prefix(record.folder) + name: data for name, data in emit.files(built.plan).items()}
+        files = emit.files(tuning.described(built.plan))
+        contents |= {_prefix(record.folder) + name: data for name, data in files.items()}
     if buffers:
         contents[BUFFERS] = save({name: value.detach().cpu().contiguous().clone() for name, value in buffers.items()})
     for name, data in contents.items():

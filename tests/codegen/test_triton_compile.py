@@ -15,6 +15,7 @@ import graphshard
 from graphshard.codegen.triton import write_kernel
 from graphshard.codegen.triton_compile import compile_for, load_kernel
 from graphshard.passes.fuse import Fuse
+from graphshard.runtime import segments
 from marks import has_triton
 from templates import TEMPLATES
 
@@ -84,6 +85,33 @@ def test_tuning_is_asked_of_the_pass_and_explained(autotune: bool) -> None:
     (line,) = [line for line in compiled.explain().splitlines() if "x fused_gelu_native_layer_norm" in line]
     assert ("autotuned" in line) is autotune
     assert ("4 rows, 32 a program" in line) is not autotune
+
+
+def test_what_searching_found_is_explained_and_dumped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search itself needs a GPU: here it has been."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(segments, "KERNELS", tmp_path / "kernels")
+    compiled = graphshard.compile(
+        nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.LayerNorm(24)),
+        loss_fn=F.mse_loss,
+        executor="none",
+        device="cuda",
+        passes=[Fuse(autotune=True)],
+        example_inputs=(torch.zeros(8, 16), torch.zeros(8, 24)),
+    )
+    plan = compiled.execution_plan
+    functions = segments.compile_segments(plan.stages[0].segments, plan.kernels)
+    assert " found " not in compiled.explain()
+    (name,) = [name for name in plan.kernels if name.startswith("fused_gelu_native_layer_norm")]
+    segment: Any = next(iter(functions.values()))
+    kernel = getattr(segment.__globals__["kernels"], name)
+    search = kernel.__globals__[f"{name}_kernel"]
+    config = triton.Config({"ROWS": 2}, num_warps=8)
+    search.cache[(*range(len(search.keys)), "torch.float32")] = config
+    found = f"{name}_kernel found ROWS=2, 8 warps for {search.keys[0]}=0"
+    assert found in compiled.explain()
+    compiled.dump(tmp_path / "dump")
+    assert found in (tmp_path / "dump" / "kernels.py").read_text()
 
 
 def test_a_directory_is_made_where_it_can_be(tmp_path: Path) -> None:
