@@ -27,7 +27,7 @@ test-gpu: $(READY) ## run what trains or computes on a CUDA device (DEVICE=cuda:
 	@$(BIN)/python -m pytest -q -n $(GPU_WORKERS) --dist worksteal --device $(DEVICE) $(ARGS)
 
 test-emulated-gpu: $(READY) ## the same on a GPU that the CPU emulates, slowly; it needs a C++ compiler
-	@PYTHONPATH=tests $(BIN)/python -m pytest -q -n 2 --dist worksteal -p emulated.gpu --device cuda $(ARGS)
+	@PYTHONPATH=tests $(BIN)/python -m pytest -q -n 2 --dist worksteal -p emulated.gpu --device cuda --timeout 1200 $(ARGS)
 
 lint: $(READY) ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -192,3 +192,4 @@ def emulate() -> None:
     """Have torch.distributed find it."""
     there: Any = distributed_c10d
     there.ProcessGroupNCCL, there._NCCL_AVAILABLE = ProcessGroupNCCL, True
+    torch._C._nccl_version = lambda: 2 << 32

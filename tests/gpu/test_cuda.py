@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import graphshard
 from graphshard import attention
+from graphshard.runtime.groups import leave_world
 from graphshard.runtime.offload import Homes, HostBlock
 from graphshard.runtime.streams import Lane, streams_of
 
@@ -118,20 +119,25 @@ def test_the_allocator_agrees_with_the_simulation() -> None:
     assert rank["peak_bytes"] == pytest.approx(rank["measured_peak_bytes"], rel=0.05)
 
 
-def test_one_rank_over_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The environment of the only rank there is."""
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (environment | {"MASTER_PORT": "29531"}).items():
+        monkeypatch.setenv(name, value)
+    yield
+    leave_world()
+
+
+@pytest.mark.usefixtures("launched")
+def test_one_rank_over_nccl() -> None:
     """The same losses as in the local executor."""
     losses = []
     for executor in ("local", "distributed"):
-        if executor == "distributed":
-            environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-            for name, value in (environment | {"MASTER_PORT": "29531"}).items():
-                monkeypatch.setenv(name, value)
         torch.manual_seed(0)
         model, x = nn.Linear(64, 64), torch.randn(8, 64)
         sgd = functools.partial(torch.optim.SGD, lr=0.1)
-        compiled = graphshard.compile(model, "dp1", loss_fn=nn.functional.mse_loss, optimizer=sgd, executor=executor)
-        losses.append([compiled.step(x, x).item() for _ in range(3)])
-        if executor == "distributed":
-            assert compiled._runtime is not None
-            compiled._runtime.close()
+        loss_fn = nn.functional.mse_loss
+        with graphshard.compile(model, "dp1", loss_fn=loss_fn, optimizer=sgd, executor=executor) as compiled:
+            losses.append([compiled.step(x, x).item() for _ in range(3)])
     assert losses[0] == losses[1]
