@@ -314,6 +314,8 @@ class DistributedExecutor(Executor):
     def _leave(self, error: BaseException) -> None:
         """Communicate no more: the others need not wait."""
         self._gave_up = first_line(error)
+        if self._overdue is not None:
+            self._overdue.close()  # Python is not waiting for the device, and the caller may go on to something else
         self._alarm()
         self._blame.leave(error)
 

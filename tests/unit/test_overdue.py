@@ -106,6 +106,28 @@ def test_messages_are_waited_for_while_the_device_does_not_wait_in_vain(device: 
     given.close()
 
 
+def test_a_process_that_was_told_otherwise_is_not_ended(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main thread raised an error of its own while the thread was hearing what other ranks say."""
+    ended: list[int] = []
+    monkeypatch.setattr(overdue, "_TAKE_S", 0.1)
+    monkeypatch.setattr("os._exit", ended.append)
+    hearing, heard = threading.Event(), threading.Event()
+
+    def told(works: Works, at: str, late: bool) -> RanksError:
+        hearing.set()
+        heard.wait()
+        return WaitTimeout(0, at, "rank 1", 0.1)
+
+    given = Overdue(0.1, lambda: False, told)
+    given.started(cast(Any, device), "3 WAIT")
+    assert hearing.wait(5.0)
+    given.close()
+    heard.set()
+    assert given._thread is not None
+    given._thread.join(5.0)
+    assert not given._thread.is_alive() and not ended
+
+
 def test_a_process_whose_main_thread_waits_for_the_device_is_ended() -> None:
     code = """
 import time
