@@ -23,6 +23,7 @@ from graphshard.runtime.local import LocalExecutor
 from graphshard.runtime.storage import Storage
 
 RANK = int(os.environ["RANK"])
+DEVICE = torch.get_default_device()
 LAST = int(os.environ["WORLD_SIZE"]) == RANK + 1
 STEPS = 3
 
@@ -31,8 +32,8 @@ def train(plan: ExecutionPlan) -> dict[str, object]:
     """Train on both executors, then go on from what was saved; all they end with."""
     found: dict[str, object] = {}
     for name, executor in (
-        ("local", LocalExecutor(plan.mesh, measure_memory=True)),
-        ("distributed", DistributedExecutor(plan.mesh, timeout_s=30.0, measure_memory=True)),
+        ("local", LocalExecutor(plan.mesh, DEVICE, measure_memory=True)),
+        ("distributed", DistributedExecutor(plan.mesh, DEVICE, timeout_s=30.0, measure_memory=True)),
     ):
         storage = Storage(executor, plan)
         storage.write_model(handmade.weights(), {})
@@ -71,7 +72,7 @@ def communicate(plan: ExecutionPlan) -> dict[str, object]:
     names, wrong = [], []
     for mesh in (plan.mesh, Mesh((("dp", plan.mesh.world_size),))):
         every = handmade.every_communication(mesh)
-        local, distributed = LocalExecutor(mesh), DistributedExecutor(mesh, timeout_s=30.0)
+        local, distributed = LocalExecutor(mesh, DEVICE), DistributedExecutor(mesh, DEVICE, timeout_s=30.0)
         expected = local.step(every, {}).outputs[mesh.dp_rank(RANK)]
         for whole in (True, False):
             in_pieces = patch.multiple(shared_memory, _PIECE_BYTES=16, _SMALL_BYTES=0)
@@ -87,7 +88,7 @@ def communicate(plan: ExecutionPlan) -> dict[str, object]:
 
 def mismatch(plan: ExecutionPlan) -> dict[str, object]:
     """The last rank was given a plan with other collectives."""
-    executor = DistributedExecutor(plan.mesh, timeout_s=30.0)
+    executor = DistributedExecutor(plan.mesh, DEVICE, timeout_s=30.0)
     Storage(executor, plan).write_model(handmade.weights(), {})
     if LAST:
         plan = handmade.two_stages(plan.mesh.dp_size, ("F0 B0", "F0 B0"))
@@ -97,13 +98,13 @@ def mismatch(plan: ExecutionPlan) -> dict[str, object]:
 
 def measures(plan: ExecutionPlan) -> dict[str, object]:
     """The last rank alone is to measure memory."""
-    DistributedExecutor(plan.mesh, timeout_s=30.0, measure_memory=LAST)
+    DistributedExecutor(plan.mesh, DEVICE, timeout_s=30.0, measure_memory=LAST)
     return {}
 
 
 def late(plan: ExecutionPlan) -> dict[str, object]:
     """After a step together the last rank does nothing until its input is closed."""
-    executor = DistributedExecutor(plan.mesh, timeout_s=4.0)
+    executor = DistributedExecutor(plan.mesh, DEVICE, timeout_s=4.0)
     Storage(executor, plan).write_model(handmade.weights(), {})
     _step(executor, plan, 0)
     if LAST:
@@ -115,7 +116,7 @@ def late(plan: ExecutionPlan) -> dict[str, object]:
 
 def ends(plan: ExecutionPlan) -> dict[str, object]:
     """After a step together the last rank ends."""
-    executor = DistributedExecutor(plan.mesh, timeout_s=30.0)
+    executor = DistributedExecutor(plan.mesh, DEVICE, timeout_s=30.0)
     Storage(executor, plan).write_model(handmade.weights(), {})
     _step(executor, plan, 0)
     if LAST:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from distributed.processes import launch
 
@@ -15,6 +16,9 @@ GLOO = {"GRAPHSHARD_SHARED_MEMORY": "0"}
 def together(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     world_size, exchange = request.param
     results = launch("rank.py", world_size, "together", environment=GLOO if exchange == "gloo" else None)
+    if torch.get_default_device().type == "cuda":
+        assert [result["exchange"] for result in results] == ["NCCL"] * world_size
+        return results
     assert [result["exchange"] for result in results] == [exchange] * world_size
     # Each group of gloo's has a thread that polls: there are no more than for the world and for control messages.
     # Before torch 2.13 it has no name.
@@ -50,6 +54,7 @@ def test_ranks_measure_memory_all_or_none() -> None:
         assert "ranks disagree on the measure_memory: ranks 0 have False; ranks 1 have True" in result["message"]
 
 
+@pytest.mark.only_cpu("on a GPU the process ends; see test_failures.py")
 @pytest.mark.parametrize("environment", [{}, GLOO], ids=["shared memory", "gloo"])
 def test_a_rank_that_waits_too_long_names_instruction_and_peer(environment: dict[str, str]) -> None:
     waiting, _ = launch("rank.py", 2, "late", environment=environment)
@@ -58,6 +63,7 @@ def test_a_rank_that_waits_too_long_names_instruction_and_peer(environment: dict
     assert "B0.0 WAIT" in waiting["message"]
 
 
+@pytest.mark.only_cpu("on a GPU it is noticed when the limit is over")
 def test_a_rank_that_ends_is_noticed_at_once() -> None:
     waiting, ended = launch("rank.py", 2, "ends")
     assert ended == {}
