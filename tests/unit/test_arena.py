@@ -376,13 +376,13 @@ def test_training_does_not_depend_on_what_the_block_holds(plan: str) -> None:
 
 
 def test_a_rank_waits_until_others_do_not_read_what_it_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    done_behind: list[int] = []
+    done_at: list[int] = []
     handle = Mock()
 
     def done() -> bool:
         (loaded,) = executor._loaded.values()
-        done_behind.append(loaded.machines[0].position)
-        return len(done_behind) == 2
+        done_at.append(loaded.machines[0].position)
+        return len(done_at) == 2
 
     handle.done.side_effect = done
     monkeypatch.setattr(Placing, "before", lambda self: {3: [lambda: None, lambda: handle]})
@@ -390,4 +390,4 @@ def test_a_rank_waits_until_others_do_not_read_what_it_writes(monkeypatch: pytes
     batch = torch.randn(16, 16), torch.randn(16, 16)
     executor = compiled._made_executor()
     compiled.step(*batch)
-    assert done_behind == [2, 2]
+    assert done_at == [3, 3], "it is that instruction that waits"
